@@ -1,0 +1,7 @@
+"""The only door to the kernels: checks, dispatch, autograd, fake tensors and FLOP formulas, one file a family."""
+
+# masked_matmul
+
+# delta
+
+# hessian

@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace autoflip {
+
+void bind_delta(pybind11::module_&) {}
+
+}  // namespace autoflip

@@ -1,0 +1,33 @@
+// Which instruction set serves this process, and how work is cut between OpenMP threads.
+//
+// Every kernel family keeps one table of function pointers per instruction set (base, avx2, avx512). The
+// sources that hold them put all code into an anonymous namespace and use no STL: a shared inline function
+// compiled for AVX-512 could otherwise be the copy that the linker picks for everybody.
+#pragma once
+#include <cstdint>
+
+namespace autoflip {
+
+enum class Isa { base = 0, avx2 = 1, avx512 = 2 };
+
+// The best set that this CPU has, lowered by the environment variable AUTOFLIP_CPU=base|avx2|avx512.
+Isa cpu_isa();
+const char* isa_name(Isa isa);
+
+// Picks the table for this CPU; families without a faster version of a level pass the lower one again.
+template <class Table>
+const Table& pick(const Table& base, const Table& avx2, const Table& avx512) {
+  switch (cpu_isa()) {
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx2:
+      return avx2;
+    default:
+      return base;
+  }
+}
+
+// Below this many elements a parallel region costs more than it brings.
+constexpr int64_t kSerialElements = 32768;
+
+}  // namespace autoflip

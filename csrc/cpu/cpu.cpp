@@ -1,0 +1,45 @@
+#include "common/cpu.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace autoflip {
+namespace {
+
+Isa detect() {
+  Isa best = Isa::base;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+    best = Isa::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      best = Isa::avx512;
+  }
+#endif
+  if (const char* wish = std::getenv("AUTOFLIP_CPU")) {
+    if (!std::strcmp(wish, "base")) return Isa::base;
+    if (!std::strcmp(wish, "avx2") && best == Isa::avx512) return Isa::avx2;
+  }
+  return best;
+}
+
+}  // namespace
+
+Isa cpu_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "base";
+  }
+}
+
+}  // namespace autoflip

@@ -1,0 +1,137 @@
+"""Build autoflip's extension modules with ninja: no torch at build time, CUDA where nvcc is.
+
+Environment:
+    AUTOFLIP_CUDA         auto (default: build the CUDA part when nvcc works) | 1 (fail without it) | 0 (skip it)
+    AUTOFLIP_CUDA_ARCHS   semicolon list of compute capabilities, default "80;90;100" (the last one also as PTX)
+    AUTOFLIP_SANITIZE     for example "address,undefined": a debug build of the CPU part
+    CXX, CUDA_HOME        the compilers to use
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+X86 = platform.machine() in ("x86_64", "AMD64")
+# sources end in _avx2.cpp or _avx512.cpp when they need that instruction set; dispatch happens at run time
+ISA = {
+    "avx2": "-mavx2 -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt -mf16c "
+    "-mprefer-vector-width=512",
+}
+
+
+def isa(source: str) -> str | None:
+    """Return the instruction set a source is written for, None for portable code."""
+    suffix = Path(source).stem.rpartition("_")[2]
+    return suffix if suffix in ISA else None
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """Return (path of nvcc or None, why not)."""
+    wish = os.environ.get("AUTOFLIP_CUDA", "auto")
+    if wish == "0":
+        return None, "AUTOFLIP_CUDA=0"
+    homes = [str(Path(d, "bin")) for d in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if d]
+    for path in (os.pathsep.join(homes) or None, None, "/usr/local/cuda/bin"):
+        if nvcc := shutil.which("nvcc", path=path):
+            return nvcc, ""
+    if wish == "1":
+        sys.exit("autoflip: AUTOFLIP_CUDA=1, but there is no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda")
+    return None, "no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda"
+
+
+def rules(nvcc: str | None, sanitize: str) -> list[str]:
+    """Return ninja's four rules: C++ object, C++ module, CUDA object, CUDA module."""
+    import pybind11
+
+    paths = (pybind11.get_include(), sysconfig.get_path("include"), ROOT / "csrc")
+    include = " ".join(f"-I{p}" for p in paths)
+    cxx = os.environ.get("CXX", "g++")
+    opt = f"-O1 -g -fno-omit-frame-pointer -fsanitize={sanitize}" if sanitize else "-O3 -DNDEBUG"
+    archs = [a for a in os.environ.get("AUTOFLIP_CUDA_ARCHS", "80;90;100").split(";") if a]
+    codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+    codes += f" -gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    depend = "-MMD -MF $out.d -std=c++17"
+    tail = f"{include} -c $in -o $out\n depfile = $out.d\n deps = gcc"
+    link = f"-fsanitize={sanitize}" if sanitize else "-s"
+    warn = "-Wall -Wextra -ffp-contract=off"
+    return [
+        f"rule cxx\n command = {cxx} {depend} -fPIC -fvisibility=hidden -fopenmp {warn} {opt} $isa {tail}",
+        f"rule so\n command = {cxx} -shared -fopenmp {link} $in -o $out",
+        # a spilled register or local memory is a slow kernel: it fails the build
+        f"rule cu\n command = {nvcc} {depend} -O3 -lineinfo --threads 2 -Xfatbin -compress-all {codes} "
+        f"-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Xcompiler -fPIC,-fvisibility=hidden {tail}",
+        f"rule cuso\n command = {nvcc} -shared -cudart static -Xlinker --exclude-libs,ALL -Xlinker -s $in -o $out",
+    ]
+
+
+class NinjaBuild(build_ext):
+    """Compile with per-file flags through ninja (setuptools alone has none) and write down what was left out."""
+
+    def build_extensions(self) -> None:
+        import ninja
+
+        sanitize = os.environ.get("AUTOFLIP_SANITIZE", "")
+        work = ROOT / "build" / f"{sys.implementation.cache_tag}-{sanitize.replace(',', '-') or 'opt'}"
+        work.mkdir(parents=True, exist_ok=True)  # editable installs throw build_temp away
+        lines = rules(NVCC, sanitize)
+        outputs: dict[str, Path] = {}
+        for extension in self.extensions:
+            objects = []
+            for source in extension.sources:
+                objects.append(str(work / (source.replace("/", "_") + ".o")))
+                rule = "cu" if source.endswith(".cu") else "cxx"
+                lines.append(f"build {objects[-1]}: {rule} {ROOT / source}\n isa = {ISA.get(isa(source) or '', '')}")
+            out = Path(self.get_ext_fullpath(extension.name)).resolve()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            outputs[extension.name] = out
+            lines.append(f"build {out}: {'cuso' if extension.name.endswith('_cuda') else 'so'} {' '.join(objects)}")
+        (work / "build.ninja").write_text("\n".join(lines) + "\n")
+        program = shutil.which("ninja") or f"{ninja.BIN_DIR}/ninja"
+        notes = [] if NVCC else [f"_cuda: not built: {NO_NVCC}"]
+        for extension in self.extensions:
+            done = subprocess.run([program, "--quiet", "-C", str(work), str(outputs[extension.name])])
+            if done.returncode and not extension.optional:
+                sys.exit(f"autoflip: {extension.name} did not build; the compiler's message is above")
+            if done.returncode:
+                notes.append(f"_cuda: not built: {NVCC} failed (its message is in the build log)")
+                outputs[extension.name].unlink(missing_ok=True)
+        for note in notes:
+            print(f"autoflip: {note}", file=sys.stderr)
+        # read by `autoflip info`, so that a missing part says why long after the build
+        self.notes = outputs["autoflip._C"].parent / "_build.txt"
+        self.notes.write_text("\n".join(notes) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        for extension in list(self.extensions):
+            if not Path(self.get_ext_fullpath(extension.name)).exists() and extension.optional:
+                self.extensions.remove(extension)
+        super().copy_extensions_to_source()
+        shutil.copy(self.notes, ROOT / "autoflip" / "_build.txt")
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
+
+
+if not (ROOT / "autoflip" / "kernels" / "__init__.py").exists():
+    sys.exit("autoflip: autoflip/kernels must be a link to ../kernels; on Windows: git config core.symlinks true")
+
+NVCC, NO_NVCC = find_nvcc()
+extensions = [
+    Extension(
+        "autoflip._C", [s for s in sources("csrc/cpu/*.cpp") if X86 or not isa(s)] + sources("csrc/bind*.cpp")
+    )
+]
+if NVCC and sources("csrc/cuda/*.cu"):
+    required = os.environ.get("AUTOFLIP_CUDA") == "1"
+    extensions.append(Extension("autoflip._cuda", sources("csrc/cuda/*.c*"), optional=not required))
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
