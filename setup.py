@@ -127,9 +127,7 @@ if not (ROOT / "autoflip" / "kernels" / "__init__.py").exists():
 
 NVCC, NO_NVCC = find_nvcc()
 extensions = [
-    Extension(
-        "autoflip._C", [s for s in sources("csrc/cpu/*.cpp") if X86 or not isa(s)] + sources("csrc/bind*.cpp")
-    )
+    Extension("autoflip._C", [s for s in sources("csrc/cpu/*.cpp") if X86 or not isa(s)] + sources("csrc/bind*.cpp"))
 ]
 if NVCC and sources("csrc/cuda/*.cu"):
     required = os.environ.get("AUTOFLIP_CUDA") == "1"

@@ -15,7 +15,22 @@ __version__ = "0.1.0"
 
 _SUBMODULES = ("codec", "curvature", "explore", "fed", "masks", "meter", "nn", "ops", "prune")
 _NAMES = {"MaskSet": "masks", "sparsify": "nn", "densify": "nn", "compact": "nn"}
-__all__ = [*_SUBMODULES, *_NAMES, "__version__"]
+__all__ = [
+    "MaskSet",
+    "__version__",
+    "codec",
+    "compact",
+    "curvature",
+    "densify",
+    "explore",
+    "fed",
+    "masks",
+    "meter",
+    "nn",
+    "ops",
+    "prune",
+    "sparsify",
+]
 
 if TYPE_CHECKING:
     from autoflip import codec, curvature, explore, fed, masks, meter, nn, ops, prune

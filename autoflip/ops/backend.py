@@ -8,8 +8,7 @@ error that says why.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,7 +39,7 @@ def _build_note(module: str) -> str:
     return f"{module} is not built; run: pip install --no-build-isolation -e ."
 
 
-@lru_cache(maxsize=None)
+@cache
 def extension(name: str) -> tuple[ModuleType | None, str]:
     """Return (the extension module ``_C`` or ``_cuda``, "") or (None, why it is missing)."""
     try:
@@ -51,7 +50,7 @@ def extension(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{name} does not load: {error}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def unavailable(backend: str, device_type: str) -> str:
     """Return why ``backend`` cannot run on ``device_type`` ("cpu" or "cuda"); empty when it can."""
     if backend == "reference":
@@ -78,7 +77,7 @@ def serve(op: str, device: torch.device) -> str:
     return _serve(op, device.type, os.environ.get("AUTOFLIP_BACKEND", "auto"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _serve(op: str, device_type: str, wish: str) -> str:
     served = _SERVED[op]
     if wish != "auto":
