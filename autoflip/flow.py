@@ -202,9 +202,9 @@ class Flow:
 
     def groups(self) -> Groups:
         """Return what was found, units numbered in the order of the forward pass."""
-        read = {self.find(unit) for produces, ids in self.axes.values() if not produces for unit in ids}
-        self.freeze_ids([unit for unit in range(len(self.parent)) if self.find(unit) not in read], "no layer reads it")
         roots = [self.find(unit) for unit in range(len(self.parent))]
+        read = {roots[unit] for produces, ids in self.axes.values() if not produces for unit in ids}
+        self.freeze_ids([unit for unit, root in enumerate(roots) if root not in read], "no layer reads it")
         number = {root: i for i, root in enumerate(sorted(set(roots)))}
         index = torch.tensor([number[root] for root in roots], dtype=torch.int64)
         removable = torch.ones(len(number), dtype=torch.bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -170,12 +171,8 @@ def paper(deviations: Mapping[str, Tensor], threshold: float = 0.3) -> MaskSet:
             scaled[name] = (values - values.min()) / (values.max() - values.min())
     if not scaled:
         return MaskSet({name: torch.ones(t.shape, dtype=torch.bool) for name, t in deviations.items()})
-    everything = torch.cat([values.flatten() for values in scaled.values()])
     # torch.quantile refuses more than 2^24 entries
-    place = threshold * (len(everything) - 1)
-    low = everything.kthvalue(int(place) + 1).values
-    high = everything.kthvalue(min(int(place) + 2, len(everything))).values
-    tau = low + (high - low) * (place - int(place))
+    tau = float(np.quantile(torch.cat([values.flatten() for values in scaled.values()]).numpy(), threshold))
     return MaskSet(
         {n: scaled[n] > tau if n in scaled else torch.ones(t.shape, dtype=torch.bool) for n, t in deviations.items()}
     )
