@@ -65,7 +65,11 @@ class Scores(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, ranking: Mapping[str, Tensor], deviation: Mapping[str, Tensor], agreement: Mapping[str, Tensor], signal: str
+        self,
+        ranking: Mapping[str, Tensor],
+        deviation: Mapping[str, Tensor],
+        agreement: Mapping[str, Tensor],
+        signal: str,
     ) -> None:
         self._ranking = dict(ranking)
         self.deviation = dict(deviation)

@@ -141,9 +141,7 @@ def _ratio(a: float, b: float) -> float | None:
     return a / b if b else None
 
 
-def summarise(
-    records: Sequence[Record], method: str, against: str | None, about: Mapping[str, Any]
-) -> dict[str, Any]:
+def summarise(records: Sequence[Record], method: str, against: str | None, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return what summary.json holds.
 
     The target accuracy is the final accuracy of ``against`` (of ``method`` itself when it runs alone). The cost
@@ -162,7 +160,9 @@ def summarise(
     other = _method(theirs, target) if theirs else None
     ratios = None
     if other is not None:
-        ratios = {v: _ratio(ours[v]["total"], other[v]["total"]) for v in ("flops", "bytes_up", "bytes_down", "seconds")}
+        ratios = {
+            v: _ratio(ours[v]["total"], other[v]["total"]) for v in ("flops", "bytes_up", "bytes_down", "seconds")
+        }
         ratios["bytes"] = _ratio(
             ours["bytes_up"]["total"] + ours["bytes_down"]["total"],
             other["bytes_up"]["total"] + other["bytes_down"]["total"],

@@ -51,7 +51,16 @@ class Message:
     def pack(self) -> bytes:
         """Return the bytes that travel."""
         head = _HEADER.pack(
-            _MAGIC, self.kind, len(self.frames), 0, self.round, self.client, self.examples, self.loss, self.view, self.base
+            _MAGIC,
+            self.kind,
+            len(self.frames),
+            0,
+            self.round,
+            self.client,
+            self.examples,
+            self.loss,
+            self.view,
+            self.base,
         )
         head += struct.pack(f"<{len(self.frames)}I", *map(len, self.frames))
         return b"".join([head, struct.pack("<I", zlib.crc32(head)), *self.frames])

@@ -103,7 +103,8 @@ class Server:
         }
         small = dict(self.workshop.prepare(masks).model.named_parameters())
         return {
-            "density": sum(layers[n] * p.numel() for n, p in full.items()) / max(1, sum(p.numel() for p in full.values())),
+            "density": sum(layers[n] * p.numel() for n, p in full.items())
+            / max(1, sum(p.numel() for p in full.values())),
             "channels": sum(small[n].shape[0] for n in full) / max(1, sum(p.shape[0] for p in full.values())),
             "layers": layers,
         }

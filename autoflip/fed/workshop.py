@@ -92,7 +92,9 @@ class Workshop:
             self._kept.popitem(last=False)
         return self._kept[key]
 
-    def evaluate(self, params: Mapping[str, Tensor], masks: MaskSet | None, x: Tensor, y: Tensor) -> tuple[float, float]:
+    def evaluate(
+        self, params: Mapping[str, Tensor], masks: MaskSet | None, x: Tensor, y: Tensor
+    ) -> tuple[float, float]:
         """Return (accuracy, mean cross-entropy) of ``params`` on a test set."""
         prepared = self.prepare(masks)
         prepared.load(params)
