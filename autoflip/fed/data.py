@@ -214,22 +214,27 @@ def _cifar(root: Path, name: str) -> Dataset:
     return Dataset(name, splits[0], splits[1], 10 if ten else 100, (3, 32, 32))
 
 
-def _leaf(root: Path, name: str, convert: Callable[[Path, str, list, list], tuple[Tensor, Tensor]]) -> list[Split]:
-    """Read both sides; groups number the users of both in sorted order."""
-    sides = {}
+def _leaf(root: Path, name: str, convert: Callable[[str, list, list], tuple[Tensor, Tensor]]) -> list[Split]:
+    """Read both sides; groups number the users of both in sorted order, samples lie by group.
+
+    ``convert`` turns the x and y of one user into tensors; its first argument says where they come from.
+    """
+    sides: list[dict[str, list[tuple[Tensor, Tensor]]]] = []
     for side in ("train", "test"):
         folder = root / name / "data" / side
         if not folder.is_dir():
             raise readers.missing(folder, f"the folder of {name}'s {side} files all_data_*.json", _LEAF)
-        sides[side] = (folder, readers.read_leaf(folder))
-    ids = {user: i for i, user in enumerate(sorted({u for _, users in sides.values() for u in users}))}
-    splits = []
-    for folder, users in sides.values():
-        parts = [(*convert(folder, user, x, y), ids[user]) for user, (x, y) in users.items() if y]
-        if not parts:
+        sides.append({})
+        for path, user, x, y in readers.read_leaf(folder):
+            if y:
+                sides[-1].setdefault(user, []).append(convert(f"{path}: user {user}", x, y))
+        if not sides[-1]:
             raise DataError(f"{folder}: its files hold no sample; wanted at least one")
-        group = torch.cat([torch.full((len(y),), g, dtype=torch.long) for _, y, g in parts])
-        splits.append(Split(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), group))
+    ids = {user: i for i, user in enumerate(sorted(sides[0].keys() | sides[1].keys()))}
+    splits = []
+    for users in sides:
+        parts = [(x, y, torch.full_like(y, ids[user])) for user in sorted(users) for x, y in users[user]]
+        splits.append(Split(*(torch.cat(tensors) for tensors in zip(*parts))))
     return splits
 
 
@@ -237,14 +242,14 @@ def _femnist(root: Path) -> Dataset:
     """LEAF's FEMNIST: 28x28, 1 = paper and 0 = ink as in the files; digits, upper case, lower case; by writer."""
     mean, std = _MOMENTS["femnist"][0][0], _MOMENTS["femnist"][1][0]
 
-    def convert(folder: Path, user: str, x: list, y: list) -> tuple[Tensor, Tensor]:
+    def convert(where: str, x: list, y: list) -> tuple[Tensor, Tensor]:
         try:
             pixels = np.asarray(x, np.float32)
         except (ValueError, TypeError) as error:
-            raise DataError(f"{folder}: images of {user} are not numbers ({error}); wanted 784 a sample") from error
+            raise DataError(f"{where}: x is not numbers ({error}); wanted 784 in [0, 1] a sample") from error
         if pixels.shape != (len(y), 784) or not (pixels.min() >= 0 and pixels.max() <= 1):
-            raise DataError(f"{folder}: images of {user} have shape {pixels.shape}; wanted (N, 784) in [0, 1]")
-        labels = readers.class_ids(folder / f"user {user}", y, len(x), 62)
+            raise DataError(f"{where}: x has shape {pixels.shape}; wanted (N, 784) in [0, 1]")
+        labels = readers.class_ids(where, y, len(x), 62)
         return torch.from_numpy(pixels).view(-1, 1, 28, 28).sub_(mean).div_(std), torch.from_numpy(labels)
 
     train, test = _leaf(root, "femnist", convert)
@@ -255,11 +260,11 @@ def _shakespeare(root: Path) -> Dataset:
     """LEAF's next-character task: 80 characters -> the next; by role; whatever is not in `VOCABULARY` is a space."""
     table = {c: i for i, c in enumerate(VOCABULARY)}
 
-    def convert(folder: Path, user: str, x: list, y: list) -> tuple[Tensor, Tensor]:
+    def convert(where: str, x: list, y: list) -> tuple[Tensor, Tensor]:
         if not all(isinstance(s, str) and len(s) == 80 for s in x):
-            raise DataError(f"{folder}: role {user} has a window that is not 80 characters; wanted 80 in each x")
+            raise DataError(f"{where}: some x is not a string of 80 characters; wanted 80 in each")
         if not all(isinstance(c, str) and len(c) == 1 for c in y):
-            raise DataError(f"{folder}: role {user} has a y that is not one character; wanted the next character")
+            raise DataError(f"{where}: some y is not one character; wanted the one that follows x")
         ids = np.array([[table.get(c, _SPACE) for c in s] for s in x], np.int64)
         return torch.from_numpy(ids), torch.tensor([table.get(c, _SPACE) for c in y])
 

@@ -7,21 +7,23 @@ run code, and whatever is wrong is one `DataError` that names the file and what 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import pickle
+import pickletools
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
 __all__ = ["DataError", "class_ids", "find", "missing", "read_cifar", "read_idx", "read_leaf", "read_npz"]
 
 _CHUNK = 1 << 22
-_IDX_TYPES = {"uint8": (0x08, np.dtype("u1")), "int32": (0x0C, np.dtype(">i4"))}
+_IDX_TYPES: dict[str, tuple[int, np.dtype]] = {"uint8": (0x08, np.dtype("u1")), "int32": (0x0C, np.dtype(">i4"))}
 
 
 class DataError(ValueError):
@@ -76,7 +78,7 @@ def read_idx(path: Path, dtype: str, ndim: int) -> np.ndarray:
         with path.open("rb") as plain:
             compressed = plain.read(2) == b"\x1f\x8b"
             plain.seek(0)
-            stream: IO[bytes] = gzip.GzipFile(fileobj=plain) if compressed else plain
+            stream = cast(IO[bytes], gzip.GzipFile(fileobj=plain) if compressed else plain)
             header = bytes(_bytes_up_to(stream, 4 + 4 * ndim))
             if len(header) < 4 + 4 * ndim or int.from_bytes(header[:4], "big") != magic:
                 raise DataError(
@@ -166,8 +168,12 @@ def read_cifar(path: Path, labels: str, classes: int) -> tuple[np.ndarray, np.nd
         DataError: the pickle asks for another name, or does not hold a batch.
     """
     try:
-        with path.open("rb") as stream:
-            batch = _CifarUnpickler(stream, encoding="bytes").load()
+        raw = path.read_bytes()
+        for opcode, argument, _ in pickletools.genops(raw):
+            # the C unpickler allocates a memo as long as the largest index it meets, tens of GB if a file says so
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(raw):
+                raise pickle.UnpicklingError(f"it numbers an object {argument} in {len(raw)} bytes")
+        batch = _CifarUnpickler(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a broken pickle may raise anything (documented so)
         raise DataError(
             f"{path}: is not a batch of CIFAR's Python version ({error}); wanted a dictionary of "
@@ -183,24 +189,24 @@ def read_cifar(path: Path, labels: str, classes: int) -> tuple[np.ndarray, np.nd
     return x.reshape(-1, 3, 32, 32), class_ids(path, named[labels], len(x), classes)
 
 
-def class_ids(path: Path, values: Any, count: int, classes: int) -> np.ndarray:
-    """Return ``values`` as ``(count,)`` int64 labels in ``[0, classes)``, or raise `DataError` naming ``path``."""
+def class_ids(where: Path | str, values: Any, count: int, classes: int) -> np.ndarray:
+    """Return ``values`` as ``(count,)`` int64 labels in ``[0, classes)``, or raise `DataError` naming ``where``."""
     plain = isinstance(values, list) and all(type(v) is int and abs(v) < 1 << 31 for v in values)
     if not plain and not (isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.ndim == 1):
-        raise DataError(f"{path}: its labels are not a list of integers; wanted {count} labels 0..{classes - 1}")
+        raise DataError(f"{where}: its labels are not a list of integers; wanted {count} labels 0..{classes - 1}")
     y = np.asarray(values, np.int64)
     if len(y) != count:
-        raise DataError(f"{path}: has {len(y)} labels for {count} samples; wanted one label a sample")
+        raise DataError(f"{where}: has {len(y)} labels for {count} samples; wanted one label a sample")
     if count and (y.min() < 0 or y.max() >= classes):
-        raise DataError(f"{path}: has labels from {y.min()} to {y.max()}; wanted 0..{classes - 1}")
+        raise DataError(f"{where}: has labels from {y.min()} to {y.max()}; wanted 0..{classes - 1}")
     return y
 
 
-def read_leaf(folder: Path) -> dict[str, tuple[list, list]]:
-    """Return user -> (x, y) of every LEAF json file in ``folder``, users in sorted order.
+def read_leaf(folder: Path) -> Iterator[tuple[Path, str, list, list]]:
+    """Yield (file, user, x, y) of every LEAF json file in ``folder``: files by name, users in a file's order.
 
     A file is ``{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}``
-    (Caldas et al., "LEAF: A Benchmark for Federated Settings", arXiv:1812.01097).
+    (Caldas et al., "LEAF: A Benchmark for Federated Settings", arXiv:1812.01097). One file is in memory at a time.
 
     Raises:
         DataError: no file, invalid json, or counts that disagree.
@@ -208,29 +214,22 @@ def read_leaf(folder: Path) -> dict[str, tuple[list, list]]:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise DataError(f"{folder}: holds no .json file; wanted LEAF's all_data_*.json")
-    samples: dict[str, tuple[list, list]] = {}
     for path in paths:
+        samples = []
         try:
             content = json.loads(path.read_bytes())
             for user, count in zip(content["users"], content["num_samples"], strict=True):
                 own = content["user_data"][user]
                 x, y = own["x"], own["y"]
                 if not (isinstance(x, list) and isinstance(y, list) and len(x) == len(y) == count):
-                    raise DataError(
-                        f"{path}: user {user} has {len(x)} x and {len(y)} y where num_samples says {count}; "
-                        "wanted three equal counts"
-                    )
-                known = samples.setdefault(user, ([], []))
-                known[0].extend(x)
-                known[1].extend(y)
-        except DataError:
-            raise
+                    raise ValueError(f"user {user} has {len(x)} x and {len(y)} y, num_samples says {count}")
+                samples.append((path, str(user), x, y))
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise DataError(
                 f"{path}: is not a LEAF file ({type(error).__name__}: {error}); wanted json with users, num_samples "
-                "and user_data[user] = {x, y}. If it was cut off, fetch it again."
+                "and user_data[user] = {x, y} of that many samples. If it was cut off, fetch it again."
             ) from error
-    return dict(sorted(samples.items()))
+        yield from samples
 
 
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
