@@ -263,11 +263,6 @@ def _dw_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _batched(a: Tensor) -> bool:
-    # autograd.grad(is_grads_batched=True) runs under an older vmap that functorch's stack does not show
-    return torch._C._dispatch_keys(a).has(torch._C.DispatchKey.Batched)
-
-
 def _function(name: str, op: Any, kernel: Callable[..., Tensor], save: Any, backward: Any) -> Callable[..., Tensor]:
     """Return a callable that takes the shortest way into one op which the caller's situation allows."""
     torch.library.register_autograd(f"autoflip::{name}", backward, setup_context=save, lib=_lib)
@@ -289,7 +284,9 @@ def _function(name: str, op: Any, kernel: Callable[..., Tensor], save: Any, back
     def run(*args: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return op(*args)
-        if torch._C._functorch.peek_interpreter_stack() is not None or _batched(args[0]) or _batched(args[1]):
+        # is_grads_batched=True runs under an older vmap that functorch's stack does not show
+        old_vmap = torch._C._functorch.is_legacy_batchedtensor
+        if torch._C._functorch.peek_interpreter_stack() is not None or old_vmap(args[0]) or old_vmap(args[1]):
             return kernel(*args[:-1], "dense")  # function transforms compose with plain torch, not with kernels
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args[:3]):
             return function.apply(*args)  # type: ignore[attr-defined]
