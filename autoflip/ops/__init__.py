@@ -9,3 +9,7 @@ from autoflip.ops.masked_matmul import masked_matmul as masked_matmul
 from autoflip.ops import delta as delta
 
 # hessian
+from autoflip.ops.hessian import conv_squares as conv_squares
+from autoflip.ops.hessian import rademacher as rademacher
+from autoflip.ops.hessian import sequence_squares as sequence_squares
+from autoflip.ops.hessian import squared_matmul as squared_matmul
