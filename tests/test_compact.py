@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from autoflip import prune
 from autoflip.groups import Groups
 from autoflip.masks import MaskSet
+from autoflip.nn import sparsify
 from autoflip.nn.compact import Plan, compact
 
 
@@ -260,3 +261,33 @@ def test_modes_gradients_and_flags_survive():
 def test_any_density_any_channels(name, density, channels, seed):
     model, x = build(name)
     assert_same(model, x, prune.hybrid(model, scores_of(model, seed), density, channels))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_masks_come_from_the_sparse_model_itself(name):
+    model, x = build(name)
+    masks = prune.hybrid(model, scores_of(model), density=0.3, channels=0.5)
+    sparse = sparsify(copy.deepcopy(model), masks)
+    assert_same(model, x, masks, compact(sparse))
+    small = compact(sparse)
+    assert all(type(m).__module__.startswith(("torch.", "nets")) for m in small.modules())
+    for train in (False, True):
+        want, got = step(sparse, x, train), step(small, x, train)
+        torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-12)
+    # and on: the small model takes the shrunk masks
+    torch.testing.assert_close(sparsify(small, small.plan.shrink_masks(masks))(x), sparse(x), rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_outside_layers_count_as_masks():
+    model = sparsify(nn.Sequential(nn.Conv1d(1, 4, 1), nn.Conv1d(4, 2, 1)), MaskSet({"1.weight": KEEP_TWO}))
+    assert compact(model)[0].out_channels == 2
+
+
+def test_the_package_name_is_the_function():
+    import autoflip
+
+    assert autoflip.compact is compact
+    assert autoflip.nn.compact is compact
+
+
+KEEP_TWO = torch.tensor([True, False, False, True]).expand(2, 4)[..., None].clone()
