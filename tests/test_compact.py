@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip import prune
+from autoflip.fed import models
 from autoflip.groups import Groups
 from autoflip.masks import MaskSet
 from autoflip.nn import sparsify
@@ -80,7 +81,7 @@ REMOVED = {
     "two_cnn": {"conv1", "conv2", "fc1"},
     "residual": {"stem", "a1", "a2", "b1"},  # a2, the shortcut and b2 leave together
     "concat": {"a", "b", "squeeze", "c"},
-    "separable": {"stem", "point", "wide", "grouped"},
+    "separable": {"stem", "point", "wide", "grouped", "last"},
     "text": {"embed", "lstm:0", "lstm:1"},
     "gru": {"conv", "gru", "rnn"},
     "encoder": {"encoder.layers.0.linear1", "encoder.layers.1.linear1", "head.0"},
@@ -106,6 +107,7 @@ def test_sizes_of_the_small_layers():
     assert small.deep.groups == small.deep.in_channels == small.stem.out_channels < 8
     assert small.twice.out_channels == 2 * small.twice.groups == small.norm2.num_features
     assert small.grouped.groups == 4
+    assert small.norm4.num_channels == 2 * small.norm4.num_groups == small.last.out_channels < 24
     assert small.norm.num_groups == small.norm.num_channels == small.stem.out_channels
 
     model, _ = build("text")
@@ -219,6 +221,16 @@ def test_plan_maps_every_tensor_both_ways(name, tmp_path):
     again = Plan.load(tmp_path / "plan.safetensors")
     assert all(torch.equal(again.shrink(full)[key], less[key]) for key in full)
     assert again.report() == plan.report()
+
+
+@pytest.mark.parametrize("name", [n for n in models.NAMES if n != "femnist-cnn"])  # two-cnn, eight times larger
+def test_the_networks_of_federated_benchmarks_shrink(name):
+    shape = {"char-lstm": (8,), "two-cnn": (1, 12, 12)}.get(name, (1, 8, 8))
+    model = models.build(name, input_shape=shape, num_classes=10).double()
+    x = torch.randint(10, (3, *shape)) if len(shape) == 1 else torch.rand(3, *shape, dtype=torch.float64)
+    small = assert_same(model, x, prune.hybrid(model, scores_of(model), density=0.1, channels=0.4))
+    kept = sum(int(torch.Size(small.plan.small_shape(n)).numel()) for n in small.plan.shapes)
+    assert kept < 0.4 * sum(t.numel() for t in model.state_dict().values())
 
 
 def test_plan_errors(tmp_path):

@@ -61,7 +61,15 @@ def test_grouped_convolution_ties_the_same_ranks():
     assert len(wide) == 8  # 32 channels in 4 groups
     assert wide[1].producers[0] == Slice("wide.weight", 0, (1, 9, 17, 25))
     assert wide[1].consumers == (Slice("grouped.weight", 1, (1,)),)
-    assert groups.sizes.keys() == {"norm2"}
+    assert groups.sizes.keys() == {"norm2", "norm4"}
+
+
+def test_group_norm_ties_the_channels_of_a_group():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(4, 8), nn.Flatten(), nn.Linear(32, 2))
+    groups = find_groups(model)
+    assert groups.units[1].producers[0] == Slice("0.weight", 0, (2, 3))
+    assert groups.width("0") == 2
+    assert len(groups.by_layer()["0"]) == 4
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -88,7 +96,6 @@ class Body(nn.Module):
 
 FROZEN = {
     "layer norm": (lambda m, x: m.extra(x.mean((2, 3))), 8, nn.LayerNorm(8), "LayerNorm"),
-    "group norm": (lambda m, x: m.extra(x).mean((2, 3)), 8, nn.GroupNorm(2, 8), "mixes channels"),
     "sizes in code": (lambda m, x: x.view(-1, 8 * 4), 32, None, "sizes of its own"),
     "size in numbers": (lambda m, x: x.mean((2, 3)) * x.size(1) ** -0.5, 8, None, "pow"),
     "mean over channels": (lambda m, x: x.mean(1).flatten(1), 4, None, "mean"),

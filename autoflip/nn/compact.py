@@ -61,7 +61,7 @@ def compact(
         layer: Any = small.get_submodule(path)
         size = int((~removed[units]).sum())
         if isinstance(layer, nn.GroupNorm):
-            layer.num_groups = layer.num_channels = size
+            _regroup(layer, size)
         else:
             layer.num_features = size
     small.__dict__["plan"] = plan
@@ -158,7 +158,7 @@ def _resize(module: Any) -> None:
         module.in_channels = weight.shape[1] * module.groups
         module.out_channels = len(weight)
     elif isinstance(module, nn.GroupNorm):
-        module.num_groups = module.num_channels = len(weight)
+        _regroup(module, len(weight))
     elif isinstance(module, _NormBase):
         sized: Any = weight if weight is not None else module.running_mean
         module.num_features = len(sized)
@@ -169,6 +169,10 @@ def _resize(module: Any) -> None:
         module.flatten_parameters()
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]
+
+
+def _regroup(norm: nn.GroupNorm, channels: int) -> None:
+    norm.num_groups, norm.num_channels = channels * norm.num_groups // norm.num_channels, channels
 
 
 def _columns(tensor: Any) -> int:
