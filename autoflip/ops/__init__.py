@@ -3,5 +3,6 @@
 # masked_matmul
 
 # delta
+from autoflip.ops import delta as delta
 
 # hessian
