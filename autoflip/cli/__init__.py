@@ -51,7 +51,7 @@ def _describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, click_error):
         line = error.format_message()  # type: ignore[attr-defined]
         context = getattr(error, "ctx", None)
-        return (f"{line} (see {context.command_path} --help)" if context is not None else line), 2
+        return (f"{line.rstrip('.')} (see {context.command_path} --help)" if context is not None else line), 2
     if isinstance(error, UsageMistake):
         return str(error), 2
     from autoflip.ops.backend import BackendError

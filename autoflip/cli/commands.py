@@ -110,7 +110,7 @@ def run(
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train one method and its rival on this machine; table, run folder and report."""
+    """Train a method and its rival on this machine."""
     from autoflip import fed
     from autoflip.cli.progress import watch
 
@@ -138,7 +138,10 @@ def run(
 
 @app.command()
 def resume(run_dir: RunDir, quiet: Quiet = False) -> None:
-    """Finish a run that was stopped; the result equals that of an uninterrupted one."""
+    """Finish a run that was stopped.
+
+    The result equals that of an uninterrupted run.
+    """
     from autoflip import fed
     from autoflip.cli.progress import watch
 
@@ -163,7 +166,10 @@ def compare(
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run several methods with several seeds; what is already done in --out is not run again."""
+    """Run several methods with several seeds.
+
+    What is already done in --out is not run again.
+    """
     from autoflip.cli.compare import run_all
 
     options = overrides_of(data__name=dataset, data__root=data_root, model__name=model, fed__rounds=rounds)
@@ -173,7 +179,7 @@ def compare(
 
 @app.command("report")
 def write_report(run_dir: RunDir) -> None:
-    """Write report.html (or compare.html) again out of a finished folder."""
+    """Write the page of a finished run again."""
     from autoflip import report
 
     print(report.compare_report(run_dir) if (run_dir / "compare.json").is_file() else report.write(run_dir))
@@ -184,7 +190,7 @@ def export(
     run_dir: RunDir,
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="Where to write the compact model.")],
 ) -> None:
-    """Write the trained model, dead channels removed, as ONNX."""
+    """Write the trained, compact model as ONNX."""
     from autoflip.cli.export import to_onnx
 
     print(to_onnx(run_dir, onnx))
@@ -192,7 +198,7 @@ def export(
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Show the machine, and which kernel serves which op, and why not another."""
+    """Show the machine and which kernel serves which op."""
     from autoflip.cli.info import collect, show
 
     facts = collect()

@@ -31,7 +31,6 @@ def collect() -> dict[str, Any]:
         "autoflip": __version__,
         "python": platform.python_version(),
         "machine": meter.machine(),
-        "torch_threads": torch.get_num_threads(),
         "wish": os.environ.get("AUTOFLIP_BACKEND", "auto"),
         "extensions": {
             "cpp": {"isa": cpp.isa() if cpp is not None else None, "why_not": why_no_cpp},
@@ -62,7 +61,6 @@ def show(facts: dict[str, Any]) -> None:
     for name, value in facts["machine"].items():
         if name != "autoflip":
             line(name, "-" if value is None else value)
-    line("threads", f"{facts['torch_threads']} (torch)")
     cpp, cuda, triton = (extensions[name] for name in ("cpp", "cuda", "triton"))
     line("cpp", f"runs {cpp['isa']} code" if cpp["isa"] else f"no: {cpp['why_not']}")
     line("cuda", f"no: {cuda['why_not']}" if cuda["why_not"] else "yes")
