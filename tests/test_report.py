@@ -137,6 +137,16 @@ def test_run_without_a_rival(tmp_path):
     assert len(report.summary_table(summary).columns) == 2
 
 
+def test_rival_that_spent_nothing(tmp_path):
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["ratios"]["to_target"]["seconds"] = None  # fed divides by nothing
+    (folder / "summary.json").write_text(json.dumps(summary))
+    report.write(folder)
+    assert "seconds." not in report.headline(summary)
+    assert "fewer FLOPs and" in report.headline(summary)
+
+
 def test_one_round(tmp_path):
     folder = write_run(tmp_path / "run", rounds=1)
     report.write(folder)
