@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,125 @@ def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
 
 
 # --- delta (sparse-delta coding)
+
+
+def delta_words(mask: Tensor) -> Tensor:
+    """Pack a bool mask (any shape, n entries) into ``ceil(n / 64)`` int64 words; bit i is entry i, spare bits 0."""
+    packed = np.packbits(mask.reshape(-1).cpu().numpy(), bitorder="little")
+    words = np.zeros(-(-mask.numel() // 64) * 8, np.uint8)
+    words[: len(packed)] = packed
+    return torch.from_numpy(words.view(np.int64))
+
+
+def delta_mask(words: Tensor, numel: int) -> Tensor:
+    """Undo :func:`delta_words`: the flat bool mask."""
+    bits = np.unpackbits(words.numpy().view(np.uint8), count=numel, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_))
+
+
+def delta_gather(x: Tensor, words: Tensor, base: Tensor | None = None) -> Tensor:
+    """``(x - base)[mask]`` of flat ``x``, in order."""
+    mask = delta_mask(words, x.numel()).to(x.device)
+    return x[mask] if base is None else (x - base)[mask]
+
+
+def delta_expand(values: Tensor, words: Tensor, numel: int) -> Tensor:
+    """``out[mask] = values``, zero elsewhere."""
+    out = torch.zeros(numel, dtype=values.dtype)
+    out[delta_mask(words, numel)] = values
+    return out
+
+
+def delta_random(key: tuple[int, int], count: int) -> np.ndarray:
+    """``r[i] = mix(mix(i + key0) ^ key1)`` in uint32; mix is lowbias32 (Wellons, "Hash function prospector")."""
+    x = np.arange(count, dtype=np.uint32) + np.uint32(key[0])
+    for flip in (key[1], 0):
+        x ^= x >> np.uint32(16)
+        x *= np.uint32(0x7FEB352D)
+        x ^= x >> np.uint32(15)
+        x *= np.uint32(0x846CA68B)
+        x ^= x >> np.uint32(16)
+        x ^= np.uint32(flip)
+    return x
+
+
+def delta_round_bf16(values: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Float32 -> bf16 words (uint16) by stochastic rounding; never rounds a finite value to infinity."""
+    bits = values.view(np.uint32)
+    words = (bits + (delta_random(key, len(bits)) >> np.uint32(16))) >> np.uint32(16)
+    return np.where((words & 0x7F80) == 0x7F80, bits >> np.uint32(16), words).astype(np.uint16)
+
+
+def delta_quantise(
+    values: np.ndarray, levels: int, largest: float, key: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """``codes = floor(x / scale) + (u < frac)`` per block of 256, ``scale = clip(max |x| / levels, tiny, largest)``."""
+    blocks = -(-len(values) // 256)
+    x = np.zeros((blocks, 256), np.float32)
+    x.reshape(-1)[: len(values)] = values
+    amax = np.abs(x).max(1)
+    clipped = np.clip(amax / np.float32(levels), np.finfo(np.float32).tiny, np.float32(largest))
+    scales = np.where(amax > 0, clipped, np.float32(0))
+    inverse = np.where(amax > 0, np.float32(1) / clipped, np.float32(0))
+    y = (x * inverse[:, None]).reshape(-1)[: len(values)]
+    low = np.floor(y)
+    u = (delta_random(key, len(values)) >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+    codes = np.clip(low + (u < y - low), -levels, levels)
+    return codes.astype(np.int8), scales
+
+
+def delta_dequantise(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """``x[i] = codes[i] * scales[i // 256]`` in float32."""
+    return codes.astype(np.float32) * np.repeat(scales, 256)[: len(codes)]
+
+
+def _gaps(words: Tensor, numel: int) -> np.ndarray:
+    positions = np.flatnonzero(delta_mask(words, numel).numpy())
+    return np.diff(positions, prepend=-1) - 1
+
+
+def rice_bits(words: Tensor, numel: int, k: int) -> int:
+    """Bits that :func:`rice_encode` writes."""
+    quotients = _gaps(words, numel) >> k
+    return int(np.where(quotients < 24, quotients + 1 + k, 56).sum())
+
+
+def rice_encode(words: Tensor, numel: int, k: int) -> bytes:
+    """Code each gap as ``gap >> k`` ones, a zero and k low bits; from 24 ones on, the gap itself in 32 bits.
+
+    Bits fill bytes from the lowest; the last byte is padded with zeros.
+    """
+    bits: list[np.ndarray] = []
+    for gap in _gaps(words, numel).tolist():
+        ones, tail, width = (gap >> k, gap & ((1 << k) - 1), k) if gap >> k < 24 else (24, gap, 32)
+        stop = [0] if ones < 24 else []
+        bits.append(np.array([1] * ones + stop + [tail >> b & 1 for b in range(width)], np.uint8))
+    return np.packbits(np.concatenate(bits) if bits else np.zeros(0, np.uint8), bitorder="little").tobytes()
+
+
+def rice_decode(data: bytes, numel: int, kept: int, k: int) -> tuple[Tensor, int]:
+    """Undo :func:`rice_encode` at the start of ``data``: (words, bytes used); ValueError on any bad stream."""
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little").tolist()
+    mask = np.zeros(numel, np.bool_)
+    at, position = 0, -1
+    for _ in range(kept):
+        ones = 0
+        while ones < 24 and at < len(bits) and bits[at]:
+            ones, at = ones + 1, at + 1
+        at += ones < 24
+        width = k if ones < 24 else 32
+        if at + width > len(bits):
+            raise ValueError("Rice stream ends early")
+        tail = sum(bit << b for b, bit in enumerate(bits[at : at + width]))
+        at += width
+        position += 1 + (tail if ones == 24 else (ones << k) + tail)
+        if position >= numel:
+            raise ValueError(f"Rice position {position} is not below {numel}")
+        mask[position] = True
+    used = -(-at // 8)
+    if any(bits[at : used * 8]):
+        raise ValueError("Rice padding is not zero")
+    return delta_words(torch.from_numpy(mask)), used
 
 
 # --- hessian (Gauss-Newton diagonal and traces)
