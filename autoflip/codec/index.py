@@ -88,7 +88,7 @@ def read_sets(reader: Reader, wanted: list[tuple[int, int, int, int]]) -> list[P
             continue
         kept = sum(w[3] for w in mine)
         exact = sum(-(-w[2] // 8) for w in mine)
-        least, most = (exact, exact) if coding == BITMAP else (0, 9 * kept + len(mine))
+        least, most = (exact, exact) if coding == BITMAP else (0, 8 * kept)
         stream = Reader(read_section(reader, least, most), f"{NAMES[coding]} index")
         for i, k, numel, count in mine:
             if coding == BITMAP:
