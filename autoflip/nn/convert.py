@@ -1,0 +1,170 @@
+"""From a plain model to a sparse one and back, in place and with the same Parameter objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from autoflip.masks import MaskSet
+from autoflip.nn.conv import MaskedConv2d
+from autoflip.nn.linear import MaskedLinear
+from autoflip.nn.masked import Masked
+from autoflip.nn.recurrent import MaskedGRU, MaskedLSTM
+
+__all__ = ["densify", "masks_of", "sparsify"]
+
+Model = TypeVar("Model", bound=nn.Module)
+_MASKED: dict[type[nn.Module], type[Masked]] = {
+    nn.Linear: MaskedLinear,
+    nn.Conv2d: MaskedConv2d,
+    nn.LSTM: MaskedLSTM,
+    nn.GRU: MaskedGRU,
+}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {masked: plain for plain, masked in _MASKED.items()}
+
+
+def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
+    """Turn the layers that ``masks`` names into their masked versions, in place; return ``model``.
+
+    ``nn.Linear``, ``nn.Conv2d``, ``nn.LSTM`` and ``nn.GRU`` become the masked layers of ``autoflip.nn`` (the
+    very same module objects, so hooks and references stay). Any other masked parameter (biases, norm weights,
+    embeddings, layers of other kinds, parameters shared between layers) is set to zero where it is pruned and
+    its gradient is masked by a hook. A masked buffer (running statistics) is set to zero where it is pruned,
+    once; what the layer writes there later stays.
+
+    Parameter objects stay the same, so optimizers made earlier stay valid; an optimizer with momentum from
+    before the call may move pruned entries, which the masked layers ignore and ``state_dict()`` sets to zero.
+
+    ``masks`` replaces what an earlier call applied: afterwards ``masks_of(model) == MaskSet(masks)``.
+
+    Args:
+        model: any module; changed in place.
+        masks: a :class:`MaskSet`, or name in ``model.state_dict()`` -> bool tensor of that shape.
+
+    Raises:
+        ValueError: a mask names no tensor of the model or has another shape; the model is unchanged then.
+    """
+    wanted = masks if isinstance(masks, MaskSet) else MaskSet(masks)
+    tensors = _named_tensors(model)
+    wanted.check(tensors)
+    densify(model)
+
+    by_module: dict[str, dict[str, Tensor]] = {}
+    for name, mask in wanted.items():
+        owner, _, attribute = name.rpartition(".")
+        by_module.setdefault(owner, {})[attribute] = mask
+    shared = _shared(tensors)
+    rest: dict[str, Tensor] = {}
+    for owner, own in by_module.items():
+        module = model.get_submodule(owner)
+        prefix = f"{owner}." if owner else ""
+        kind = _MASKED.get(type(module))
+        layer_masks = {}
+        for attribute, mask in own.items():
+            fits = kind is not None and (attribute == "weight" or isinstance(module, nn.RNNBase))
+            if fits:
+                layer_masks[attribute] = mask
+            if not fits or id(tensors[prefix + attribute]) in shared:
+                rest[prefix + attribute] = mask
+        if layer_masks:
+            assert kind is not None
+            module.__class__ = kind
+            module._set_masks(layer_masks)  # type: ignore[operator]
+    if rest:
+        keeper = _Keeper(rest)
+        keeper.zero(model, buffers=True)
+        keeper(model, None)
+        model.register_forward_pre_hook(keeper)
+        model.register_state_dict_pre_hook(keeper.zero)
+        model.register_load_state_dict_post_hook(keeper.zero)
+    return model
+
+
+def densify(model: Model) -> Model:
+    """Turn every masked layer back into torch's, in place; pruned entries are exactly zero. Return ``model``."""
+    for module in model.modules():
+        if isinstance(module, Masked) and type(module) in _PLAIN:
+            module._forget()
+            module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
+        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks):
+            for key, hook in list(hooks.items()):
+                keeper = getattr(hook, "__self__", hook)
+                if isinstance(keeper, _Keeper):
+                    keeper.zero(module)
+                    keeper.release()
+                    del hooks[key]
+    return model
+
+
+def masks_of(model: nn.Module) -> MaskSet:
+    """Return the masks in force: those of :func:`sparsify` and of masked layers that were built by hand."""
+    masks: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        found = dict(module.masks()) if isinstance(module, Masked) else {}
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _Keeper):
+                found.update(hook.masks)
+        masks.update({prefix + name: mask for name, mask in found.items()})
+    return MaskSet(masks)
+
+
+class _Keeper:
+    """Keeps entries of parameters at zero that no masked layer looks after, by hooks on their gradients.
+
+    A forward pre-hook of the model: copies of a parameter (``deepcopy``, ``load_state_dict(assign=True)``)
+    come without the hooks of the original, so each forward pass gives them to those that lack them.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks = {name: mask.clone() for name, mask in masks.items()}
+        self._hooked: dict[str, tuple[Tensor, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"masks": self.masks, "_hooked": {}}  # handles belong to the original's parameters
+
+    def __call__(self, model: nn.Module, _: Any) -> None:
+        for name, mask in self.masks.items():
+            tensor = _tensor(model, name)
+            known = self._hooked.get(name)
+            if tensor.requires_grad and (known is None or known[0] is not tensor):
+                self._hooked[name] = (tensor, tensor.register_hook(_GradientMask(mask)))
+
+    @torch.no_grad()
+    def zero(self, model: nn.Module, *_: Any, buffers: bool = False) -> None:
+        for name, mask in self.masks.items():
+            tensor = _tensor(model, name)
+            if buffers or isinstance(tensor, nn.Parameter):
+                tensor.copy_(torch.where(mask.to(tensor.device), tensor, 0))
+
+    def release(self) -> None:
+        for _, handle in self._hooked.values():
+            handle.remove()
+        self._hooked.clear()
+
+
+class _GradientMask:
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        self.mask = self.mask.to(gradient.device)
+        return torch.where(self.mask, gradient, 0)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    # keep_vars: the Parameter objects themselves, to tell which of them are shared
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> set[int]:
+    ids = [id(t) for t in tensors.values()]
+    return {i for i in ids if ids.count(i) > 1}

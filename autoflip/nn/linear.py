@@ -1,0 +1,78 @@
+"""A linear layer whose pruned weights do no work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoflip.nn.masked import Masked
+from autoflip.ops import Pack, masked_linear
+
+__all__ = ["MaskedLinear"]
+
+
+class MaskedLinear(Masked, nn.Linear):
+    """``y = x @ (weight * mask).T + bias``; ``torch.nn.Linear`` until a mask is set.
+
+    Arguments, parameters and ``state_dict()`` are torch's. Pruned weights are zero, get exactly zero
+    gradients, and so stay zero under SGD with momentum and weight decay and under Adam(W).
+
+    Shapes: ``(..., in_features)`` -> ``(..., out_features)``.
+    Cost: see :func:`autoflip.ops.masked_linear`, which chooses between the sparse kernel and the dense product.
+
+    Example:
+        >>> layer = MaskedLinear(4, 2)
+        >>> layer.set_mask(torch.tensor([[True, False, True, False], [False, True, False, True]]))
+        >>> layer.density
+        0.5
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **kwargs: Any) -> None:
+        super().__init__(in_features, out_features, bias, **kwargs)
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Keep the weights where ``mask`` (``(out_features, in_features)``, bool) is True, None = keep all.
+
+        Raises:
+            ValueError: ``mask`` is no bool tensor shaped like ``weight``.
+        """
+        self._set_masks({} if mask is None else {"weight": mask})
+
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        super()._set_masks(masks)
+        self._repack()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.__dict__.pop("_pack", None)
+        self.__dict__.pop("_packed_version", None)
+
+    def _repack(self) -> None:
+        mask = self._buffers.get("weight_mask")
+        self._pack = None if mask is None else Pack(mask)
+        self._packed_version = 0 if mask is None or mask.is_inference() else mask._version
+
+    @property
+    def density(self) -> float:
+        """Kept share of the weight, 0 to 1."""
+        pack = self.__dict__.get("_pack")
+        return super().density if pack is None else pack.density
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input @ (weight * mask).T + bias``."""
+        mask = self._buffers.get("weight_mask")
+        if mask is None:
+            return F.linear(input, self.weight, self.bias)
+        if not torch.compiler.is_compiling() and (
+            self._pack is None or self._pack.mask is not mask or self._packed_version != mask._version
+        ):
+            self._repack()  # the module moved to another device, or someone wrote into the buffer
+        pack = self._pack
+        assert pack is not None
+        if pack.kept == mask.numel():
+            return F.linear(input, self.weight, self.bias)
+        return masked_linear(input, self.weight, self.bias, pack)

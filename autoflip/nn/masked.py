@@ -1,0 +1,90 @@
+"""What every masked layer shares: masks as non-persistent buffers, pruned entries that stay zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Masked"]
+
+
+class Masked(nn.Module):
+    """A torch layer some of whose parameters have masks; comes first among a layer's bases.
+
+    The mask of parameter ``weight`` is the non-persistent buffer ``weight_mask``; a parameter without one is
+    kept whole. ``state_dict()`` has torch's keys and shows pruned entries as zeros, and loading sets them to zero.
+    """
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return parameter name -> mask, for the parameters that have one."""
+        return {n[: -len("_mask")]: b for n, b in self._buffers.items() if n.endswith("_mask") and b is not None}
+
+    @property
+    def density(self) -> float:
+        """Kept share of the masked parameters, 0 to 1 (1 when none has a mask)."""
+        masks = self.masks().values()
+        total = sum(m.numel() for m in masks)
+        return sum(int(m.sum()) for m in masks) / total if total else 1.0
+
+    def _maskable(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace all masks; names that are not given are kept whole."""
+        kind = type(self).__name__
+        for name, mask in masks.items():
+            if name not in self._maskable():
+                raise ValueError(f"{kind}: no mask fits {name!r}; wanted one of {', '.join(self._maskable())}")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"{kind}: the mask of {name!r} is {got}, wanted a torch.bool tensor (True = kept)")
+            parameter = getattr(self, name)
+            if mask.shape != parameter.shape:
+                raise ValueError(
+                    f"{kind}: the mask of {name!r} has shape {tuple(mask.shape)} but the parameter has "
+                    f"{tuple(parameter.shape)}; a mask covers its weight entry by entry. "
+                    "Did the layer get compacted after the mask was made?"
+                )
+        self._drop_masks()
+        for name, mask in masks.items():
+            # a copy: whoever gave the mask may change it; contiguous: the kernels walk it row by row
+            own = mask.detach().to(getattr(self, name).device, copy=True).contiguous()
+            # persistent=False: FL codebases average state_dict(); a bool mask must not be in it
+            self.register_buffer(f"{name}_mask", own, persistent=False)
+        self._zero()
+
+    def _drop_masks(self) -> None:
+        for name in self.masks():
+            delattr(self, f"{name}_mask")
+
+    def _forget(self) -> None:
+        """Undo everything that a masked layer has and torch's layer has not."""
+        self._zero()
+        self._drop_masks()
+
+    @torch.no_grad()
+    def _zero(self) -> None:
+        for name, mask in self.masks().items():
+            parameter = getattr(self, name)
+            parameter.copy_(torch.where(mask, parameter, 0))  # where, not *: a pruned NaN is zero too
+
+    def _effective(self, name: str) -> Tensor:
+        """Return the parameter with zeros where it is pruned."""
+        parameter, mask = getattr(self, name), self._buffers.get(f"{name}_mask")
+        return parameter if mask is None else torch.where(mask, parameter, 0)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # momentum gathered before the mask was set may still move a pruned entry, which counts for nothing
+        self._zero()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._zero()
+
+    def extra_repr(self) -> str:
+        """Return torch's line with the density at its end."""
+        return f"{super().extra_repr()}, density={self.density:.4g}"

@@ -1,0 +1,164 @@
+"""Multiply by the kept weights only: ``y = act(x @ (w * mask).T + b)``, with every derivative."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoflip.ops import _masked_matmul as steps
+from autoflip.ops._masked_matmul import path
+
+__all__ = ["Pack", "masked_linear", "masked_matmul", "path"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Pack:
+    """A mask and the order in which the CPU kernel visits its kept entries, built once per mask.
+
+    Args:
+        mask: ``(O, K)``, bool, True = kept. Copied nowhere: change it only by making another Pack.
+        path: "auto" lets :func:`path` decide call by call; "sparse" or "dense" force one.
+
+    Attributes:
+        mask: the mask, contiguous.
+        kept: number of kept entries.
+        density: kept share, 0 to 1 (1 for an empty mask).
+        layout: uint8, see csrc/cpu/masked_matmul.h; empty where only the dense path can be taken.
+        layout_t: the same for the transposed mask.
+
+    Raises:
+        ValueError: ``mask`` is not a 2-d bool tensor, or ``path`` is not one of the three.
+    """
+
+    def __init__(self, mask: Tensor, *, path: str = "auto") -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"Pack: mask is {got}, wanted a 2-d torch.bool tensor (True = kept)")
+        if path not in steps.PATHS:
+            raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(steps.PATHS)}")
+        self.mask = mask.contiguous()
+        self.path = path
+        self.kept = int(mask.sum())
+        self.density = self.kept / mask.numel() if mask.numel() else 1.0
+        self.layout = self.layout_t = torch.empty(0, dtype=torch.uint8, device=mask.device)
+        most = max(steps.crossover().values(), default=0.0)
+        # no batch size would take the sparse path: do not build what nothing reads
+        if mask.device.type == "cpu" and most and (path == "sparse" or (path == "auto" and self.density < most)):
+            self.layout, self.layout_t = (steps.make_layout(self.mask, transposed=t) for t in (False, True))
+
+    def parts(self) -> steps.Parts:
+        """Return what the ops take."""
+        return steps.Parts(self.mask, self.layout, self.layout_t, self.kept, self.path)
+
+    def __repr__(self) -> str:
+        return f"Pack({tuple(self.mask.shape)}, density {self.density:.4f}, path {self.path!r})"
+
+
+def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, activation: str | None = None) -> Tensor:
+    """Apply a linear layer whose pruned weights do no work: ``y = act(x @ (weight * mask).T + bias)``.
+
+    Args:
+        x: ``(..., K)``, float32, bfloat16, float16 or float64.
+        weight: ``(O, K)``, dtype and device of ``x``; what stands at pruned entries is ignored.
+        bias: ``(O,)`` or None.
+        pack: ``Pack(mask)``, made once per mask.
+        activation: None or "relu".
+
+    Returns:
+        ``(..., O)``, dtype of ``x``. The gradient of ``weight`` is exactly zero at pruned entries.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+
+    Cost: ``2 * N * pack.kept`` FLOPs on the sparse path (CPU, float32, see :func:`path`), the same for each
+    gradient; ``2 * N * O * K`` on the dense path.
+    """
+    if activation not in (None, "relu"):
+        raise ValueError(f"masked_linear: activation={activation!r}; wanted None or 'relu'")
+    if torch.is_autocast_enabled(x.device.type):
+        y = F.linear(x, torch.where(pack.mask, weight, 0), bias)
+        return y.relu() if activation else y
+    _check(x, weight, bias, pack.mask, "masked_linear")
+    rows = x.reshape(x.shape[:-1].numel(), weight.shape[1])
+    y = steps.linear(rows, weight, bias, pack.parts(), relu=activation == "relu")
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Multiply by the kept weights only: ``y = x @ (weight * mask).T``.
+
+    The mask's Pack is remembered as long as the mask lives and is not changed; loops that make a new mask
+    tensor per call should make the Pack themselves and call :func:`masked_linear`. Under ``torch.compile``
+    the dense path is taken.
+
+    Args:
+        x: ``(N, K)``, float32, bfloat16, float16 or float64.
+        weight: ``(O, K)``, dtype and device of ``x``.
+        mask: ``(O, K)``, bool, True = kept.
+
+    Returns:
+        ``(N, O)``, dtype of ``x``; sums are kept in float32 at least.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+
+    Cost: ``2 * N * mask.sum()`` FLOPs where :func:`path` says "sparse", else ``2 * N * O * K``.
+    Source: column buckets by row pattern are ours; row groups as in Gale et al., "Sparse GPU Kernels for Deep
+    Learning", SC 2020.
+
+    Example:
+        >>> x, w = torch.ones(1, 3), torch.tensor([[1., 2., 4.]])
+        >>> masked_matmul(x, w, torch.tensor([[True, False, True]]))
+        tensor([[5.]])
+    """
+    if x.dim() != 2:
+        raise ValueError(f"masked_matmul: x has shape {tuple(x.shape)}, wanted (N, K)")
+    _check(x, weight, None, mask, "masked_matmul")
+    if torch.compiler.is_compiling():
+        return F.linear(x, torch.where(mask, weight, 0))
+    return masked_linear(x, weight, None, _pack_of(mask))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, op: str) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; wanted (..., K) and (O, K)"
+        )
+    if mask.shape != weight.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"{op}: mask has shape {tuple(mask.shape)} and dtype {mask.dtype} but weight has "
+            f"{tuple(weight.shape)}; a bool mask covers its weight entry by entry. "
+            "Did the layer get compacted after the mask was made?"
+        )
+    if x.dtype not in _DTYPES or weight.dtype != x.dtype:
+        raise ValueError(
+            f"{op}: x is {x.dtype} and weight is {weight.dtype}; wanted one dtype of "
+            f"{', '.join(map(str, _DTYPES))} for both. Convert one with .to(dtype)"
+        )
+    if weight.device != x.device or mask.device != x.device:
+        raise ValueError(
+            f"{op}: x is on {x.device}, weight on {weight.device}, mask on {mask.device}; "
+            "wanted all on one device. Move the module with .to(device)"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"{op}: bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, wanted {x.dtype} "
+            f"({weight.shape[0]},) on {x.device}"
+        )
+
+
+_packs: dict[int, tuple[weakref.ref, int, Pack]] = {}
+
+
+def _pack_of(mask: Tensor) -> Pack:
+    key, version = id(mask), 0 if mask.is_inference() else mask._version
+    if (found := _packs.get(key)) and found[0]() is mask and found[1] == version:
+        return found[2]
+    # the Pack must not hold the key itself, or the mask would live for good
+    pack = Pack(mask.detach())
+    _packs[key] = (weakref.ref(mask, lambda _: _packs.pop(key, None)), version, pack)
+    return pack

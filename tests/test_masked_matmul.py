@@ -1,0 +1,262 @@
+"""The masked product against float64, on every path and instruction set, with its derivatives and its ledger."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoflip import ops
+from autoflip.ops import Pack, backend, reference
+from autoflip.ops.masked_matmul import path
+
+SHAPES = [(1, 1, 1), (33, 65, 257), (70, 9, 530), (300, 21, 40)]  # ragged in rows, groups, chunks and panels
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def eps(dtype):
+    return torch.finfo(dtype).eps
+
+
+def case(N, O, K, density, dtype=torch.float32, device="cpu"):
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=g).to(device, dtype).requires_grad_() for s in [(N, K), (O, K)])
+    b = torch.randn(O, generator=g).to(device, dtype).requires_grad_()
+    mask = (torch.rand(O, K, generator=g) < density).to(device)
+    dy = torch.randn(N, O, generator=g).to(device, dtype)
+    return x, w, b, mask, dy
+
+
+def tolerance(dtype, terms):
+    # rounding of the result + float32 sums (largest seen: 19 eps sqrt(terms))
+    return (4 * eps(dtype) + 32 * eps(torch.float32)) * terms**0.5
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("N, O, K", [(1, 1, 1), (33, 65, 257), (128, 256, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_masked_matmul_equals_float64_reference(N, O, K, density, dtype, device):
+    x, w, _, mask, dy = case(N, O, K, density, dtype, device)
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
+
+    y, y64 = ops.masked_matmul(x, w, mask), reference.masked_matmul(x64, w64, mask)
+    got = (y, *torch.autograd.grad(y, (x, w), dy))
+    want = (y64, *torch.autograd.grad(y64, (x64, w64), dy.double()))
+
+    for a, b, terms in zip(got, want, (K, O, N), strict=True):
+        torch.testing.assert_close(
+            a.double(), b, rtol=0, atol=tolerance(dtype, terms) * max(1, 4 * (dtype == torch.bfloat16))
+        )
+    assert not got[2][~mask].any()
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("N, O, K", SHAPES)
+def test_sparse_path_equals_float64_reference(N, O, K, density, activation):
+    x, w, b, mask, dy = case(N, O, K, density)
+    x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
+
+    y = ops.masked_linear(x, w, b, Pack(mask, path="sparse"), activation)
+    y64 = reference.masked_matmul(x64, w64, mask) + b64
+    y64 = y64.relu() if activation else y64
+    got = (y, *torch.autograd.grad(y, (x, w, b), dy))
+    want = (y64, *torch.autograd.grad(y64, (x64, w64, b64), dy.double()))
+
+    for a, c, terms in zip(got, want, (K, O, N, N), strict=True):
+        torch.testing.assert_close(a.double(), c, rtol=0, atol=tolerance(torch.float32, terms))
+    assert not got[2][~mask].any()
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_every_instruction_set_equals_float64_reference(isa):
+    # AUTOFLIP_CPU is read once per process; a CPU without the set runs the best it has
+    names = ["test_sparse_path_equals_float64_reference", "test_result_does_not_depend_on_the_thread_count"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{__file__}::{n}" for n in names)],
+        env={**os.environ, "AUTOFLIP_CPU": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+def test_result_does_not_depend_on_the_thread_count():
+    x, w, b, mask, dy = case(200, 70, 600, 0.2)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y = ops.masked_linear(x, w, b, Pack(mask, path="sparse"), "relu")
+        results.append((y, *torch.autograd.grad(y, (x, w, b), dy)))
+    for other in results[1:]:
+        assert all(torch.equal(a, c) for a, c in zip(results[0], other, strict=True))
+
+
+def test_every_order_of_derivative_exists():
+    x, w, b, mask, _ = case(3, 5, 4, 0.5)
+    pack = Pack(mask, path="sparse")
+
+    def hvp(layer, dtype):
+        p = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
+        g = torch.autograd.grad(layer(*p).pow(3).sum(), p, create_graph=True)
+        return torch.autograd.grad(sum(t.pow(2).sum() for t in g), p)
+
+    got = hvp(lambda x, w, b: ops.masked_linear(x, w, b, pack), torch.float32)
+    want = hvp(lambda x, w, b: reference.masked_matmul(x, w, mask) + b, torch.float64)
+    for a, c in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-3)  # cubes of sums: values reach 1e4
+    x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
+    assert torch.autograd.gradgradcheck(lambda *p: ops.masked_linear(*p, pack, "relu"), (x64, w64, b64))
+
+
+def test_function_transforms_see_the_same_function():
+    x, w, _, mask, _ = case(6, 5, 4, 0.5)
+    x, w = x.detach(), w.detach()
+    pack = Pack(mask, path="sparse")
+
+    def loss(w, row):
+        return ops.masked_linear(row, w, None, pack).pow(2).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(w, x)
+    want = torch.stack([2 * reference.masked_matmul(row[None], w, mask).T * row * mask for row in x])
+    torch.testing.assert_close(per_sample, want)
+    w = w.requires_grad_()
+    y = ops.masked_linear(x, w, None, pack)
+    (batched,) = torch.autograd.grad(y, w, torch.eye(y.numel()).view(-1, *y.shape), is_grads_batched=True)
+    torch.testing.assert_close(batched.sum(0), x.sum(0) * mask)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_leading_dimensions_and_strides_are_free(lead):
+    _, w, b, mask, _ = case(1, 20, 30, 0.3)
+    x = torch.randn(30, *lead).movedim(0, -1)
+    y = ops.masked_linear(x, w.detach().T.contiguous().T, b, Pack(mask, path="sparse"))
+    assert y.shape == (*lead, 20)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, w * mask, b))
+
+
+@pytest.mark.parametrize("N, O, K", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty_shapes(N, O, K):
+    for p in ("sparse", "dense"):
+        x, w, b, mask, dy = case(N, O, K, 0.5)
+        y = ops.masked_linear(x, w, b, Pack(mask, path=p))
+        dx, dw = torch.autograd.grad(y, (x, w), dy)
+        assert (y.shape, dx.shape, dw.shape) == ((N, O), (N, K), (O, K))
+        assert K or torch.equal(y, b.expand(N, O))
+
+
+def test_dense_path_gives_exact_zeros_even_for_pruned_nan():
+    x, w, _, mask, dy = case(8, 6, 5, 0.5)
+    with torch.no_grad():
+        w[~mask] = float("nan")
+    for p in ("dense", "sparse"):
+        y = ops.masked_linear(x, w, None, Pack(mask, path=p))
+        dw = torch.autograd.grad(y, w, dy)[0]
+        assert y.isfinite().all()
+        assert not dw[~mask].any()
+
+
+def test_changed_mask_is_seen():
+    x, w, _, mask, _ = case(3, 4, 5, 1.0)
+    ops.masked_matmul(x, w, mask)
+    mask[0] = False
+    assert not ops.masked_matmul(x, w, mask)[:, 0].any()
+
+
+@pytest.mark.parametrize("want", ["sparse", "dense", "auto"])
+def test_flops_are_those_that_ran(want):
+    N, O, K = 64, 96, 300
+    x, w, b, mask, dy = case(N, O, K, 0.1)
+    pack = Pack(mask, path=want)
+    with FlopCounterMode(display=False) as count:
+        ops.masked_linear(x, w, b, pack).backward(dy)
+    executed = 0
+    for step in ("forward", "dx", "dw"):
+        sparse = want == "sparse" or (want == "auto" and path(N, O, K, pack.density, step=step) == "sparse")
+        executed += 2 * N * (int(mask.sum()) if sparse else O * K)
+    assert count.get_total_flops() == executed
+
+
+def test_path_is_a_rule():
+    isa = backend.extension("_C")[0].isa()
+    assert path(1, 4, 4, 0.01) == "dense"  # too small to pay for a call
+    assert path(64, 512, 2304, 1.0) == "dense"
+    if isa != "base":
+        assert path(64, 512, 2304, 0.05) == "sparse"
+    assert {path(64, 512, 2304, 0.2) for _ in range(5)} == {path(64, 512, 2304, 0.2)}
+
+
+def test_opcheck():
+    x, w, b, mask, dy = case(9, 7, 11, 0.4)
+    parts = Pack(mask, path="sparse").parts()
+    torch.library.opcheck(torch.ops.autoflip.masked_linear.default, (x, w, b, True, *parts))
+    torch.library.opcheck(torch.ops.autoflip.masked_linear_dx.default, (dy.requires_grad_(), w, *parts))
+    torch.library.opcheck(torch.ops.autoflip.masked_linear_dw.default, (dy, x, *parts))
+
+
+@pytest.mark.parametrize("want", ["sparse", "dense"])
+def test_compile_fullgraph(want):
+    x, w, b, mask, dy = case(9, 7, 11, 0.4)
+    pack = Pack(mask, path=want)
+    layer = lambda x, w, b: ops.masked_linear(x, w, b, pack, "relu")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(x, w, b), layer(x, w, b)
+    torch.testing.assert_close(got, expected)
+    for a, c in zip(torch.autograd.grad(got, (x, w, b), dy), torch.autograd.grad(expected, (x, w, b), dy), strict=True):
+        torch.testing.assert_close(a, c)
+    torch.testing.assert_close(
+        torch.compile(ops.masked_matmul, fullgraph=True, backend="aot_eager")(x, w, mask), ops.masked_matmul(x, w, mask)
+    )
+
+
+def test_autocast_and_half_take_the_dense_path():
+    x, w, b, mask, _ = case(9, 7, 11, 0.4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.masked_linear(x, w, b, Pack(mask, path="sparse")).dtype == torch.bfloat16
+    assert ops.masked_linear(x.half(), w.half(), b.half(), Pack(mask, path="sparse")).dtype == torch.float16
+
+
+def test_errors_say_what_came_and_what_was_wanted():
+    x, w, b, mask, _ = case(3, 4, 5, 0.5)
+    with pytest.raises(ValueError, match="entry by entry"):
+        ops.masked_matmul(x, w, mask[:, :4])
+    with pytest.raises(ValueError, match=r"wanted \(N, K\)"):
+        ops.masked_matmul(x[0], w, mask)
+    with pytest.raises(ValueError, match=r"wanted \(..., K\) and \(O, K\)"):
+        ops.masked_matmul(x[:, :4], w, mask)
+    with pytest.raises(ValueError, match="one dtype"):
+        ops.masked_matmul(x, w.double(), mask)
+    with pytest.raises(ValueError, match="bias is"):
+        ops.masked_linear(x, w, b[:2], Pack(mask))
+    with pytest.raises(ValueError, match="activation='gelu'"):
+        ops.masked_linear(x, w, b, Pack(mask), "gelu")
+    with pytest.raises(ValueError, match="2-d torch.bool"):
+        Pack(w)
+    with pytest.raises(ValueError, match="path='fast'"):
+        Pack(mask, path="fast")
+
+
+def test_backend_that_cannot_run_says_why(monkeypatch):
+    x, w, _, mask, _ = case(3, 4, 5, 0.5)
+    monkeypatch.setenv("AUTOFLIP_BACKEND", "cuda")
+    with pytest.raises(backend.BackendError, match="cuda runs on CUDA tensors only"):
+        ops.masked_matmul(x, w, mask)
+    monkeypatch.setenv("AUTOFLIP_BACKEND", "reference")
+    torch.testing.assert_close(ops.masked_matmul(x, w, mask), reference.masked_matmul(x, w, mask))
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_instruction_set_sources_share_no_code(isa):
+    # a weak symbol compiled for AVX-512 could be the copy that the linker picks for every CPU
+    objects = list(Path(__file__).parents[1].glob(f"build/*-opt/*masked_matmul_{isa}.cpp.o"))
+    if not objects:
+        pytest.skip("no object files: installed from a wheel")
+    for o in objects:
+        names = subprocess.run(["nm", "-g", "--defined-only", o], capture_output=True, text=True, check=True).stdout
+        # DW.ref.* is a data reference to the exception handler, not code
+        symbols = [line.split()[-1] for line in names.splitlines() if line and "DW.ref" not in line]
+        assert len(symbols) == 1, symbols
