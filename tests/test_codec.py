@@ -222,6 +222,7 @@ def test_schema_id_depends_on_names_shapes_kinds_and_order():
     a, b = torch.zeros(2, 3), torch.zeros(4)
     schema = codec.Schema.of({"a": a, "b": b})
     assert schema == codec.Schema.of({"a": a.half(), "b": b.double()})
+    assert schema.shapes == {"a": (2, 3), "b": (4,)}
     others = ({"b": b, "a": a}, {"a": a, "c": b}, {"a": a.T, "b": b}, {"a": a, "b": b.long()}, {"a": a})
     assert len({codec.Schema.of(o).id for o in others} | {schema.id}) == 6
 
@@ -261,3 +262,21 @@ def test_missing_zstandard_is_said_and_none_needs_it_not(monkeypatch):
         codec.encode({"w": torch.ones(3, 4)})
     blob = codec.encode({"w": torch.ones(3, 4)}, entropy="none", values="fp32")
     assert torch.equal(codec.decode(blob)["w"], torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("served", ["triton", "cuda", "reference"])
+def test_a_wish_for_a_gpu_backend_leaves_frames_alone(served, monkeypatch):
+    delta = {"w": torch.randn(40, 40, generator=torch.Generator().manual_seed(0))}
+    masks = MaskSet({"w": delta["w"] > 1})
+    blob = codec.encode(delta, masks=masks, values="int8")
+    monkeypatch.setenv("AUTOFLIP_BACKEND", served)
+    assert codec.encode(delta, masks=MaskSet(dict(masks)), values="int8") == blob
+
+
+@pytest.mark.gpu
+def test_gpu_tensors_make_the_same_frame():
+    delta = {"w": torch.randn(40, 40, generator=torch.Generator().manual_seed(0))}
+    masks = MaskSet({"w": delta["w"] > 1})
+    for m in (None, masks):
+        on_gpu = {n: t.cuda() for n, t in delta.items()}
+        assert codec.encode(on_gpu, masks=m, values="int8") == codec.encode(delta, masks=m, values="int8")

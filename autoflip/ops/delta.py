@@ -6,6 +6,7 @@ They move data of a fixed layout and take no part in autograd. Stochastic roundi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -52,11 +53,15 @@ Array = np.ndarray[Any, Any]
 
 # there is no CUDA or Triton kernel: on a GPU torch gathers, so that only kept entries cross to the host
 backend.register("delta", "cpp")
+_HOST = torch.device("cpu")
 
 
-def _cpp(device: torch.device | None = None) -> ModuleType | None:
-    """Return the extension when it serves ``device`` (None: the CPU)."""
-    if backend.serve("delta", device or torch.device("cpu")) != "cpp":
+def _cpp(device: torch.device = _HOST) -> ModuleType | None:
+    """Return the extension when it serves ``device``."""
+    if device.type != "cpu":
+        return None
+    # a wish for a GPU backend is about GPU tensors; a frame is made on the host all the same
+    if os.environ.get("AUTOFLIP_BACKEND") not in ("cuda", "triton") and backend.serve("delta", device) != "cpp":
         return None
     return backend.extension("_C")[0]
 
