@@ -139,6 +139,14 @@ int64_t delta_rice_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t kept
   return kernels().rice_decode(at<uint8_t>(data), bytes, n, kept, k, at<uint64_t>(words));
 }
 
+int64_t delta_varint_encode(uintptr_t words, int64_t n, uintptr_t out) {
+  return kernels().varint_encode(at<uint64_t>(words), words_of(n), at<uint8_t>(out));
+}
+
+int64_t delta_varint_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t kept, uintptr_t words) {
+  return kernels().varint_decode(at<uint8_t>(data), bytes, n, kept, at<uint64_t>(words));
+}
+
 }  // namespace
 
 void bind_delta(py::module_& m) {
@@ -158,6 +166,8 @@ void bind_delta(py::module_& m) {
   m.def("delta_rice_bits", delta_rice_bits, free_gil());
   m.def("delta_rice_encode", delta_rice_encode, free_gil());
   m.def("delta_rice_decode", delta_rice_decode, free_gil());
+  m.def("delta_varint_encode", delta_varint_encode, free_gil());
+  m.def("delta_varint_decode", delta_varint_decode, free_gil());
 }
 
 }  // namespace autoflip

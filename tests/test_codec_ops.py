@@ -48,6 +48,7 @@ def everything(n, density):
     for k in (0, 3, 12):
         code = delta.rice_encode(pack, k) if n < 5000 or backend.serve("delta", x.device) == "cpp" else b""
         out.append(np.frombuffer(code, np.uint8))
+    out.append(np.frombuffer(delta.varint_encode(pack), np.uint8))
     return [np.ascontiguousarray(a) for a in out]
 
 
@@ -111,7 +112,7 @@ def test_rice_decode_refuses_bad_streams(served, monkeypatch):
         delta.rice_decode(code, 250, mask.kept, 2)
     with pytest.raises(ValueError, match="leaves the tensor"):
         delta.rice_decode(b"\xff" * 50, 300, 2, 2)
-    with pytest.raises(ValueError, match="padding is not zero"):
+    with pytest.raises(ValueError, match="padding that is not zero"):
         delta.rice_decode(b"\xfe", 300, 1, 0)
     with pytest.raises(ValueError, match="ends early"):
         delta.rice_decode(b"", 300, 1, 0)
@@ -131,10 +132,38 @@ def test_rice_decoders_agree_on_any_bytes(data, n, kept, k):
     def slow():
         words, used = reference.rice_decode(np.frombuffer(data, np.uint8)[: 7 * kept], n, kept, k)
         if used < 0:
-            raise ValueError(delta._RICE_ERRORS[used])
+            raise ValueError("a Rice stream " + delta._INDEX_ERRORS[used])
         return delta.Pack(words, n), used
 
     assert outcome(lambda: delta.rice_decode(data, n, kept, k)) == outcome(slow)
+
+
+@given(st.integers(0, 3000), st.floats(0, 1), st.integers(0, 1 << 30), st.sampled_from(["auto", "reference"]))
+@settings(deadline=None, max_examples=200)
+def test_varint_round_trip(n, density, seed, served):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOFLIP_BACKEND", served)
+        mask = delta.pack(torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density)
+        code = delta.varint_encode(mask)
+        again, used = delta.varint_decode(code + b"tail", n, mask.kept)
+        assert used == len(code)
+        assert torch.equal(again.words, mask.words)
+
+
+@pytest.mark.parametrize("served", ["auto", "reference"])
+def test_varint_decode_refuses_bad_streams(served, monkeypatch):
+    monkeypatch.setenv("AUTOFLIP_BACKEND", served)
+    for data, message in [
+        (b"", "ends early"),
+        (b"\x80", "ends early"),
+        (b"\x80\0", "too long"),
+        (b"\xff" * 20, "too long"),
+        (b"\x88\x02", "leaves the tensor"),
+        (b"\xff" * 8 + b"\x7f", "leaves the tensor"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            delta.varint_decode(data, 264, 1)
+    assert delta.varint_decode(b"\x87\x02", 264, 1)[0].kept == 1
 
 
 @pytest.mark.parametrize("served", ["auto", "reference"])

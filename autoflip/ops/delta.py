@@ -31,22 +31,24 @@ __all__ = [
     "pack",
     "pack_nonzero",
     "pack_words",
-    "positions",
     "quantise",
     "rice_bits",
     "rice_decode",
     "rice_encode",
     "round_bf16",
     "split_planes",
+    "varint_decode",
+    "varint_encode",
 ]
 
 BLOCK = 256  # kept entries that share one scale
 _CHUNK = 1 << 18  # entries of a thread's range; Pack.offsets counts by it
 _RICE_BYTES = 7  # the longest Rice code has 56 bits
-_RICE_ERRORS = {
-    -1: "a Rice stream ends early",
-    -2: "a Rice stream leaves the tensor",
-    -3: "a Rice stream's padding is not zero",
+_INDEX_ERRORS = {
+    -1: "ends early",
+    -2: "leaves the tensor",
+    -3: "has padding that is not zero",
+    -4: "holds a number that is too long",
 }
 
 Array = np.ndarray[Any, Any]
@@ -140,11 +142,6 @@ def _new_words(numel: int) -> Tensor:
 def bits(mask: Pack) -> Tensor:
     """Return the mask as ``(numel,)`` bool."""
     return reference.delta_mask(mask.words, mask.numel)
-
-
-def positions(mask: Pack) -> Array:
-    """Return the kept positions in rising order: ``(kept,)`` int64."""
-    return np.flatnonzero(bits(mask).numpy())
 
 
 def gather(x: Tensor, mask: Pack | None, base: Tensor | None = None) -> tuple[Array, bool]:
@@ -341,6 +338,30 @@ def rice_decode(data: bytes | memoryview, numel: int, kept: int, k: int) -> tupl
         used = int(ext.delta_rice_decode(raw.ctypes.data, len(raw), numel, kept, k, words.data_ptr()))
     else:
         words, used = reference.rice_decode(raw, numel, kept, k)
+    return _checked("a Rice stream", words, numel, used)
+
+
+def varint_encode(mask: Pack) -> bytes:
+    """LEB128 code of the gaps between kept entries."""
+    if ext := _cpp():
+        out = np.empty(ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, 0), np.uint8)
+        ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, out.ctypes.data)
+        return out.tobytes()
+    return reference.varint_encode(mask.words, mask.numel)
+
+
+def varint_decode(data: bytes | memoryview, numel: int, kept: int) -> tuple[Pack, int]:
+    """Read ``kept`` positions below ``numel`` from the start of hostile ``data``, as :func:`rice_decode` does."""
+    raw = np.frombuffer(data, np.uint8)
+    words = _new_words(numel)
+    if ext := _cpp():
+        used = int(ext.delta_varint_decode(raw.ctypes.data, len(raw), numel, kept, words.data_ptr()))
+    else:
+        words, used = reference.varint_decode(raw, numel, kept)
+    return _checked("a varint stream", words, numel, used)
+
+
+def _checked(what: str, words: Tensor, numel: int, used: int) -> tuple[Pack, int]:
     if used < 0:
-        raise ValueError(_RICE_ERRORS[used])
+        raise ValueError(f"{what} {_INDEX_ERRORS[used]}")
     return Pack(words, numel), used

@@ -132,6 +132,40 @@ def rice_decode(data: np.ndarray, numel: int, kept: int, k: int) -> tuple[Tensor
     return delta_words(mask), -3 if any(bits[at : used * 8]) else used
 
 
+def varint_encode(words: Tensor, numel: int) -> bytes:
+    """Code each gap as LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
+    out = bytearray()
+    for gap in _gaps(words, numel).tolist():
+        while gap >= 0x80:
+            out.append(gap & 0x7F | 0x80)
+            gap >>= 7
+        out.append(gap)
+    return bytes(out)
+
+
+def varint_decode(data: np.ndarray, numel: int, kept: int) -> tuple[Tensor, int]:
+    """Undo :func:`varint_encode`: (words, bytes used, or -1 short, -2 range, -4 a number too long)."""
+    mask = torch.zeros(numel, dtype=torch.bool)
+    stream, at, position = data.tolist(), 0, -1
+    for _ in range(kept):
+        gap = shift = 0
+        while True:
+            if at == len(stream):
+                return delta_words(mask), -1
+            byte, at = stream[at], at + 1
+            gap |= (byte & 0x7F) << shift
+            if byte < 0x80 and (byte or not shift):
+                break
+            if byte < 0x80 or shift == 56:
+                return delta_words(mask), -4
+            shift += 7
+        position += 1 + gap
+        if position >= numel:
+            return delta_words(mask), -2
+        mask[position] = True
+    return delta_words(mask), at
+
+
 def delta_split(values: np.ndarray) -> bytes:
     """Byte planes: all lowest bytes first."""
     return values.view(np.uint8).reshape(-1, values.itemsize).T.tobytes()

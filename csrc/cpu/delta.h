@@ -12,7 +12,7 @@ constexpr int64_t kDeltaBlock = 256;           // kept entries that share a scal
 constexpr int64_t kDeltaChunkWords = 1 << 12;  // words of a thread's range: 2^18 entries
 constexpr int kRiceEscape = 24;                // this many ones announce a plain 32-bit gap
 
-enum RiceError : int64_t { kRiceShort = -1, kRiceRange = -2, kRicePadding = -3 };
+enum IndexError : int64_t { kShort = -1, kRange = -2, kPadding = -3, kLong = -4 };
 
 struct DeltaKernels {
   // words[i] from 0/1 bytes, and from x != 0
@@ -42,8 +42,11 @@ struct DeltaKernels {
   // Rice code of the gaps between set bits, bits filled from the lowest
   int64_t (*rice_bits)(const uint64_t* words, int64_t num_words, int k);
   void (*rice_encode)(const uint64_t* words, int64_t num_words, int k, uint8_t* out, int64_t out_bytes);
-  // reads `kept` positions below n into zeroed words; returns bytes used or a RiceError. `data` is hostile.
+  // reads `kept` positions below n into zeroed words; returns bytes used or an IndexError. `data` is hostile.
   int64_t (*rice_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, int k, uint64_t* words);
+  // gaps as LEB128; varint_encode with a null `out` only counts the bytes; varint_decode as rice_decode
+  int64_t (*varint_encode)(const uint64_t* words, int64_t num_words, uint8_t* out);
+  int64_t (*varint_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, uint64_t* words);
 };
 
 extern const DeltaKernels kDeltaBase;

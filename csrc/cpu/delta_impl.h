@@ -390,19 +390,51 @@ int64_t rice_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept,
       gap = (window >> kRiceEscape) & 0xFFFFFFFFu;
       at += kRiceEscape + 32;
     }
-    if (at > end) return kRiceShort;
-    if (gap >= uint64_t(n - next)) return kRiceRange;
+    if (at > end) return kShort;
+    if (gap >= uint64_t(n - next)) return kRange;
     next += int64_t(gap) + 1;
     words[(next - 1) >> 6] |= 1ULL << ((next - 1) & 63);
   }
   const int64_t used = (at + 7) >> 3;
-  if ((at & 7) && data[used - 1] >> (at & 7)) return kRicePadding;
+  if ((at & 7) && data[used - 1] >> (at & 7)) return kPadding;
   return used;
 }
 
-constexpr DeltaKernels kTable = {pack,     pack_nonzero, count,       gather,     expand, expand_add,
-                                 quantise, dequantise,   round_bf16,  split2,     split4, merge2,
-                                 merge4,   rice_bits,    rice_encode, rice_decode};
+int64_t varint_encode(const uint64_t* words, int64_t num_words, uint8_t* out) {
+  int64_t at = 0;
+  each_gap(words, num_words, [&](uint64_t gap) {
+    for (; gap >= 0x80; gap >>= 7, ++at)
+      if (out) out[at] = uint8_t(gap | 0x80);
+    if (out) out[at] = uint8_t(gap);
+    ++at;
+  });
+  return at;
+}
+
+int64_t varint_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, uint64_t* words) {
+  int64_t at = 0, next = 0;
+  for (int64_t j = 0; j < kept; ++j) {
+    uint64_t gap = 0;
+    for (int shift = 0;; shift += 7) {
+      if (at == bytes) return kShort;
+      const uint8_t byte = data[at++];
+      gap |= uint64_t(byte & 0x7F) << shift;
+      if (byte < 0x80) {
+        if (byte == 0 && shift) return kLong;  // the shortest form only
+        break;
+      }
+      if (shift == 56) return kLong;
+    }
+    if (gap >= uint64_t(n - next)) return kRange;
+    next += int64_t(gap) + 1;
+    words[(next - 1) >> 6] |= 1ULL << ((next - 1) & 63);
+  }
+  return at;
+}
+
+constexpr DeltaKernels kTable = {
+    pack,   pack_nonzero, count,  gather, expand,    expand_add,  quantise,    dequantise,    round_bf16,
+    split2, split4,       merge2, merge4, rice_bits, rice_encode, rice_decode, varint_encode, varint_decode};
 
 }  // namespace
 }  // namespace autoflip
