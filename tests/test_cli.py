@@ -320,7 +320,7 @@ def test_a_real_comparison(tmp_path, capfd):
 
 
 def test_ctrl_c_in_a_real_run_then_resume(tmp_path):
-    command = [sys.executable, "-m", "autoflip", "run", *SMALL, "--rounds", "12", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "autoflip", "run", *SMALL, "--rounds", "6", "--out", str(tmp_path / "run")]
     # a shell's background job ignores Ctrl-C, and its children with it
     start = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, preexec_fn=start) as process:
@@ -330,7 +330,7 @@ def test_ctrl_c_in_a_real_run_then_resume(tmp_path):
     assert process.returncode == 130
     assert error == f"autoflip: stopped; continue with: autoflip resume {tmp_path / 'run'}\n"
     assert cli.main(["resume", str(tmp_path / "run"), "-q"]) == 0
-    assert cli.main(["run", *SMALL, "--rounds", "12", "--out", str(tmp_path / "whole"), "-q"]) == 0
+    assert cli.main(["run", *SMALL, "--rounds", "6", "--out", str(tmp_path / "whole"), "-q"]) == 0
     stopped, whole = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole"))
     for key in ("final_accuracy", "best_accuracy", "flops", "bytes_up", "bytes_down"):
         assert stopped["method"][key] == whole["method"][key]
