@@ -4,6 +4,7 @@
 from autoflip.ops.masked_matmul import Pack as Pack
 from autoflip.ops.masked_matmul import masked_linear as masked_linear
 from autoflip.ops.masked_matmul import masked_matmul as masked_matmul
+from autoflip.ops.masked_matmul import masked_weight as masked_weight
 
 # delta
 from autoflip.ops import delta as delta

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from autoflip.flow import Flow, Value, fit
-from autoflip.rules import POOLS, flatten, softmax, spatial
+from autoflip.groups.flow import Flow, Value, fit
+from autoflip.groups.rules import POOLS, flatten, softmax, spatial
 
 __all__ = ["call_module"]
 
@@ -87,14 +87,16 @@ def _conv(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
 
 
 def _norm(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
-    if isinstance(module, nn.GroupNorm) and module.num_groups != module.num_channels:
-        flow.freeze(x, f"{path} mixes channels in groups")
-        return Value(rank=x.rank)
-    size = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+    grouped = isinstance(module, nn.GroupNorm)
+    size = module.num_channels if grouped else module.num_features
     ids = fit(x, size)
     if not ids or x.dim(1) != x.axis:
         flow.freeze(x, f"read by {path}, whose {size} channels do not fit")
         return Value(rank=x.rank)
+    if grouped:  # the channels of a group are averaged together, so they go together
+        width = size // module.num_groups
+        for start in range(0, size, width):
+            flow.tie(ids[start : start + 1] * width, ids[start : start + width])
     for name in ("weight", "bias", "running_mean", "running_var"):
         flow.record(module, path, name, 0, ids, produces=True)
     if getattr(module, "weight", None) is None and getattr(module, "running_mean", None) is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from autoflip.flow import Flow, Size, Value
+from autoflip.groups.flow import Flow, Size, Value
 
 __all__ = ["POOLS", "call_function", "flatten", "softmax", "spatial"]
 

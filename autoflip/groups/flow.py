@@ -183,8 +183,8 @@ class Flow:
     # ---- walking
     def run(self, graph: fx.Graph) -> None:
         """Walk one graph; several graphs of the same model add up."""
-        from autoflip.layers import call_module
-        from autoflip.rules import call_function
+        from autoflip.groups.layers import call_module
+        from autoflip.groups.rules import call_function
 
         values: dict[fx.Node, Any] = {}
         for node in graph.nodes:
