@@ -60,4 +60,4 @@ def _describe(error: Exception) -> tuple[str, int]:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     if isinstance(error, (ValueError, OSError, BackendError)) or type(error).__module__.startswith("autoflip."):
         return str(error) or type(error).__name__, 1
-    return f"internal error, {type(error).__name__}: {error} (AUTOFLIP_DEBUG=1 shows where)", 1
+    return f"internal error, {type(error).__name__}: {str(error)[:400]} (AUTOFLIP_DEBUG=1 shows where)", 1
