@@ -164,7 +164,7 @@ def _open(
     for i, row in enumerate(rows):
         if row.values == BF16:
             values.check_finite_words(streams[i])
-            streams[i] = (streams[i].astype(np.uint32) << np.uint32(16)).view(np.float32)
+            streams[i] = values.widen(streams[i])
     return frame.schema, where, streams
 
 

@@ -67,7 +67,7 @@ def _sections(sets: list[Set], entropy: str) -> list[bytes]:
         elif coding == RICE:
             parts[coding].append(ops.rice_encode(mask, k))
         elif coding == VARINT:
-            parts[coding].append(_varints(mask))
+            parts[coding].append(ops.varint_encode(mask))
     return [section(b"".join(part), entropy) for part in parts.values() if part]
 
 
@@ -88,19 +88,13 @@ def read_sets(reader: Reader, wanted: list[tuple[int, int, int, int]]) -> list[P
             continue
         kept = sum(w[3] for w in mine)
         exact = sum(-(-w[2] // 8) for w in mine)
-        least, most = (exact, exact) if coding == BITMAP else (0, 9 * kept + len(mine))
+        least, most = (exact, exact) if coding == BITMAP else (0, 8 * kept)
         stream = Reader(read_section(reader, least, most), f"{NAMES[coding]} index")
         for i, k, numel, count in mine:
             if coding == BITMAP:
                 masks[i] = _read_bitmap(stream, numel, count)
-            elif coding == RICE:
-                try:
-                    masks[i], used = ops.rice_decode(stream.rest(), numel, count, k)
-                except ValueError as error:
-                    raise DecodeError(f"{error}; the frame is damaged") from error
-                stream.take(used)
             else:
-                masks[i] = _read_varints(stream, numel, count)
+                masks[i] = _read_code(stream, coding, numel, count, k)
         stream.finish()
     for i, (coding, _, numel, _) in enumerate(wanted):
         if coding == WHOLE:
@@ -120,45 +114,14 @@ def _read_bitmap(stream: Reader, numel: int, kept: int) -> Pack:
     return mask
 
 
-def _varints(mask: Pack) -> bytes:
-    gaps = np.diff(ops.positions(mask), prepend=-1) - 1
-    sizes = np.ones(len(gaps), np.int64)
-    for bits in range(7, 63, 7):
-        sizes += gaps >> bits > 0
-    starts = np.cumsum(sizes) - sizes
-    out = np.empty(int(sizes.sum()), np.uint8)
-    for byte in range(int(sizes.max(initial=0))):
-        has = sizes > byte
-        more = (sizes[has] > byte + 1).astype(np.int64) << 7
-        out[starts[has] + byte] = gaps[has] >> 7 * byte & 0x7F | more
-    return out.tobytes()
-
-
-def _read_varints(stream: Reader, numel: int, kept: int) -> Pack:
-    data = np.frombuffer(stream.rest(), np.uint8)
-    ends = np.flatnonzero(data < 0x80)[:kept]
-    if len(ends) < kept:
-        raise DecodeError("a varint index ends early; the frame is damaged")
-    used = int(ends[-1]) + 1 if kept else 0
-    data = data[:used]
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])[:kept]
-    sizes = ends - starts + 1
-    # eight bytes hold 56 bits: more than any tensor has entries, and sums of them cannot wrap unseen below
-    if kept and (int(sizes.max()) > 8 or bool(((data[ends] == 0) & (sizes > 1)).any())):
-        raise DecodeError("a varint index holds a number that is too long; the frame is damaged")
-    gaps = np.zeros(kept, np.int64)
-    for byte in range(int(sizes.max(initial=0))):
-        has = sizes > byte
-        gaps[has] |= (data[starts[has] + byte].astype(np.int64) & 0x7F) << 7 * byte
-    if kept and int(gaps.max()) >= numel:
-        raise DecodeError(f"a varint gap is not below {numel}; the frame is damaged")
-    # each gap is below numel, kept <= numel, but the sum could still pass 2^63 for numel > 2^31: check in float
-    if float(gaps.sum(dtype=np.float64)) + kept > numel * (1 + 1e-9) + 1:
-        raise DecodeError(f"a varint index passes {numel}; the frame is damaged")
-    positions = np.cumsum(gaps + 1) - 1
-    if kept and int(positions[-1]) >= numel:
-        raise DecodeError(f"a varint index passes {numel}; the frame is damaged")
+def _read_code(stream: Reader, coding: int, numel: int, kept: int, k: int) -> Pack:
+    rest = stream.rest()
+    try:
+        if coding == RICE:
+            mask, used = ops.rice_decode(rest, numel, kept, k)
+        else:
+            mask, used = ops.varint_decode(rest, numel, kept)
+    except ValueError as error:
+        raise DecodeError(f"{error}; the frame is damaged") from error
     stream.take(used)
-    mask = np.zeros(numel, np.bool_)
-    mask[positions] = True
-    return ops.pack(torch.from_numpy(mask))
+    return mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -73,7 +74,8 @@ def write_table(rows: list[Coding]) -> bytes:
 
 def read_table(reader: Reader, frame: Frame, kinds: tuple[int, ...]) -> list[Coding]:
     """Read the table and hold it against the schema as far as there is one; ``kinds`` are the allowed value codecs."""
-    entries = frame.schema.entries if frame.schema is not None else (None,) * min(frame.tensors, reader.left)
+    # without a schema the header's count is only a bound: each row takes a byte that must be there
+    entries = frame.schema.entries if frame.schema is not None else repeat(None, frame.tensors)
     return [_row(reader, entry, kinds) for entry in entries]
 
 

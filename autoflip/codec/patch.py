@@ -97,11 +97,10 @@ def encode_patch(
 
 def _words(entry: Entry, tensor: Tensor, mask: Pack | None) -> np.ndarray:
     """Return the kept entries as uint16 bf16 words, or the bytes of an integer tensor."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
     if entry.kind:
-        return flat.view(torch.uint8).numpy()
-    words = flat.to(torch.bfloat16).view(torch.int16)
-    return (words if mask is None else ops.select(words, mask)).numpy().view(np.uint16)
+        return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    kept, _ = ops.gather(tensor.detach().to(torch.float32), mask)
+    return torch.from_numpy(kept).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
 def decode_patch(
@@ -158,8 +157,11 @@ def decode_patch(
             out[entry.name] = integers(entry, words)
             continue
         values.check_finite_words(words)
-        dense = torch.from_numpy(words.copy().view(np.int16)) if mask is None else ops.scatter(words, mask)
-        out[entry.name] = dense.view(torch.bfloat16).view(entry.shape)
+        if mask is None:
+            dense = torch.from_numpy(words.copy().view(np.int16)).view(torch.bfloat16)
+        else:
+            dense = ops.expand(values.widen(words), mask).to(torch.bfloat16)
+        out[entry.name] = dense.view(entry.shape)
     return out
 
 

@@ -121,6 +121,11 @@ class Schema:
         return hashlib.sha256(b"AFD1 schema\0" + self.to_bytes()).digest()[:16]
 
     @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Name -> shape, in order."""
+        return {entry.name: torch.Size(entry.shape) for entry in self.entries}
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of all tensors that decoding makes."""
         return sum(e.dense_bytes for e in self.entries)

@@ -12,7 +12,7 @@ from autoflip.codec.frame import read_section, section
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.ops import delta as ops
 
-__all__ = ["BF16", "FP32", "INT", "INT4", "INT8", "NAMES", "check_finite_words", "read_values", "write_values"]
+__all__ = ["BF16", "FP32", "INT", "INT4", "INT8", "NAMES", "check_finite_words", "read_values", "widen", "write_values"]
 
 FP32, BF16, INT8, INT4, INT = range(5)
 NAMES = ("fp32", "bf16", "int8", "int4", "int")
@@ -137,6 +137,11 @@ def _codes(packed: np.ndarray, count: int) -> np.ndarray:
 def _check_finite(values: np.ndarray) -> None:
     if not bool(np.isfinite(values).all()):
         raise DecodeError("the frame holds NaN or infinity; its sender diverged or it is hostile")
+
+
+def widen(words: np.ndarray) -> np.ndarray:
+    """Return bf16 words as float32."""
+    return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def check_finite_words(words: np.ndarray) -> None:

@@ -89,6 +89,7 @@ class Prune:
     block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
     until: int = 1  # rounds over which the density falls to its target; 1: at once
     every: int = 5  # rounds between two mask changes while it falls
+    rescale: float = 3.0  # largest factor that restores a pruned layer's norm; 1: leave the weights alone
     paper_quantile: float = 0.3  # T_p of method autoflip-paper: the pruned share
 
 
@@ -137,6 +138,7 @@ _RANGES = {
     "prune.channels": _SHARE,
     "prune.until": _COUNT,
     "prune.every": _COUNT,
+    "prune.rescale": _range(1, 100),
     "prune.paper_quantile": _range(0, 0.999),
 }
 

@@ -52,6 +52,13 @@ class Strategy:
         """Return what is kept from the next round on, given this round's guidance and new parameters."""
         return state.masks
 
+    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
+        """Return parameters with pruned entries zero, when masks have changed."""
+        return {
+            name: torch.where(masks[name], value, torch.zeros(())) if name in masks else value
+            for name, value in params.items()
+        }
+
 
 class AutoFlip(Strategy):
     """Explore once, remove channels, mask weights inside what is left, refine while training."""
@@ -100,6 +107,19 @@ class AutoFlip(Strategy):
             block=cfg.block or None,
         )
 
+    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
+        """Zero pruned entries, then give each layer its Frobenius norm back.
+
+        A layer that lost most of its weights passes a fainter signal, and local steps at the old learning rate
+        first have to win it back. The factor is at most ``prune.rescale``.
+        """
+        settled = super().settle(params, masks)
+        most = self.config.prune.rescale
+        for name in self._weights & set(masks):
+            if params[name].ndim >= 2 and (norm := float(settled[name].norm())) > 0:
+                settled[name] = settled[name] * min(most, float(params[name].norm()) / norm)
+        return settled
+
     def _score(self, weight: Tensor, deviation: Tensor) -> Tensor:
         signal = self.config.explore.signal
         if signal == "deviation":
@@ -116,6 +136,10 @@ class AutoFlipPaper(AutoFlip):
         super().__init__(config, model)
         self.values = self.downlink = "fp32"
         self.curvature = False
+
+    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
+        """Zero pruned entries and nothing else."""
+        return Strategy.settle(self, params, masks)
 
     def masks(self, state: ServerState, params: dict[str, Tensor]) -> MaskSet | None:
         """Once, after the exploration round."""

@@ -36,7 +36,7 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
     once; what the layer writes there later stays.
 
     Parameter objects stay the same, so optimizers made earlier stay valid; an optimizer with momentum from
-    before the call may move pruned entries, which the masked layers ignore and ``state_dict()`` shows as zero.
+    before the call may move pruned entries, which the masked layers ignore and ``state_dict()`` sets to zero.
 
     ``masks`` replaces what an earlier call applied: afterwards ``masks_of(model) == MaskSet(masks)``.
 
@@ -75,9 +75,10 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
             module._set_masks(layer_masks)  # type: ignore[operator]
     if rest:
         keeper = _Keeper(rest)
-        keeper.zero(model)
+        keeper.zero(model, buffers=True)
         keeper(model, None)
         model.register_forward_pre_hook(keeper)
+        model.register_state_dict_pre_hook(keeper.zero)
         model.register_load_state_dict_post_hook(keeper.zero)
     return model
 
@@ -88,7 +89,7 @@ def densify(model: Model) -> Model:
         if isinstance(module, Masked) and type(module) in _PLAIN:
             module._forget()
             module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
-        for hooks in (module._forward_pre_hooks, module._load_state_dict_post_hooks):
+        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks):
             for key, hook in list(hooks.items()):
                 keeper = getattr(hook, "__self__", hook)
                 if isinstance(keeper, _Keeper):
@@ -133,10 +134,11 @@ class _Keeper:
                 self._hooked[name] = (tensor, tensor.register_hook(_GradientMask(mask)))
 
     @torch.no_grad()
-    def zero(self, model: nn.Module, _: Any = None) -> None:
+    def zero(self, model: nn.Module, *_: Any, buffers: bool = False) -> None:
         for name, mask in self.masks.items():
             tensor = _tensor(model, name)
-            tensor.copy_(torch.where(mask.to(tensor.device), tensor, 0))
+            if buffers or isinstance(tensor, nn.Parameter):
+                tensor.copy_(torch.where(mask.to(tensor.device), tensor, 0))
 
     def release(self) -> None:
         for _, handle in self._hooked.values():

@@ -11,7 +11,7 @@ from torch import Tensor
 from autoflip.ops import _masked_matmul as steps
 from autoflip.ops._masked_matmul import path
 
-__all__ = ["Pack", "masked_linear", "masked_matmul", "path"]
+__all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "path"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -121,6 +121,29 @@ def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, torch.where(mask, weight, 0))
     return masked_linear(x, weight, None, _pack_of(mask))
+
+
+def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """Set pruned entries to zero: ``torch.where(mask, weight, 0)``, NaN at a pruned entry included.
+
+    Args:
+        weight: any shape, any float dtype.
+        mask: shape and device of ``weight``, bool, True = kept.
+
+    Returns:
+        A new tensor like ``weight``; its gradient is exactly zero at pruned entries.
+
+    Raises:
+        ValueError: ``mask`` is not a bool tensor shaped like ``weight``.
+
+    Cost: 0 FLOPs, 9 bytes moved per float32 entry.
+    """
+    if mask.shape != weight.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"masked_weight: mask has shape {tuple(mask.shape)} and dtype {mask.dtype} but weight has "
+            f"{tuple(weight.shape)}; a bool mask covers its weight entry by entry"
+        )
+    return steps.select(weight, mask)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, op: str) -> None:

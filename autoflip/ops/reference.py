@@ -111,29 +111,69 @@ def rice_encode(words: Tensor, numel: int, k: int) -> bytes:
     return np.packbits(np.concatenate(bits) if bits else np.zeros(0, np.uint8), bitorder="little").tobytes()
 
 
-def rice_decode(data: bytes, numel: int, kept: int, k: int) -> tuple[Tensor, int]:
-    """Undo :func:`rice_encode` at the start of ``data``: (words, bytes used); ValueError on any bad stream."""
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little").tolist()
-    mask = np.zeros(numel, np.bool_)
+def rice_decode(data: np.ndarray, numel: int, kept: int, k: int) -> tuple[Tensor, int]:
+    """Undo :func:`rice_encode` at the start of ``data``: (words, bytes used, or -1 short, -2 range, -3 padding)."""
+    bits = np.unpackbits(data, bitorder="little").tolist()
+    mask = torch.zeros(numel, dtype=torch.bool)
     at, position = 0, -1
     for _ in range(kept):
-        ones = 0
-        while ones < 24 and at < len(bits) and bits[at]:
-            ones, at = ones + 1, at + 1
-        at += ones < 24
+        ones = next((i for i, bit in enumerate(bits[at : at + 24]) if not bit), 24)
+        at += min(ones + 1, 24)
         width = k if ones < 24 else 32
         if at + width > len(bits):
-            raise ValueError("Rice stream ends early")
+            return delta_words(mask), -1
         tail = sum(bit << b for b, bit in enumerate(bits[at : at + width]))
         at += width
         position += 1 + (tail if ones == 24 else (ones << k) + tail)
         if position >= numel:
-            raise ValueError(f"Rice position {position} is not below {numel}")
+            return delta_words(mask), -2
         mask[position] = True
     used = -(-at // 8)
-    if any(bits[at : used * 8]):
-        raise ValueError("Rice padding is not zero")
-    return delta_words(torch.from_numpy(mask)), used
+    return delta_words(mask), -3 if any(bits[at : used * 8]) else used
+
+
+def varint_encode(words: Tensor, numel: int) -> bytes:
+    """Code each gap as LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
+    out = bytearray()
+    for gap in _gaps(words, numel).tolist():
+        while gap >= 0x80:
+            out.append(gap & 0x7F | 0x80)
+            gap >>= 7
+        out.append(gap)
+    return bytes(out)
+
+
+def varint_decode(data: np.ndarray, numel: int, kept: int) -> tuple[Tensor, int]:
+    """Undo :func:`varint_encode`: (words, bytes used, or -1 short, -2 range, -4 a number too long)."""
+    mask = torch.zeros(numel, dtype=torch.bool)
+    stream, at, position = data.tolist(), 0, -1
+    for _ in range(kept):
+        gap = shift = 0
+        while True:
+            if at == len(stream):
+                return delta_words(mask), -1
+            byte, at = stream[at], at + 1
+            gap |= (byte & 0x7F) << shift
+            if byte < 0x80 and (byte or not shift):
+                break
+            if byte < 0x80 or shift == 56:
+                return delta_words(mask), -4
+            shift += 7
+        position += 1 + gap
+        if position >= numel:
+            return delta_words(mask), -2
+        mask[position] = True
+    return delta_words(mask), at
+
+
+def delta_split(values: np.ndarray) -> bytes:
+    """Byte planes: all lowest bytes first."""
+    return values.view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
+
+
+def delta_merge(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Undo :func:`delta_split`."""
+    return planes.reshape(dtype.itemsize, -1).T.copy().reshape(-1).view(dtype)
 
 
 # --- hessian (Gauss-Newton diagonal and traces)

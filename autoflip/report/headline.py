@@ -14,13 +14,18 @@ _NOUNS = (("flops", "FLOPs"), ("bytes", "bytes"), ("seconds", "seconds"))
 
 
 def _join(parts: Sequence[str]) -> str:
+    if not parts:
+        return "costs that cannot be compared"
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def _savings(ratios: Mapping[str, float]) -> str:
+def _savings(ratios: Mapping[str, float | None]) -> str:
     parts = []
     for key, noun in _NOUNS:
-        words = ratio_text(ratios[key], "×").split(" ")
+        ratio = ratios[key]
+        if ratio is None:  # the other one spent nothing
+            continue
+        words = ratio_text(ratio, "×").split(" ")
         if words[-1] in ("less", "more"):
             word = "fewer" if words[-1] == "less" else "more"
             parts.append(f"{words[0]} {word} {noun}")
@@ -49,6 +54,9 @@ def detail(summary: Mapping[str, Any]) -> str:
     method, against = summary["method"], summary.get("against")
     partition, seed = summary.get("partition"), summary.get("seed")
     where = f"Partition {partition}, seed {seed}. Exploration is part of every cost."
+    if summary.get("parameters"):
+        model = "" if summary.get("model") in (None, "auto") else f" {summary['model']}"
+        where = f"Model{model} of {summary['parameters']:,} parameters. {where}"
     if not against:
         return where
     gap = points_text(method["final_accuracy"] - against["final_accuracy"])

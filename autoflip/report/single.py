@@ -64,6 +64,8 @@ def _tiles(summary: dict[str, Any]) -> Iterator[str]:
     )
     for key, word in (("flops", "FLOPs"), ("bytes", "Bytes"), ("seconds", "Seconds")):
         value = (shares or ratios)[key]
+        if value is None:
+            continue
         css = "good" if value < 0.995 else "bad" if value > 1.005 else ""
         path = f"ratios.to_target.{key}" if shares else f"ratios.{key}"
         yield (
