@@ -53,6 +53,7 @@ print(json.dumps(out))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.filterwarnings("ignore:record_property")
 def test_triton_kernels_compile_for_sm_90_without_spills(record_property):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)

@@ -1,7 +1,6 @@
 // autoflip._cuda: addresses, sizes and a stream in. Every launcher returns cudaGetLastError(); check() raises
 // it. A family declares its launchers here, right before its bind function, and adds one line to
 // PYBIND11_MODULE.
-#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -9,6 +8,13 @@
 #include <string>
 
 namespace py = pybind11;
+
+// --- device.cu
+
+extern "C" {
+int device_count_cuda();
+const char* error_string_cuda(int error);
+}
 
 namespace {
 
@@ -18,15 +24,7 @@ T* at(uintptr_t address) {
 }
 
 void check(const char* what, int error) {
-  if (error) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(cudaError_t(error)));
-}
-
-// Without a driver cudaGetDeviceCount fails: then there is no device, which is an answer and no error.
-int device_count() {
-  int n = 0;
-  if (cudaGetDeviceCount(&n) == cudaSuccess) return n;
-  cudaGetLastError();  // forget it: the next launch must not report it
-  return 0;
+  if (error) throw std::runtime_error(std::string(what) + ": " + error_string_cuda(error));
 }
 
 }  // namespace
@@ -67,6 +65,6 @@ static void bind_masked_matmul(py::module_& m) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "autoflip's CUDA kernels; use autoflip.ops, which checks what these functions take on trust";
-  m.def("device_count", device_count, "number of CUDA devices, 0 without a driver");
+  m.def("device_count", device_count_cuda, "number of CUDA devices, 0 without a driver");
   bind_masked_matmul(m);
 }
