@@ -1,7 +1,173 @@
 #include "bindings.h"
+#include "common/cpu.h"
+#include "cpu/delta.h"
+
+namespace py = pybind11;
 
 namespace autoflip {
+namespace {
 
-void bind_delta(pybind11::module_&) {}
+const DeltaKernels& kernels() {
+#if defined(__x86_64__)
+  static const DeltaKernels& chosen = pick(kDeltaBase, kDeltaAvx2, kDeltaAvx512);
+#else
+  static const DeltaKernels& chosen = kDeltaBase;
+#endif
+  return chosen;
+}
+
+int64_t words_of(int64_t n) { return (n + 63) / 64; }
+
+// Calls each(first word, first entry, entries, chunk) for every 2^18 entries, on `threads` threads.
+template <class Each>
+void each_chunk(int64_t n, int threads, Each each) {
+  const int64_t entries = 64 * kDeltaChunkWords, chunks = (n + entries - 1) / entries;
+  auto one = [&](int64_t c) {
+    const int64_t first = c * entries;
+    each(c * kDeltaChunkWords, first, n - first < entries ? n - first : entries, c);
+  };
+  if (threads <= 1 || chunks <= 1) {
+    for (int64_t c = 0; c < chunks; ++c) one(c);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t c = 0; c < chunks; ++c) one(c);
+}
+
+void delta_pack(uintptr_t mask, int64_t n, uintptr_t words, int threads) {
+  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t) {
+    kernels().pack(at<uint8_t>(mask) + first, size, at<uint64_t>(words) + word);
+  });
+}
+
+void delta_pack_nonzero(uintptr_t x, int64_t n, uintptr_t words, int threads) {
+  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t) {
+    kernels().pack_nonzero(at<float>(x) + first, size, at<uint64_t>(words) + word);
+  });
+}
+
+// offsets[c] = kept entries before chunk c; the last one is their number
+void delta_offsets(uintptr_t words, int64_t n, uintptr_t offsets, int threads) {
+  int64_t* out = at<int64_t>(offsets);
+  each_chunk(n, threads, [&](int64_t word, int64_t, int64_t size, int64_t c) {
+    out[c + 1] = kernels().count(at<uint64_t>(words) + word, words_of(size));
+  });
+  out[0] = 0;
+  const int64_t chunks = (n + 64 * kDeltaChunkWords - 1) / (64 * kDeltaChunkWords);
+  for (int64_t c = 0; c < chunks; ++c) out[c + 1] += out[c];
+}
+
+// returns whether all differences are finite
+bool delta_gather(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offsets, int64_t n, uintptr_t out,
+                  int threads) {
+  const int64_t* ranks = at<int64_t>(offsets);
+  int bad = 0;
+  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t c) {
+    const float* b = base ? at<float>(base) + first : nullptr;
+    if (kernels().gather(at<float>(x) + first, b, at<uint64_t>(words) + word, size, ranks[c + 1] - ranks[c],
+                         at<float>(out) + ranks[c])) {
+#pragma omp atomic write
+      bad = 1;
+    }
+  });
+  return !bad;
+}
+
+void delta_expand(uintptr_t values, uintptr_t words, uintptr_t offsets, int64_t n, uintptr_t out,
+                  int threads) {
+  const int64_t* ranks = at<int64_t>(offsets);
+  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t c) {
+    kernels().expand(at<float>(values) + ranks[c], at<uint64_t>(words) + word, size, ranks[c + 1] - ranks[c],
+                     at<float>(out) + first);
+  });
+}
+
+void delta_expand_add(uintptr_t values, uintptr_t words, uintptr_t offsets, int64_t n, float weight,
+                      uintptr_t out, int threads) {
+  const int64_t* ranks = at<int64_t>(offsets);
+  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t c) {
+    kernels().expand_add(at<float>(values) + ranks[c], at<uint64_t>(words) + word, size,
+                         ranks[c + 1] - ranks[c], weight, at<float>(out) + first);
+  });
+}
+
+void delta_quantise(uintptr_t values, int64_t n, int levels, float largest, uint32_t key0, uint32_t key1,
+                    uintptr_t codes, uintptr_t scales, int threads) {
+  each_chunk(n, threads, [&](int64_t, int64_t first, int64_t size, int64_t) {
+    kernels().quantise(at<float>(values) + first, size, levels, largest, key0, key1, first,
+                       at<int8_t>(codes) + first, at<float>(scales) + first / kDeltaBlock);
+  });
+}
+
+void delta_dequantise(uintptr_t codes, uintptr_t scales, int64_t n, uintptr_t values, int threads) {
+  each_chunk(n, threads, [&](int64_t, int64_t first, int64_t size, int64_t) {
+    kernels().dequantise(at<int8_t>(codes) + first, at<float>(scales) + first / kDeltaBlock, size,
+                         at<float>(values) + first);
+  });
+}
+
+void delta_round_bf16(uintptr_t values, int64_t n, uint32_t key0, uint32_t key1, uintptr_t words,
+                      int threads) {
+  each_chunk(n, threads, [&](int64_t, int64_t first, int64_t size, int64_t) {
+    kernels().round_bf16(at<float>(values) + first, size, key0, key1, first, at<uint16_t>(words) + first);
+  });
+}
+
+void delta_split(uintptr_t values, int64_t n, int width, uintptr_t planes) {
+  if (width == 2)
+    kernels().split2(at<uint16_t>(values), n, at<uint8_t>(planes));
+  else
+    kernels().split4(at<uint32_t>(values), n, at<uint8_t>(planes));
+}
+
+void delta_merge(uintptr_t planes, int64_t n, int width, uintptr_t values) {
+  if (width == 2)
+    kernels().merge2(at<uint8_t>(planes), n, at<uint16_t>(values));
+  else
+    kernels().merge4(at<uint8_t>(planes), n, at<uint32_t>(values));
+}
+
+int64_t delta_rice_bits(uintptr_t words, int64_t n, int k) {
+  return kernels().rice_bits(at<uint64_t>(words), words_of(n), k);
+}
+
+void delta_rice_encode(uintptr_t words, int64_t n, int k, uintptr_t out, int64_t bytes) {
+  kernels().rice_encode(at<uint64_t>(words), words_of(n), k, at<uint8_t>(out), bytes);
+}
+
+int64_t delta_rice_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t kept, int k, uintptr_t words) {
+  return kernels().rice_decode(at<uint8_t>(data), bytes, n, kept, k, at<uint64_t>(words));
+}
+
+int64_t delta_varint_encode(uintptr_t words, int64_t n, uintptr_t out) {
+  return kernels().varint_encode(at<uint64_t>(words), words_of(n), at<uint8_t>(out));
+}
+
+int64_t delta_varint_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t kept, uintptr_t words) {
+  return kernels().varint_decode(at<uint8_t>(data), bytes, n, kept, at<uint64_t>(words));
+}
+
+}  // namespace
+
+void bind_delta(py::module_& m) {
+  using free_gil = py::call_guard<py::gil_scoped_release>;
+  m.attr("DELTA_CHUNK") = 64 * kDeltaChunkWords;
+  m.def("delta_pack", delta_pack, free_gil());
+  m.def("delta_pack_nonzero", delta_pack_nonzero, free_gil());
+  m.def("delta_offsets", delta_offsets, free_gil());
+  m.def("delta_gather", delta_gather, free_gil());
+  m.def("delta_expand", delta_expand, free_gil());
+  m.def("delta_expand_add", delta_expand_add, free_gil());
+  m.def("delta_quantise", delta_quantise, free_gil());
+  m.def("delta_dequantise", delta_dequantise, free_gil());
+  m.def("delta_round_bf16", delta_round_bf16, free_gil());
+  m.def("delta_split", delta_split, free_gil());
+  m.def("delta_merge", delta_merge, free_gil());
+  m.def("delta_rice_bits", delta_rice_bits, free_gil());
+  m.def("delta_rice_encode", delta_rice_encode, free_gil());
+  m.def("delta_rice_decode", delta_rice_decode, free_gil());
+  m.def("delta_varint_encode", delta_varint_encode, free_gil());
+  m.def("delta_varint_decode", delta_varint_decode, free_gil());
+}
 
 }  // namespace autoflip

@@ -1,11 +1,16 @@
 """The only door to the kernels: checks, dispatch, autograd, fake tensors and FLOP formulas, one file a family."""
 
+# delta
+from autoflip.ops import delta as delta
+
+# hessian
+from autoflip.ops.hessian import conv_squares as conv_squares
+from autoflip.ops.hessian import rademacher as rademacher
+from autoflip.ops.hessian import sequence_squares as sequence_squares
+from autoflip.ops.hessian import squared_matmul as squared_matmul
+
 # masked_matmul
 from autoflip.ops.masked_matmul import Pack as Pack
 from autoflip.ops.masked_matmul import masked_linear as masked_linear
 from autoflip.ops.masked_matmul import masked_matmul as masked_matmul
 from autoflip.ops.masked_matmul import masked_weight as masked_weight
-
-# delta
-
-# hessian

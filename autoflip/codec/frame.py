@@ -1,0 +1,226 @@
+"""The outer layer of a frame: header, checksum, inline schema, and sections with their entropy stage.
+
+Layout: docs/wire_format.md. Order of checks: length, magic and version, checksum, flags and ids, schema,
+then whatever the kind of frame holds.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from autoflip.codec.reader import DecodeError, Reader, varint
+from autoflip.codec.schema import Limits, Schema
+
+__all__ = [
+    "DELTA",
+    "ENTROPIES",
+    "Frame",
+    "MASKS",
+    "PATCH",
+    "check_base",
+    "check_options",
+    "open_frame",
+    "read_section",
+    "seal",
+    "section",
+]
+
+_HEADER = struct.Struct("<4sBBHIBBHII16s16s16sQQII")
+assert _HEADER.size == 96
+_MAGIC, _MAJOR, _MINOR = b"AFD1", 1, 0
+DELTA, PATCH, MASKS = 1, 2, 3
+KINDS = {DELTA: "delta", PATCH: "patch", MASKS: "masks"}
+_ADD, _XOR, _SET = 1, 2, 3
+INLINE_SCHEMA, MASKED, BASED = 1, 2, 4
+ENTROPIES = ("zstd", "none")
+NO_ID = bytes(16)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame whose header, checksum and schema are in order.
+
+    Attributes:
+        kind: DELTA, PATCH or MASKS.
+        flags: INLINE_SCHEMA | MASKED | BASED.
+        round: round number, 0 to 2^32 - 1.
+        schema_id: names the schema.
+        base_id: names what the frame is relative to, zeros = not stated.
+        mask_id: fingerprint of the mask, zeros = none.
+        tensors: number of tensors in the schema.
+        dense_bytes: bytes of the tensors it decodes to.
+        schema: the schema, None when only its id travelled and the reader has none.
+        body: what follows the header and the schema.
+    """
+
+    kind: int
+    flags: int
+    round: int
+    schema_id: bytes
+    base_id: bytes
+    mask_id: bytes
+    tensors: int
+    dense_bytes: int
+    schema: Schema | None
+    body: memoryview
+
+
+def check_options(what: str, entropy: str, round: int, base_id: bytes) -> bytes:
+    """Return ``base_id`` as 16 bytes; raise ValueError for options that a frame cannot hold."""
+    if entropy not in ENTROPIES:
+        raise ValueError(f"{what}: entropy={entropy!r}, wanted one of {ENTROPIES}")
+    if not 0 <= round < 1 << 32:
+        raise ValueError(f"{what}: round={round}, wanted 0 to 2^32 - 1")
+    if len(base_id) not in (0, 16):
+        raise ValueError(f"{what}: base_id has {len(base_id)} bytes, wanted 16 (a truncated hash of the base) or none")
+    return bytes(base_id) or NO_ID
+
+
+def check_base(frame: Frame, base_id: bytes | None) -> None:
+    """Raise DecodeError when ``base_id`` is given and the frame names another base."""
+    if base_id is not None and frame.base_id != (bytes(base_id) or NO_ID):
+        raise DecodeError(
+            f"frame is relative to base {frame.base_id.hex()}, the reader holds {bytes(base_id).hex() or 'none'}; "
+            "its sender missed a broadcast: send it a complete one"
+        )
+
+
+def seal(
+    kind: int,
+    schema: Schema,
+    body: list[bytes],
+    *,
+    inline: bool,
+    entropy: str,
+    flags: int = 0,
+    round: int = 0,
+    base_id: bytes = NO_ID,
+    mask_id: bytes = NO_ID,
+) -> bytes:
+    """Put header, schema and body together and sign them with a CRC-32."""
+    if inline:
+        flags |= INLINE_SCHEMA
+        body = [section(schema.to_bytes(), entropy), *body]
+    apply = _ADD if kind == DELTA else _XOR if kind == PATCH and flags & BASED else _SET
+    header = bytearray(_HEADER.pack(
+        _MAGIC, _MAJOR, _MINOR, _HEADER.size, flags, kind, apply, 0, round, len(schema.entries),
+        schema.id, base_id, mask_id, sum(map(len, body)), schema.dense_bytes, 0, 0,
+    ))  # fmt: skip
+    crc = zlib.crc32(header)
+    for part in body:
+        crc = zlib.crc32(part, crc)
+    header[-4:] = struct.pack("<I", crc)
+    return b"".join([header, *body])
+
+
+def open_frame(
+    blob: bytes, limits: Limits, kinds: tuple[int, ...], schema: Schema | None, *, need_schema: bool = True
+) -> Frame:
+    """Check everything that is common to all frames.
+
+    Raises:
+        DecodeError: the bytes are no frame of one of ``kinds``, damaged, over ``limits``, or of another schema.
+    """
+    if not isinstance(blob, (bytes, bytearray, memoryview)):
+        raise DecodeError(f"blob is a {type(blob).__name__}, wanted bytes")
+    data = memoryview(blob).cast("B")
+    if len(data) > limits.max_bytes:
+        raise DecodeError(f"frame has {len(data)} bytes, Limits.max_bytes is {limits.max_bytes}; raise it if you trust")
+    if len(data) < _HEADER.size:
+        raise DecodeError(f"frame has {len(data)} bytes, a header alone has {_HEADER.size}; it is cut short")
+    (magic, major, _, header_bytes, flags, kind, apply, spare, round, tensors, schema_id, base_id, mask_id,
+     body_bytes, dense_bytes, spare2, crc) = _HEADER.unpack(data[: _HEADER.size])  # fmt: skip
+    if magic != _MAGIC:
+        raise DecodeError(f"frame starts with {magic!r}, wanted {_MAGIC!r}; these are not bytes of autoflip.codec")
+    if major != _MAJOR:
+        raise DecodeError(f"frame is of format version {major}, this autoflip reads {_MAJOR}; update the older side")
+    if header_bytes != _HEADER.size or body_bytes != len(data) - _HEADER.size:
+        raise DecodeError(
+            f"frame says {body_bytes} bytes follow a header of {header_bytes}, but {len(data) - _HEADER.size} follow "
+            f"one of {_HEADER.size}; it is cut short or has a tail"
+        )
+    if zlib.crc32(data[_HEADER.size :], zlib.crc32(bytes(4), zlib.crc32(data[: _HEADER.size - 4]))) != crc:
+        raise DecodeError("frame fails its CRC-32; it was damaged on the way, ask for it again")
+    if kind not in KINDS or spare or spare2 or flags & ~(INLINE_SCHEMA | MASKED | BASED):
+        raise DecodeError(f"frame has kind {kind}, flags {flags:#x}, which this version does not know")
+    if kind not in kinds:
+        wanted = " or ".join(KINDS[k] for k in kinds)
+        raise DecodeError(f"frame is a {KINDS[kind]} frame, wanted {wanted}; decode it with the function of that name")
+    if apply != (_ADD if kind == DELTA else _XOR if kind == PATCH and flags & BASED else _SET):
+        raise DecodeError(f"a {KINDS[kind]} frame cannot be applied in way {apply}; the frame is damaged")
+    if bool(flags & MASKED or kind == MASKS) != (mask_id != NO_ID):
+        raise DecodeError("frame's mask id and flags contradict each other; the frame is damaged")
+    reader = Reader(data[_HEADER.size :], "frame")
+    schema = _schema(reader, limits, flags, schema_id, schema)
+    if schema is not None:
+        if len(schema.entries) != tensors or schema.dense_bytes != dense_bytes:
+            raise DecodeError("frame's header and schema contradict each other; the frame is damaged")
+        if dense_bytes > limits.max_bytes:
+            raise DecodeError(f"frame decodes to {dense_bytes} bytes, Limits.max_bytes is {limits.max_bytes}")
+    elif need_schema:
+        raise DecodeError(
+            f"frame carries only the id {schema_id.hex()} of its schema; pass schema=codec.Schema.of(tensors), made "
+            "from the same tensors as the sender's"
+        )
+    return Frame(kind, flags, round, schema_id, base_id, mask_id, tensors, dense_bytes, schema, reader.rest())
+
+
+def _schema(reader: Reader, limits: Limits, flags: int, schema_id: bytes, local: Schema | None) -> Schema | None:
+    if flags & INLINE_SCHEMA:
+        sent = Schema.parse(read_section(reader, 0, limits.max_schema_bytes), limits)
+        if sent.id != schema_id:
+            raise DecodeError("frame's schema does not have the id in its header; the frame is damaged")
+    if local is not None and local.id != schema_id:
+        raise DecodeError(
+            f"frame is of schema {schema_id.hex()}, the reader's is {local.id.hex()}: names, shapes, kinds or their "
+            "order differ. Do both sides hold the same model?"
+        )
+    return local if local is not None or not flags & INLINE_SCHEMA else sent
+
+
+def section(raw: bytes, entropy: str) -> bytes:
+    """Return ``raw`` with its entropy byte and length in front, packed by zstd-1 when that saves over 3 %."""
+    if entropy == "zstd" and raw:
+        packed = _zstd().ZstdCompressor(level=1).compress(raw)
+        if len(packed) < 0.97 * len(raw):
+            return b"\1" + varint(len(packed)) + packed
+    return b"\0" + varint(len(raw)) + raw
+
+
+def read_section(reader: Reader, least: int, most: int) -> memoryview:
+    """Read one section of between ``least`` and ``most`` bytes unpacked; nothing is allocated before that is sure."""
+    entropy = reader.take(1)[0]
+    stored = reader.take(reader.varint())
+    if entropy == 0:
+        if not least <= len(stored) <= most:
+            raise DecodeError(f"a section has {len(stored)} bytes, wanted {least} to {most}; the frame is damaged")
+        return stored
+    if entropy != 1:
+        raise DecodeError(f"a section has entropy stage {entropy}, which this version does not know")
+    zstd = _zstd()
+    try:
+        # python-zstandard ignores max_output_size when the frame declares its size: compare that size first
+        size = zstd.get_frame_parameters(stored).content_size
+        if not least <= size <= most:
+            raise DecodeError(f"a section unpacks to {size} bytes, wanted {least} to {most}; the frame is damaged")
+        unpacker = zstd.ZstdDecompressor(max_window_size=max(1 << 10, min(1 << 27, 2 * most)))
+        raw = unpacker.decompress(stored, max_output_size=size, allow_extra_data=False)
+    except zstd.ZstdError as error:
+        raise DecodeError(f"a section is no zstd frame ({error}); the frame is damaged") from error
+    if len(raw) != size:
+        raise DecodeError(f"a section unpacked to {len(raw)} bytes, wanted {size}; the frame is damaged")
+    return memoryview(raw)
+
+
+def _zstd() -> ModuleType:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError(
+            "autoflip.codec packs with the zstandard library, which is missing; run: pip install zstandard "
+            '(or encode with entropy="none")'
+        ) from error
+    return zstandard

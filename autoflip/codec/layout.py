@@ -1,0 +1,146 @@
+"""How each tensor of a frame travels: index coding, value codec, kept entries; a table of a few bytes each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from autoflip.codec import index, values
+from autoflip.codec.frame import Frame
+from autoflip.codec.reader import DecodeError, Reader, varint
+from autoflip.codec.schema import Entry, Schema
+from autoflip.masks import MaskSet
+from autoflip.ops import delta as ops
+from autoflip.ops.delta import Pack
+
+__all__ = ["SHARED", "Coding", "check_masks", "packs_of", "read_table", "write_table"]
+
+SHARED = 1
+_PACKS: WeakKeyDictionary[MaskSet, dict[str, Pack]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Coding:
+    """One tensor's row of the table.
+
+    Attributes:
+        index: WHOLE, SHARED, BITMAP, RICE or VARINT (:mod:`autoflip.codec.index`).
+        values: FP32, BF16, INT8, INT4 or INT (:mod:`autoflip.codec.values`).
+        kept: entries that travel; -1 when the reader cannot know (whole tensors without a schema).
+        k: Rice parameter, 0 elsewhere.
+    """
+
+    index: int
+    values: int
+    kept: int
+    k: int = 0
+
+
+def packs_of(masks: MaskSet) -> dict[str, Pack]:
+    """Return the masks as bits, made once per MaskSet."""
+    found = _PACKS.get(masks)
+    if found is None:
+        found = _PACKS[masks] = {name: ops.pack(mask) for name, mask in masks.items()}
+    return found
+
+
+def check_masks(masks: object, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise ValueError unless ``masks`` is a MaskSet (or None) that fits ``tensors`` and covers no integers."""
+    if masks is None:
+        return
+    if not isinstance(masks, MaskSet):
+        raise ValueError(f"{what}: masks is a {type(masks).__name__}, wanted a MaskSet; write MaskSet(masks)")
+    masks.check(tensors)
+    for name in masks:
+        if not tensors[name].dtype.is_floating_point:
+            raise ValueError(f"{what}: mask {name!r} covers a {tensors[name].dtype} tensor; integers travel whole")
+
+
+def write_table(rows: list[Coding]) -> bytes:
+    """Per tensor one byte ``index << 4 | values``; then, unless whole, kept as a varint; then k for Rice codes."""
+    out = bytearray()
+    for row in rows:
+        out.append(row.index << 4 | row.values)
+        if row.index != index.WHOLE:
+            out += varint(row.kept)
+        if row.index == index.RICE:
+            out.append(row.k)
+    return bytes(out)
+
+
+def read_table(reader: Reader, frame: Frame, kinds: tuple[int, ...]) -> list[Coding]:
+    """Read the table and hold it against the schema as far as there is one; ``kinds`` are the allowed value codecs."""
+    # without a schema the header's count is only a bound: each row takes a byte that must be there
+    entries = frame.schema.entries if frame.schema is not None else repeat(None, frame.tensors)
+    return [_row(reader, entry, kinds) for entry in entries]
+
+
+def _row(reader: Reader, entry: Entry | None, kinds: tuple[int, ...]) -> Coding:
+    byte = reader.take(1)[0]
+    coding, codec = byte >> 4, byte & 15
+    if coding not in index.NAMES or codec not in kinds:
+        raise DecodeError(f"a tensor is coded as {byte:#04x}, which this version does not know; the frame is damaged")
+    if entry is not None and (entry.kind != 0) != (codec == values.INT):
+        raise DecodeError(
+            f"{entry.name!r} travels as {values.NAMES[codec]}, which is not its kind; the frame is damaged"
+        )
+    if codec == values.INT and coding != index.WHOLE:
+        raise DecodeError("an integer tensor does not travel whole; the frame is damaged")
+    if coding == index.WHOLE:
+        return Coding(coding, codec, -1 if entry is None else entry.numel)
+    kept = reader.varint()
+    if entry is not None and kept > entry.numel:
+        raise DecodeError(f"{entry.name!r} has {entry.numel} entries, the frame says {kept}; the frame is damaged")
+    k = reader.take(1)[0] if coding == index.RICE else 0
+    if k > 31:
+        raise DecodeError(f"Rice parameter {k} is over 31; the frame is damaged")
+    return Coding(coding, codec, kept, k)
+
+
+def locate(reader: Reader, frame: Frame, rows: list[Coding], masks: MaskSet | None) -> list[Pack | None]:
+    """Return which entries of each tensor the frame holds, None = all; reads the explicit indices.
+
+    Raises:
+        DecodeError: the frame's mask is not the reader's, or an index is malformed.
+    """
+    schema = frame.schema
+    assert isinstance(schema, Schema)
+    packs = _shared(frame, schema, masks)
+    wanted = [
+        (row.index, row.k, entry.numel, row.kept)
+        for row, entry in zip(rows, schema.entries, strict=True)
+        if row.index not in (index.WHOLE, SHARED)
+    ]
+    explicit = iter(index.read_sets(reader, wanted))
+    out: list[Pack | None] = []
+    for row, entry in zip(rows, schema.entries, strict=True):
+        if (row.index == SHARED) != (entry.name in packs):
+            raise DecodeError(f"{entry.name!r} is coded as {index.NAMES[row.index]}; the frame contradicts its mask")
+        if row.index == SHARED and packs[entry.name].kept != row.kept:
+            raise DecodeError(f"{entry.name!r}: the mask keeps {packs[entry.name].kept}, the frame says {row.kept}")
+        out.append(packs[entry.name] if row.index == SHARED else None if row.index == index.WHOLE else next(explicit))
+    return out
+
+
+def _shared(frame: Frame, schema: Schema, masks: MaskSet | None) -> dict[str, Pack]:
+    id = frame.mask_id.hex()
+    if not any(frame.mask_id):
+        if masks is not None:
+            raise DecodeError("frame was encoded without masks; decode it with masks=None, or encode with masks=masks")
+        return {}
+    if masks is None:
+        raise DecodeError(f"frame was encoded under mask {id}; pass masks= with that fingerprint")
+    if masks.fingerprint() != id:
+        raise DecodeError(
+            f"frame was encoded under mask {id}, the reader's mask is {masks.fingerprint()}; "
+            "its sender missed a mask update: send it the new mask and ask again"
+        )
+    by_name = {entry.name: entry for entry in schema.entries}
+    for name, mask in masks.items():
+        if name not in by_name or by_name[name].shape != tuple(mask.shape) or by_name[name].kind:
+            raise DecodeError(f"mask {name!r} of shape {tuple(mask.shape)} fits no float tensor of the frame's schema")
+    return packs_of(masks)

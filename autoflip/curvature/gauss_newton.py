@@ -1,0 +1,138 @@
+"""The Gauss-Newton diagonal: one backward pass for each output factor, squares summed layer by layer.
+
+``G = sum_n J_n^T H_n J_n`` over samples, ``H_n = S_n S_n^T`` the loss's second derivative at the output. Exactly:
+``diag G = sum_n sum_c (J_n^T S_n e_c)^2``, a pass for each column c. By Monte Carlo: one pass with random signs r_n
+gives ``sum_n (J_n^T S_n r_n)^2``, whose mean it is; signs are fresh for each sample, so samples do not mix.
+
+Parameters that no known layer owns (or that several use, or that see samples mixed by batch statistics) are
+handled with what always holds: a draw squares the gradient of the whole batch, equally unbiased but noisier; the
+exact sum makes a pass for each sample and column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from autoflip import ops
+from autoflip.curvature.graph import Graph, inspect
+from autoflip.curvature.layers import Layer, watch
+from autoflip.curvature.problem import Problem
+from autoflip.curvature.root import Root, output_root
+
+Diagonal = dict[str, Tensor]
+
+
+@dataclass
+class GaussNewton:
+    """One forward pass, its graph and the factors of its loss."""
+
+    problem: Problem
+    output: Tensor
+    graph: Graph
+    layers: list[Layer]
+    rest: list[str]
+    root: Root
+    seed: int
+
+    @staticmethod
+    def of(problem: Problem, seed: int, chunk: int) -> GaussNewton:
+        """Run the model once and look at it.
+
+        Raises:
+            NotDescribedError: a Gauss-Newton matrix does not describe this loss.
+            ValueError: model, loss or batch do not fit (see Problem).
+        """
+        with watch(problem.model, problem.samples, chunk) as ran:
+            output = problem.output()
+        problem.loss(output.detach())
+        graph = inspect(output, problem.params, {layer.edge.node for layer in ran})
+        layers = [] if graph.coupled else [layer for layer in ran if _alone(layer, ran, graph, problem)]
+        owned = {id(p) for layer in layers for p in layer.params.values()}
+        rest = [name for name, p in problem.params.items() if id(p) not in owned and name in graph.uses]
+        return GaussNewton(problem, output, graph, layers, rest, output_root(problem, output, seed), seed)
+
+    @property
+    def exact_is_cheap(self) -> bool:
+        """Whether every parameter belongs to a known layer and every row of the output to one sample."""
+        return not self.rest and self.output.shape[0] == self.problem.samples
+
+    def exact(self) -> Diagonal:
+        """Return the diagonal of G.
+
+        Raises:
+            ValueError: the output's rows are not the batch's samples.
+        """
+        if self.output.shape[0] != self.problem.samples:
+            raise ValueError(
+                f"curvature: 'ggn-exact' needs one output row a sample, but the model made {self.output.shape[0]} "
+                f"rows of {self.problem.samples} samples; return (samples, classes, positions) or use 'ggn-mc'"
+            )
+        total = self._empty()
+        for column in self.root.columns():
+            self._backward(column, [])
+            for n in range(len(column)) if self.rest else ():
+                alone = torch.zeros_like(column)
+                alone[n] = column[n]
+                self._square_rest(alone, total)
+        return self._collect(total)
+
+    def draws(self, count: int) -> Iterator[Diagonal]:
+        """Yield ``count`` independent estimates, one backward pass each."""
+        for i in range(count):
+            total = self._empty()
+            self._draw(i, total)
+            yield self._collect(total)
+
+    def mean(self, count: int) -> Diagonal:
+        """Return the mean of ``count`` draws; the layers square several at once."""
+        total = self._empty()
+        for i in range(count):
+            self._draw(i, total)
+        return {name: value / count for name, value in self._collect(total).items()}
+
+    def _draw(self, stream: int, total: Diagonal) -> None:
+        v = self.output.detach()
+        signs = ops.rademacher(self.seed, stream, tuple(v.shape), dtype=torch.promote_types(v.dtype, torch.float32))
+        self._backward(self.root.draw(signs.to(v.device)), self.rest, total)
+
+    def _empty(self) -> Diagonal:
+        return {name: torch.zeros_like(p, requires_grad=False) for name, p in self.problem.params.items()}
+
+    def _square_rest(self, v: Tensor, total: Diagonal) -> None:
+        self._backward(v, self.rest, total, layers=False)
+
+    def _backward(self, v: Tensor, names: list[str], total: Diagonal | None = None, *, layers: bool = True) -> None:
+        asked = self.layers if layers else []
+        edges = [layer.edge for layer in asked] + [get_gradient_edge(self.problem.params[name]) for name in names]
+        gradients = torch.autograd.grad(
+            self.output, edges, v.to(self.output.dtype), retain_graph=True, allow_unused=True
+        )
+        for layer, d in zip(asked, gradients):
+            if d is not None:
+                layer.add(d)
+        for name, g in zip(names, gradients[len(asked) :]):
+            if g is not None and total is not None:
+                total[name] += g.square()
+
+    def _collect(self, total: Diagonal) -> Diagonal:
+        names = {id(p): name for name, p in self.problem.params.items()}
+        for layer in self.layers:
+            own = layer.params
+            for short, value in layer.take().items():
+                total[names[id(own[short])]] += value
+        return total
+
+
+def _alone(layer: Layer, ran: list[Layer], graph: Graph, problem: Problem) -> bool:
+    """Whether this run of the layer is all that its parameters do."""
+    names = {id(p): name for name, p in problem.params.items()}
+    own = [names[id(p)] for p in layer.params.values() if id(p) in names]
+    once = sum(other.module is layer.module for other in ran) == 1
+    return (
+        bool(own) and once and layer.edge.node in graph.layer_nodes and all(graph.uses.get(name) == 1 for name in own)
+    )

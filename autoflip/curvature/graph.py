@@ -1,0 +1,102 @@
+"""What autograd's graph says about a model: is it piecewise linear in each parameter, and where is each used.
+
+The graph is what ran, so functional code counts as much as modules do. A parameter tensor enters piecewise
+linearly when every operation on its way to the output is piecewise linear, and no product multiplies two things
+that both depend on it. Then the Hessian's block of that tensor is its Gauss-Newton block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+# autograd node names without "Backward0"; a name that is not here counts as curved
+_LINEAR_NAMES = """
+    Add Sub Neg View UnsafeView Reshape ReshapeAlias T Transpose Permute Squeeze Unsqueeze Expand Slice Select Cat
+    Stack Clone Copy Copies CopySlices ToCopy Sum Mean Index IndexSelect Gather Split SplitWithSizes Unbind Narrow
+    Alias Detach ConstantPadNd ReflectionPad1D ReflectionPad2D ReplicationPad1D ReplicationPad2D Flip Roll AsStrided
+    AvgPool2D AdaptiveAvgPool2D MkldnnAdaptiveAvgPool2D UpsampleNearest2D UpsampleBilinear2D Embedding Repeat
+    Relu LeakyRelu Hardtanh Threshold Abs Max Min Maximum Minimum Clamp ClampMin Where MaskedFill NativeDropout
+    MaxPool2DWithIndices AdaptiveMaxPool2D MkldnnMaxPool2D
+"""
+_PRODUCT_NAMES = "Mul Mm Addmm Bmm Baddbmm Mv Addmv Dot Linear Convolution MkldnnConvolution PreluKernel"
+_LINEAR = frozenset(_LINEAR_NAMES.split())
+_PRODUCTS = frozenset(_PRODUCT_NAMES.split())
+_NORMS = frozenset(("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Findings about one forward pass.
+
+    Attributes:
+        curved: names of the nodes that are not piecewise linear in some parameter; empty when there are none.
+        coupled: a normalisation used the batch's own statistics, so samples are not independent.
+        uses: parameter name -> number of nodes that read it.
+        layer_nodes: those of the layers' output nodes that gradients pass. A node is lost when its output is
+            changed in place through a view.
+    """
+
+    curved: frozenset[str]
+    coupled: bool
+    uses: Mapping[str, int]
+    layer_nodes: Set[Any]
+
+
+def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any]) -> Graph:
+    """Walk the graph behind ``output``; nodes in ``layer_nodes`` are outputs of layers known to be linear."""
+    bits = {id(p): 1 << i for i, p in enumerate(params.values())}
+    names = {id(p): name for name, p in params.items()}
+    behind: dict[Any, int] = {}  # node -> bit set of the parameters it depends on
+    uses: Counter[str] = Counter()
+    curved: set[str] = set()
+    coupled = False
+    for node in _children_first(output.grad_fn):
+        children = [child for child, _ in node.next_functions if child is not None]
+        sets = [behind[child] for child in children]
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            behind[node] = bits.get(id(variable), 0)
+            continue
+        for child in children:
+            leaf = getattr(child, "variable", None)
+            if leaf is not None and id(leaf) in names:
+                uses[names[id(leaf)]] += 1
+        behind[node] = 0
+        for one in sets:
+            behind[node] |= one
+        kind = node.name().partition("Backward")[0]
+        clash = sum(one.bit_count() for one in sets) != behind[node].bit_count()
+        if kind in _NORMS:
+            batch_statistics = bool(getattr(node, "_saved_training", True))
+            coupled |= batch_statistics
+            if batch_statistics or clash:
+                curved.add(node.name())
+        elif kind in _PRODUCTS or node in layer_nodes:
+            if clash:
+                curved.add(node.name())
+        elif kind == "Div":
+            if node.next_functions[1:] and node.next_functions[1][0] is not None:
+                curved.add(node.name())
+        elif kind not in _LINEAR and behind[node]:
+            curved.add(node.name())
+    return Graph(frozenset(curved), coupled, dict(uses), layer_nodes & behind.keys())
+
+
+def _children_first(root: Any) -> list[Any]:
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack = [(root, False)]
+    while stack:
+        node, expanded = stack.pop()
+        if expanded:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child, _ in node.next_functions if child is not None)
+    return order

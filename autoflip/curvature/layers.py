@@ -1,0 +1,211 @@
+"""Squares of per-sample gradients, layer by layer, from what a layer read and the gradient at what it wrote.
+
+Known kinds: Linear (also on sequences), Conv1d/Conv2d, Embedding, and the affine part of normalisation layers
+(BatchNorm in evaluation mode, LayerNorm, GroupNorm). Any other parameter is the caller's to handle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from autoflip import ops
+
+
+class Layer:
+    """One run of one layer: what it read, where its output stands in the graph, and its squares so far.
+
+    Args:
+        module: the layer.
+        x: what it read.
+        y: what it wrote.
+        chunk: factors that are held before they are squared together.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor, y: Tensor, chunk: int) -> None:
+        self.module, self.x, self.version, self.chunk = module, x.detach(), x._version, chunk
+        self.edge = get_gradient_edge(y)  # taken now: an in-place ReLU would move y to another node
+        self.shape = y.shape
+        self.waiting: list[Tensor] = []
+        self.sums: dict[str, Tensor] = {}
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The layer's own trainable parameters by their short names."""
+        return {k: p for k, p in self.module.named_parameters(recurse=False) if p.requires_grad}
+
+    def input(self) -> Tensor:
+        """Return what the layer read.
+
+        Raises:
+            ValueError: it was changed in place meanwhile.
+        """
+        if self.x._version != self.version:
+            raise ValueError(
+                f"curvature: the input of {type(self.module).__name__} was changed in place after the layer read "
+                "it; use the out-of-place operation there"
+            )
+        return self.x
+
+    def add(self, d: Tensor) -> None:
+        """Take in one factor's gradient at the layer's output."""
+        self.waiting.append(d)
+        if len(self.waiting) >= self.chunk:
+            self.flush()
+
+    def flush(self) -> None:
+        """Square what waits and add it up."""
+        if self.waiting:
+            for name, value in self.squares(torch.stack(self.waiting)).items():
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.waiting.clear()
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the sums by parameter name, shaped like the parameters, and begin anew."""
+        self.flush()
+        sums, self.sums = self.sums, {}
+        own, mask = self.params, getattr(self.module, "mask", None)
+        if isinstance(mask, Tensor) and "weight" in sums:  # a pruned weight does not move the output
+            sums["weight"] = sums["weight"].reshape(mask.shape) * mask
+        return {name: value.reshape(own[name].shape) for name, value in sums.items() if name in own}
+
+    def squares(self, d: Tensor) -> dict[str, Tensor]:
+        """Return sums over factors and samples of squared gradients for ``d (Q, *output shape)``."""
+        raise NotImplementedError
+
+
+class _Linear(Layer):
+    def add(self, d: Tensor) -> None:
+        if d.dim() == 2:
+            # all factors share the input's square, so theirs may be added first: one product for all of them
+            d = d.square()
+            d = self.waiting.pop() + d if self.waiting else d
+            self.waiting.append(d)
+        else:
+            super().add(d)
+
+    def squares(self, d: Tensor) -> dict[str, Tensor]:
+        x = self.input()
+        if x.dim() == 2:
+            return {"weight": ops.squared_matmul(d[0].sqrt(), x), "bias": d[0].sum(0)}
+        d = d.flatten(2, -2).transpose(2, 3)  # (Q, N, O, P)
+        return {"weight": ops.sequence_squares(d, x.flatten(1, -2)), "bias": d.sum(3).square().sum((0, 1))}
+
+
+class _Conv(Layer):
+    def squares(self, d: Tensor) -> dict[str, Tensor]:
+        m: Any = self.module
+        x, flat = self.input(), isinstance(m, nn.Conv1d)
+        padding = m.padding
+        if isinstance(padding, str) or m.padding_mode != "zeros":
+            mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=mode), (0,) * (1 if flat else 2)
+        bias = d.flatten(3).sum(3).square().sum((0, 1))
+        kernel, stride, dilation = m.kernel_size, m.stride, m.dilation
+        if flat:
+            d, x = d.unsqueeze(3), x.unsqueeze(2)
+            kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
+        weight = ops.conv_squares(
+            d, x, kernel, stride=stride, padding=padding, dilation=dilation, groups=m.groups
+        )  # fmt: skip
+        return {"weight": weight, "bias": bias}
+
+
+class _Norm(Layer):
+    def squares(self, d: Tensor) -> dict[str, Tensor]:
+        m: Any = self.module
+        x = self.input()
+        if isinstance(m, nn.LayerNorm):
+            normal = F.layer_norm(x, m.normalized_shape, None, None, m.eps)
+            positions = tuple(range(2, d.dim() - len(m.normalized_shape)))
+        elif isinstance(m, nn.GroupNorm):
+            normal = F.group_norm(x, m.num_groups, None, None, m.eps)
+            positions = tuple(range(3, d.dim()))
+        else:
+            normal = F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps)
+            positions = tuple(range(3, d.dim()))
+        both = {"weight": d * normal, "bias": d}
+        return {k: (g.sum(positions) if positions else g).square().sum((0, 1)) for k, g in both.items()}
+
+
+class _Embedding(Layer):
+    def squares(self, d: Tensor) -> dict[str, Tensor]:
+        m: Any = self.module
+        tokens = self.input().reshape(self.shape[0], -1)  # (N, P)
+        pairs, where = torch.unique(
+            torch.arange(len(tokens), device=tokens.device)[:, None] * m.num_embeddings + tokens, return_inverse=True
+        )
+        total = d.new_zeros(m.num_embeddings, m.embedding_dim)
+        for one in d:
+            # a token that a sample reads twice adds up before it is squared
+            sums = one.new_zeros(len(pairs), m.embedding_dim)
+            sums.index_add_(0, where.flatten(), one.reshape(-1, m.embedding_dim))
+            total.index_add_(0, pairs % m.num_embeddings, sums.square())
+        if m.padding_idx is not None:
+            total[m.padding_idx] = 0
+        return {"weight": total}
+
+
+def _kind(module: nn.Module) -> type[Layer] | None:
+    """Return who can square this module's gradients; None for a subclass that computes something else."""
+
+    def plain(base: type[nn.Module]) -> bool:
+        # our masked layers are linear in their weight like their bases; of strangers only an unchanged forward is
+        ours = type(module).__module__.startswith("autoflip.") and getattr(module, "activation", None) is None
+        return isinstance(module, base) and (ours or type(module).forward is base.forward)
+
+    if "weight" not in module._parameters:  # reparametrised: weight is computed from other tensors
+        return None
+    if plain(nn.Linear):
+        return _Linear
+    if plain(nn.Conv2d) or plain(nn.Conv1d):
+        return _Conv
+    if plain(nn.Embedding):
+        return None if module.max_norm is not None or module.scale_grad_by_freq or module.sparse else _Embedding
+    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if isinstance(module, batch_norms):
+        frozen = not module.training and module.running_mean is not None
+        return _Norm if frozen and type(module) in batch_norms else None
+    return _Norm if type(module) in (nn.LayerNorm, nn.GroupNorm) else None
+
+
+@contextmanager
+def watch(model: nn.Module, samples: int, chunk: int) -> Iterator[list[Layer]]:
+    """Collect the known layers that run inside the block; hooks are gone afterwards, whatever happens."""
+    layers: list[Layer] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        x = args[0] if args else None
+        kind = _kind(module)
+        if kind is None or not isinstance(x, Tensor) or not isinstance(y, Tensor) or not y.requires_grad:
+            return
+        if _first_is_sample(module, x, samples):
+            layers.append(kind(module, x, y, chunk))
+
+    handles = [
+        module.register_forward_hook(hook, prepend=True) for module in model.modules() if _kind(module) is not None
+    ]
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_is_sample(module: nn.Module, x: Tensor, samples: int) -> bool:
+    if x.dim() == 0 or x.shape[0] != samples:
+        return False  # rows of several samples mixed, or time first
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return x.dim() == (3 if isinstance(module, nn.Conv1d) else 4)
+    if isinstance(module, nn.Embedding):
+        return x.dim() == 1 or samples == 1 or x.shape[1] != samples
+    if isinstance(module, (nn.Linear, nn.LayerNorm)):
+        # (T, N, K) with T == N cannot be told from (N, T, K)
+        return x.dim() == 2 or (x.dim() > 2 and (samples == 1 or x.shape[1] != samples))
+    return x.dim() >= 2

@@ -1,0 +1,110 @@
+"""A model, a loss and a batch, checked once; and the promise that looking at them changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What curvature is asked about: ``loss_fn(model(inputs), target)`` as a function of ``params``."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    inputs: Tensor
+    target: Tensor
+    params: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(model: nn.Module, loss_fn: LossFn, batch: tuple[Tensor, Tensor]) -> Problem:
+        """Check what a user passed.
+
+        Raises:
+            ValueError: the batch is no pair of tensors, is empty or holds NaN or Inf; no parameter requires grad.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+            raise ValueError(
+                f"curvature: batch is {type(batch).__name__}, wanted a pair of tensors (inputs, target); "
+                "for a model with other inputs wrap it in a module that takes one tensor"
+            )
+        inputs, target = batch
+        if inputs.dim() == 0 or inputs.shape[0] == 0:
+            raise ValueError(f"curvature: inputs have shape {tuple(inputs.shape)}; wanted at least one sample")
+        for what, tensor in (("inputs", inputs), ("target", target)):
+            _check_finite(f"the batch's {what}", tensor)
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not params:
+            raise ValueError(
+                "curvature: no parameter of the model requires grad, so there is nothing to take a second "
+                "derivative of; call requires_grad_() on those you mean"
+            )
+        for name, p in params.items():
+            _check_finite(f"parameter {name!r}", p)
+        return Problem(model, loss_fn, inputs, target, params)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in the batch."""
+        return self.inputs.shape[0]
+
+    def output(self) -> Tensor:
+        """Run the model forward.
+
+        Raises:
+            ValueError: the model gives something else than one floating tensor that depends on a parameter.
+        """
+        out = self.model(self.inputs)
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            got = out.dtype if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"curvature: the model returned {got}, wanted one floating tensor; wrap the model")
+        if not out.requires_grad:
+            raise ValueError("curvature: the model's output does not depend on any parameter that requires grad")
+        return out
+
+    def loss(self, output: Tensor) -> Tensor:
+        """Apply the loss.
+
+        Raises:
+            ValueError: the loss is not a scalar, or is NaN or Inf.
+        """
+        loss = self.loss_fn(output, self.target)
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"curvature: loss_fn(output, target) returned {got}, wanted a scalar tensor; "
+                "a loss with reduction='none' has one Hessian a sample, so use 'mean' or 'sum'"
+            )
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"curvature: the loss is {loss.item()}; look for diverged weights, or for logits that overflow "
+                "(log of a softmax instead of log_softmax)"
+            )
+        return loss
+
+    @contextmanager
+    def undisturbed(self, seed: int) -> Iterator[None]:
+        """Leave buffers (running statistics), random state and grad mode as they were; dropout draws from ``seed``."""
+        buffers = [(b, b.detach().clone(), b._version) for b in self.model.buffers()]
+        devices = sorted({p.device.index or 0 for p in self.params.values() if p.is_cuda})
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for buffer, before, version in buffers:
+                        if buffer._version != version:
+                            buffer.copy_(before)
+
+
+def _check_finite(what: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor.detach()).all():
+        bad = int((~torch.isfinite(tensor.detach())).sum())
+        raise ValueError(f"curvature: {what} holds {bad} NaN or Inf of {tensor.numel()} values; clean the data first")

@@ -1,0 +1,188 @@
+"""Factors of the loss's second derivative at the model's output: ``H_out = S S^T``, sample by sample.
+
+The loss is only asked for products ``H_out r``. Two structures are recognised from them, whatever the loss is
+called: softmax cross-entropy (``s_n (diag p - p p^T)``: class weights, ignored targets and label smoothing
+included) and elementwise losses (a diagonal: MSE, binary cross-entropy with logits). Any other loss that is a
+sum over samples gets its block a sample by as many products as a sample has outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoflip import ops
+from autoflip.curvature.problem import Problem
+
+# a generic loss is factored with one product an output; beyond this many outputs a sample it is not worth it
+_MAX_BLOCK = 512
+
+
+class NotDescribedError(ValueError):
+    """A Gauss-Newton matrix does not describe this loss; the message says why."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """``S`` in ``H_out = S S^T``, block diagonal over samples.
+
+    Attributes:
+        factors: columns of ``S`` that a sample has.
+        draw: signs shaped like the output -> ``S @ signs``, whose expected outer product is ``H_out``.
+        columns: the columns of all samples side by side, each shaped like the output.
+    """
+
+    factors: int
+    draw: Callable[[Tensor], Tensor]
+    columns: Callable[[], Iterator[Tensor]]
+
+
+def output_root(problem: Problem, output: Tensor, seed: int) -> Root:
+    """Factor the loss's second derivative at ``output``.
+
+    Raises:
+        NotDescribedError: the loss is linear in the output, not convex, couples samples, or cannot be
+            differentiated twice.
+    """
+    f = output.detach()
+    f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+    hvp = _hvp(problem, f)
+    r1, r2 = (ops.rademacher(seed, -1 - i, tuple(f.shape), dtype=f.dtype, device=f.device) for i in (0, 1))
+    h1, h2 = hvp(r1), hvp(r2)
+    for dim in {1: (), 2: (1,)}.get(f.dim(), (1, f.dim() - 1)):
+        scale = _softmax_scale(problem, f, dim)
+        if scale is not None and _close(_softmax_product(f, dim, scale, r2), h2, scale):
+            return _softmax_root(f, dim, scale)
+    if _close(h1 * r1 * r2, h2):
+        return _diagonal_root(h1 * r1)
+    return _block_root(f, hvp, r2, h2)
+
+
+def _hvp(problem: Problem, f: Tensor) -> Callable[[Tensor], Tensor]:
+    f = f.requires_grad_()
+    loss = problem.loss(f)
+    if not loss.requires_grad:
+        raise ValueError("curvature: the loss does not depend on the model's output")
+    (gradient,) = torch.autograd.grad(loss, f, create_graph=True)
+
+    def product(r: Tensor) -> Tensor:
+        if not gradient.requires_grad:
+            return torch.zeros_like(f)
+        try:
+            (hr,) = torch.autograd.grad(gradient, f, r, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise NotDescribedError(f"curvature: the loss cannot be differentiated twice ({error})") from error
+        return torch.zeros_like(f) if hr is None else hr.detach()
+
+    return product
+
+
+def _close(guess: Tensor, truth: Tensor, scale: Tensor | None = None) -> bool:
+    # both come from a handful of operations on numbers of the same size; a wrong structure is off by order one.
+    # Of a saturated softmax only rounding is left, at the size of its scale.
+    eps = torch.finfo(truth.dtype).eps
+    tolerance = 1000 * eps * truth.abs().max()
+    if scale is not None:
+        tolerance = tolerance + 32 * eps * scale.max()
+    return bool((guess - truth).abs().max() <= tolerance)
+
+
+def _softmax_product(f: Tensor, dim: int, scale: Tensor, r: Tensor) -> Tensor:
+    p = f.detach().softmax(dim)
+    return scale * p * (r - (p * r).sum(dim, keepdim=True))
+
+
+def _softmax_scale(problem: Problem, f: Tensor, dim: int) -> Tensor | None:
+    """Return each row's factor (1/N for a mean), read off at uniform logits where no row is saturated."""
+    flat = torch.zeros_like(f)
+    first = torch.zeros_like(f)
+    first.select(dim, 0).fill_(1)
+    product = _hvp(problem, flat)(first).select(dim, 0).unsqueeze(dim)
+    classes = f.shape[dim]
+    scale = product * classes**2 / max(classes - 1, 1)
+    return scale if bool(scale.any()) and bool((scale >= 0).all()) else None
+
+
+def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
+    p = f.detach().softmax(dim)
+    q, size, classes = p.sqrt(), scale.sqrt(), f.shape[dim]
+    positions = f[0].numel() // classes
+
+    def draw(signs: Tensor) -> Tensor:
+        v = q * signs
+        return size * (v - p * v.sum(dim, keepdim=True))
+
+    def columns() -> Iterator[Tensor]:
+        # diag(q) B with B an orthonormal basis of q's complement (a Householder reflection takes q to the last
+        # axis): one column fewer than the symmetric root that draw uses
+        last = q.narrow(dim, classes - 1, 1)
+        for c in range(classes - 1):
+            b = -q * q.narrow(dim, c, 1) / (1 + last)
+            b.narrow(dim, classes - 1, 1).sub_(q.narrow(dim, c, 1) / (1 + last))
+            b.narrow(dim, c, 1).add_(1)
+            yield from _one_position_each(size * q * b, dim)
+
+    return Root((classes - 1) * positions, draw, columns)
+
+
+def _one_position_each(column: Tensor, dim: int) -> Iterator[Tensor]:
+    """Split a column of several positions a sample: their outputs must not add up before they are squared."""
+    rows = column.movedim(dim, -1).flatten(1, -2) if column.dim() > 2 else column.unsqueeze(1)
+    if rows.shape[1] == 1:
+        yield column
+        return
+    for i in range(rows.shape[1]):
+        alone = torch.zeros_like(rows)
+        alone[:, i] = rows[:, i]
+        yield alone.view(column.movedim(dim, -1).shape).movedim(-1, dim)
+
+
+def _diagonal_root(h: Tensor) -> Root:
+    if not bool(h.any()):
+        raise NotDescribedError(
+            "curvature: the loss is linear in the model's output, so its Gauss-Newton matrix is zero; a model "
+            "that ends in log_softmax wants cross_entropy on the logits instead, others method='hutchinson'"
+        )
+    if bool((h < 0).any()):
+        raise _not_convex()
+    q = h.sqrt()
+
+    def columns() -> Iterator[Tensor]:
+        for j in range(q[0].numel()):
+            column = torch.zeros_like(q).view(len(q), -1)
+            column[:, j] = q.reshape(len(q), -1)[:, j]
+            yield column.view(q.shape)
+
+    return Root(q[0].numel(), lambda signs: q * signs, columns)
+
+
+def _block_root(f: Tensor, hvp: Callable[[Tensor], Tensor], r: Tensor, hr: Tensor) -> Root:
+    rows, width = len(f), f[0].numel()
+    if width > _MAX_BLOCK:
+        raise NotDescribedError(
+            f"curvature: the loss is neither cross-entropy nor elementwise and has {width} outputs a sample; "
+            f"its second derivative is factored up to {_MAX_BLOCK} only"
+        )
+    block = f.new_empty(rows, width, width)
+    for j in range(width):
+        unit = torch.zeros(rows, width, dtype=f.dtype, device=f.device)
+        unit[:, j] = 1
+        block[:, :, j] = hvp(unit.view(f.shape)).reshape(rows, width)
+    if not _close((block @ r.reshape(rows, width, 1)).view(f.shape), hr):
+        raise NotDescribedError("curvature: the loss couples the samples of a batch; it is no sum over samples")
+    values, vectors = torch.linalg.eigh((block + block.mT) / 2)
+    if bool((values < -1000 * torch.finfo(f.dtype).eps * values.abs().max()).any()):
+        raise _not_convex()
+    s = vectors * values.clamp(min=0).sqrt()[:, None]
+
+    def draw(signs: Tensor) -> Tensor:
+        return (s @ signs.reshape(rows, width, 1)).view(f.shape)
+
+    return Root(width, draw, lambda: (s[:, :, j].reshape(f.shape) for j in range(width)))
+
+
+def _not_convex() -> NotDescribedError:
+    return NotDescribedError("curvature: the loss is not convex in the model's output; use method='hutchinson'")

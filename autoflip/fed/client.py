@@ -1,0 +1,135 @@
+"""A client: bytes in, local steps on a compact model, bytes out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from autoflip import codec, explore, meter
+from autoflip.fed.config import Config
+from autoflip.fed.downlink import DTYPES, receive
+from autoflip.fed.message import EXPLORE, NO_VIEW, RESYNC, UPDATE, Message
+from autoflip.fed.seeding import derive, generator
+from autoflip.fed.state import View
+from autoflip.fed.strategies import Strategy
+from autoflip.fed.workshop import Prepared, Workshop
+
+__all__ = ["Client"]
+
+
+@dataclass
+class Client:
+    """One participant: its data, and the view of the model that it holds.
+
+    Attributes:
+        id: number of the client.
+        inputs: its training inputs ``(n, ...)``.
+        targets: their labels ``(n,)``.
+        held: the view it received last; None: nothing yet.
+        cost: FLOPs and seconds of its work since the caller last reset it.
+    """
+
+    id: int
+    inputs: Tensor
+    targets: Tensor
+    config: Config
+    strategy: Strategy
+    schema: codec.Schema
+    workshop: Workshop
+    held: View | None = None
+
+    def __post_init__(self) -> None:
+        self.cost = meter.Cost()
+        self._built_for: str | None = None
+
+    def handle(self, payload: bytes) -> bytes:
+        """Answer one payload of the server.
+
+        Raises:
+            DecodeError: the payload is damaged.
+        """
+        start = time.perf_counter()
+        self._uncharged = 0.0
+        message = Message.unpack(payload)
+        base = self.held if message.base != NO_VIEW else None
+        if message.base != (base.id if base is not None else NO_VIEW):
+            reply = Message(RESYNC, message.round, self.id).pack()
+        else:
+            view = receive(message, base, self.schema, DTYPES[self.strategy.downlink])
+            self.held = view if self.strategy.stateful else None
+            reply = self._work(message, view).pack()
+        meter.synchronise()
+        self.cost.seconds += time.perf_counter() - start - self._uncharged
+        return reply
+
+    def _work(self, message: Message, view: View) -> Message:
+        cfg = self.config
+        prepared = self._prepare(view)
+        prepared.load(view.params)
+        before = {name: t.clone() for name, t in prepared.read().items()}
+        keys = (cfg.fed.seed, "train", message.round, self.id)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(*keys, "dropout"))
+            loss = explore.local_steps(
+                prepared.model,
+                self.inputs,
+                self.targets,
+                F.cross_entropy,
+                epochs=cfg.explore.epochs if message.kind == EXPLORE else cfg.train.epochs,
+                batch_size=cfg.train.batch_size,
+                lr=cfg.train.lr * cfg.train.lr_decay**message.round,
+                momentum=cfg.train.momentum,
+                weight_decay=cfg.train.weight_decay,
+                clip_norm=cfg.train.clip_norm,
+                generator=generator(*keys),
+                on_batch=lambda x, y: self._charge_step(prepared, x, y),
+            )
+        delta = prepared.expand({name: t - before[name] for name, t in prepared.read().items()})
+        wire: dict[str, Any] = {
+            "schema": self.schema,
+            "seed": cfg.fed.seed,
+            "round": message.round,
+            "client": self.id,
+            "base_id": view.id,
+        }
+        frames = [codec.encode(delta, masks=view.masks, values=self.strategy.values, **wire)]
+        if message.kind == EXPLORE and self.strategy.curvature:
+            frames.append(self._curvature(prepared, message, wire))
+        return Message(UPDATE, message.round, self.id, tuple(frames), view.id, examples=len(self.targets), loss=loss)
+
+    def _curvature(self, prepared: Prepared, message: Message, wire: dict[str, Any]) -> bytes:
+        seed = derive(self.config.fed.seed, "curvature", message.round, self.id)
+        found: dict[str, Tensor] = {}
+
+        def look() -> None:
+            found.update(
+                explore.curvature_diagonal(prepared.model, self.inputs, self.targets, F.cross_entropy, seed=seed)
+            )
+
+        # counting slows it by its dispatch overhead only: one pass on a large batch
+        self.cost.flops += meter.count_flops(look)
+        # roots: a linear int8 scale covers their range, not that of the squares
+        roots = {name: found[name].clamp_min(0).sqrt() if name in found else torch.zeros(shape)
+                 for name, shape in self.schema.shapes.items()}  # fmt: skip
+        return codec.encode(roots, values=self.strategy.values, **wire)
+
+    def _charge_step(self, prepared: Prepared, x: Tensor, y: Tensor) -> None:
+        start = time.perf_counter()
+        self.cost.flops += prepared.step_flops(x, y)  # counts on a copy, once a shape
+        self._uncharged += time.perf_counter() - start
+
+    def _prepare(self, view: View) -> Prepared:
+        # the simulation builds a compact model once for all clients; each would have built its own, once a mask
+        start = time.perf_counter()
+        prepared = self.workshop.prepare(view.masks)
+        self._uncharged += time.perf_counter() - start
+        key = view.masks.fingerprint() if view.masks is not None else ""
+        if key != self._built_for:
+            self.cost.seconds += prepared.seconds
+            self._built_for = key
+        return prepared

@@ -1,0 +1,299 @@
+"""The configuration of a federated run: frozen dataclasses, read from TOML, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from autoflip.fed import presets
+
+__all__ = ["Config", "ConfigError"]
+
+
+class ConfigError(ValueError):
+    """A configuration key or value is wrong; the message names it, what was wanted and what is near."""
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Who takes part, how often, and by which method."""
+
+    method: str = "autoflip"
+    against: str = "fedavg"  # "none": no comparison
+    rounds: int = 40  # exploration round included
+    clients: int = 20
+    fraction: float = 0.25  # share of the clients that a training round calls
+    seed: int = 0
+    threads: int = 1  # 0: torch's own setting
+    quorum: float = 0.5  # a round fails below this share of usable updates
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which data, and how it is cut between the clients."""
+
+    name: str = "digits"
+    root: str = ""  # empty: the environment variable AUTOFLIP_DATA
+    partition: str = "dirichlet"
+    alpha: float = 0.5  # Dirichlet concentration
+    classes: int = 2  # classes per client (pathological)
+    samples_per_client: int = 0  # 0: all
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which network: a name of fed.models, or module:callable."""
+
+    name: str = "auto"
+
+
+@dataclass(frozen=True)
+class Train:
+    """Local SGD."""
+
+    epochs: int = 2
+    batch_size: int = 32
+    lr: float = 0.05
+    lr_decay: float = 1.0  # factor per round
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0  # 0: no clipping of the gradient's norm
+
+
+@dataclass(frozen=True)
+class Explore:
+    """The exploration round."""
+
+    fraction: float = 1.0  # share of the clients that explore
+    epochs: int = 1
+    signal: str = "fisher"  # what ranks a weight, see explore.SIGNALS
+
+
+@dataclass(frozen=True)
+class Prune:
+    """How much is kept."""
+
+    density: float = 0.1  # kept share of the weights
+    channels: float = 0.5  # kept share of channels and neurons
+    block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
+    until: int = 1  # rounds over which the density falls to its target; 1: at once
+    every: int = 5  # rounds between two mask changes while it falls
+    rescale: float = 3.0  # largest factor that restores a pruned layer's norm; 1: leave the weights alone
+    paper_quantile: float = 0.3  # T_p of method autoflip-paper: the pruned share
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What crosses the link. Applies to pruning methods; fedavg sends fp32 both ways."""
+
+    values: str = "int8"  # uplink: fp32 | bf16 | int8 | int4
+    downlink: str = "bf16"  # bf16 (as XOR against what the client holds) | fp32
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "data.partition": ("iid", "dirichlet", "pathological", "natural"),
+    "wire.values": ("fp32", "bf16", "int8", "int4"),
+    "wire.downlink": ("fp32", "bf16"),
+}
+
+
+def _range(low: float, high: float, *, open_low: bool = False) -> tuple[Callable[[Any], bool], str]:
+    left = "(" if open_low else "["
+    return (lambda v: (v > low if open_low else v >= low) and v <= high), f"{left}{low:g}, {high:g}]"
+
+
+_SHARE = _range(0, 1, open_low=True)
+_COUNT = _range(1, 10**9)
+_RANGES = {
+    "fed.rounds": _COUNT,
+    "fed.clients": _COUNT,
+    "fed.fraction": _SHARE,
+    "fed.seed": _range(0, 2**31 - 1),
+    "fed.threads": _range(0, 1024),
+    "fed.quorum": _range(0, 1),
+    "data.alpha": _range(0, 1e6, open_low=True),
+    "data.classes": _COUNT,
+    "data.samples_per_client": _range(0, 10**9),
+    "train.epochs": _COUNT,
+    "train.batch_size": _COUNT,
+    "train.lr": _range(0, 1e3, open_low=True),
+    "train.lr_decay": _SHARE,
+    "train.momentum": _range(0, 1),
+    "train.weight_decay": _range(0, 1e3),
+    "train.clip_norm": _range(0, 1e9),
+    "explore.fraction": _SHARE,
+    "explore.epochs": _COUNT,
+    "prune.density": _SHARE,
+    "prune.channels": _SHARE,
+    "prune.until": _COUNT,
+    "prune.every": _COUNT,
+    "prune.rescale": _range(1, 100),
+    "prune.paper_quantile": _range(0, 0.999),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run; equal configurations give equal results on one machine.
+
+    Example:
+        >>> Config.load(overrides=["fed.rounds=3", "prune.density=0.2"]).prune.density
+        0.2
+    """
+
+    fed: Fed = field(default_factory=Fed)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    explore: Explore = field(default_factory=Explore)
+    prune: Prune = field(default_factory=Prune)
+    wire: Wire = field(default_factory=Wire)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()) -> Config:
+        """Read a TOML file, then apply ``section.key=value`` overrides; both are optional.
+
+        What neither sets comes from the data set's preset, then from the defaults.
+
+        Raises:
+            ConfigError: unknown key, wrong type, value out of range, or no valid TOML.
+            FileNotFoundError: ``path`` does not exist.
+        """
+        given: dict[str, dict[str, Any]] = {}
+        if path is not None:
+            try:
+                parsed = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise ConfigError(f"config {path} is not valid TOML: {error}") from error
+            for section, values in parsed.items():
+                if not isinstance(values, Mapping):
+                    raise ConfigError(f"config {path}: {section!r} stands outside a section; write it under [fed], ...")
+                for key, value in values.items():
+                    given.setdefault(section, {})[key] = value
+        for override in overrides:
+            section, key, value = _split(override)
+            given.setdefault(section, {})[key] = value
+        return cls.from_dict(given)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Mapping[str, Any]]) -> Config:
+        """Build from nested mappings ``{"fed": {"rounds": 3}}``; raises ConfigError as :meth:`load` does."""
+        sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}  # type: ignore[misc]
+        for section, values in given.items():
+            if section not in sections:
+                raise ConfigError(f"unknown config section {section!r}{_nearest(section, sections)}")
+            known = {f.name for f in dataclasses.fields(sections[section])}  # type: ignore[arg-type]
+            for key in values:
+                if key not in known:
+                    near = _nearest(f"{section}.{key}", [f"{s}.{k}" for s, k in _keys(cls)])
+                    raise ConfigError(f"unknown config key '{section}.{key}'{near}")
+        name = given.get("data", {}).get("name", Data.name)
+        preset = presets.PRESETS.get(name, {}) if isinstance(name, str) else {}
+        built = {}
+        for section, kind in sections.items():
+            merged = {**preset.get(section, {}), **given.get(section, {})}
+            hints = get_type_hints(kind)
+            built[section] = kind(**{k: _typed(f"{section}.{k}", v, hints[k]) for k, v in merged.items()})  # type: ignore[misc]
+        config = cls(**built)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        for path, choices in _CHOICES.items():
+            value = self._at(path)
+            if value not in choices:
+                raise ConfigError(f"{path}={value!r}; wanted one of {', '.join(choices)}{_nearest(value, choices)}")
+        for path, (good, wanted) in _RANGES.items():
+            value = self._at(path)
+            if not good(value):
+                raise ConfigError(f"{path}={value!r} is out of range; wanted a number in {wanted}")
+        if self.prune.block and (len(self.prune.block) != 2 or min(self.prune.block) < 1):
+            raise ConfigError(f"prune.block={list(self.prune.block)}; wanted [rows, columns], or [] for single weights")
+        from autoflip.explore import SIGNALS
+        from autoflip.fed.strategies import METHODS
+
+        for path, value, names in (
+            ("fed.method", self.fed.method, [*METHODS]),
+            ("fed.against", self.fed.against, [*METHODS, "none"]),
+            ("explore.signal", self.explore.signal, [*SIGNALS]),
+        ):
+            if value not in names:
+                raise ConfigError(f"{path}={value!r}; wanted one of {', '.join(names)}{_nearest(value, names)}")
+        if self.fed.against == self.fed.method:
+            raise ConfigError(f"fed.against={self.fed.against!r} is the method itself; write fed.against=none")
+
+    def _at(self, path: str) -> Any:
+        section, key = path.split(".")
+        return getattr(getattr(self, section), key)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Return nested dicts of plain values, every key present."""
+        nested = dataclasses.asdict(self)
+        nested["prune"]["block"] = list(self.prune.block)
+        return nested
+
+    def to_toml(self) -> str:
+        """Return TOML text that :meth:`load` reads back to an equal configuration."""
+        lines = []
+        for section, values in self.as_dict().items():
+            lines.append(f"[{section}]")
+            lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def _keys(cls: type) -> list[tuple[str, str]]:
+    return [(f.name, k.name) for f in dataclasses.fields(cls) for k in dataclasses.fields(f.default_factory)]  # type: ignore
+
+
+def _nearest(word: object, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _split(override: str) -> tuple[str, str, Any]:
+    path, equals, text = override.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(f"override {override!r}; wanted section.key=value, for example fed.rounds=50")
+    try:
+        value = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    return section, key, value
+
+
+def _typed(path: str, value: Any, kind: Any) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if kind == tuple[int, ...]:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
+            return tuple(value)
+        raise ConfigError(f"{path}={value!r}; wanted a list of whole numbers such as [4, 1]")
+    if not isinstance(value, kind) or isinstance(value, bool) or value != value:
+        wanted = {"int": "a whole number", "float": "a number", "str": "text"}[kind.__name__]
+        raise ConfigError(f"{path}={value!r}; wanted {wanted}")
+    return value
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        escaped = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped)
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)

@@ -1,0 +1,226 @@
+"""The whole run: data, clients, rounds of the method and of what it is compared with, files, resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoflip import codec, meter
+from autoflip.fed import checkpoint, data, models, partition
+from autoflip.fed.client import Client
+from autoflip.fed.config import Config
+from autoflip.fed.ledger import Record, read_records, summarise, total_cost
+from autoflip.fed.seeding import derive
+from autoflip.fed.server import Server
+from autoflip.fed.state import ServerState
+from autoflip.fed.strategies import METHODS
+from autoflip.fed.transport import InProcess
+from autoflip.fed.workshop import Workshop
+from autoflip.masks import MaskSet
+
+__all__ = ["Result", "resume", "run"]
+
+Sink = Callable[[Record], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives back.
+
+    Attributes:
+        config: what was run.
+        accuracy: final test accuracy of ``config.fed.method``.
+        cost: its FLOPs, seconds and bytes, exploration included.
+        records: one a round, of every method.
+        summary: what summary.json holds.
+        params: final parameters of the method, name -> float32 tensor, zero where pruned.
+        masks: what is kept; None when the method does not prune.
+        run_dir: the run folder; None when nothing was written.
+    """
+
+    config: Config
+    accuracy: float
+    cost: meter.Cost
+    records: tuple[Record, ...]
+    summary: dict[str, Any]
+    params: dict[str, Tensor]
+    masks: MaskSet | None
+    run_dir: Path | None
+    _blank: nn.Module = field(repr=False)
+
+    def model(self) -> nn.Module:
+        """Return the trained model, dense, with pruned weights zero."""
+        import copy
+
+        model = copy.deepcopy(self._blank)
+        model.load_state_dict({**model.state_dict(), **self.params})
+        return model.eval()
+
+
+def run(config: Config | None = None, *, out: str | Path | None = None, sinks: Iterable[Sink] = ()) -> Result:
+    """Train by ``config.fed.method`` and, in the same run, by ``config.fed.against``.
+
+    The methods share data, partition, initial weights and the choice of clients; their rounds alternate, so
+    that a drifting machine slows both alike.
+
+    Args:
+        config: what to run; None: the defaults (scikit-learn's digits).
+        out: folder for config.toml, records.jsonl, summary.json, the model, the masks and the checkpoint;
+            None: nothing is written.
+        sinks: functions that are called with each :class:`Record` as it is made.
+
+    Raises:
+        ValueError: the configuration or the data does not fit, or ``out`` already holds a run.
+        RoundError: a round had too few usable updates.
+    """
+    config = config or Config.load()
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        if (folder / "records.jsonl").exists():
+            raise ValueError(f"{folder} already holds a run; continue it by `autoflip resume`, or name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    job = _Job(config)
+    if folder is not None:
+        checkpoint.write_atomically(folder / "config.toml", config.to_toml().encode())
+        (folder / "records.jsonl").touch()
+        checkpoint.save(folder, job.states, 0)
+    return job.finish(folder, [], list(sinks))
+
+
+def resume(run_dir: str | Path, *, sinks: Iterable[Sink] = ()) -> Result:
+    """Continue a run where its last checkpoint stands; the result equals that of an uninterrupted run.
+
+    Sinks get the records of earlier rounds again, then the new ones.
+
+    Raises:
+        ValueError: the folder holds no run, or its checkpoint or records are damaged.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.toml").exists():
+        raise ValueError(f"{folder} holds no run (there is no config.toml); wanted a folder that `autoflip run` made")
+    config = Config.load(folder / "config.toml")
+    states, count = checkpoint.load(folder)
+    path = folder / "records.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if len(lines) < count:
+        raise checkpoint.CheckpointError(
+            f"{path} has {len(lines)} records but the checkpoint counts {count}; start the run again"
+        )
+    checkpoint.write_atomically(path, "".join(lines[:count]).encode())  # what came after is run again
+    records = read_records(path)
+    job = _Job(config, states)
+    everything = list(sinks)
+    for record in records:
+        for sink in everything:
+            sink(record)
+    return job.finish(folder, records, everything)
+
+
+class _Job:
+    def __init__(self, config: Config, states: dict[str, ServerState] | None = None) -> None:
+        if config.fed.threads:
+            torch.set_num_threads(config.fed.threads)
+        self.config = config
+        self.methods = [config.fed.method] + ([config.fed.against] if config.fed.against != "none" else [])
+        self.dataset = data.load(config.data.name, config.data.root or None)
+        parts = partition.split(
+            self.dataset.train,
+            config.data.partition,
+            clients=config.fed.clients,
+            seed=derive(config.fed.seed, "partition"),
+            num_classes=self.dataset.num_classes,
+            alpha=config.data.alpha,
+            classes=config.data.classes,
+            samples_per_client=config.data.samples_per_client or None,
+        )
+        name = config.model.name if config.model.name != "auto" else models.default_for(self.dataset.name)
+        seed = derive(config.fed.seed, "model")
+        self.blank = models.build(
+            name, input_shape=self.dataset.input_shape, num_classes=self.dataset.num_classes, seed=seed
+        )
+        start = {k: v.detach().clone() for k, v in self.blank.state_dict().items() if v.is_floating_point()}
+        self.states = states or {method: ServerState(dict(start)) for method in self.methods}
+        if set(self.states) != set(self.methods) or any(
+            {k: v.shape for k, v in s.params.items()} != {k: v.shape for k, v in start.items()}
+            for s in self.states.values()
+        ):
+            raise checkpoint.CheckpointError("the checkpoint is of other methods or another model than config.toml")
+        self.servers = {method: self._server(method, start, parts) for method in self.methods}
+
+    def _server(self, method: str, start: dict[str, Tensor], parts: list[Tensor]) -> Server:
+        strategy = METHODS[method](self.config, self.blank)
+        schema = codec.Schema.of(start)
+        workshop = Workshop(self.blank)
+        state = self.states[method]
+        clients = {
+            k: Client(
+                k,
+                self.dataset.train.x[part],
+                self.dataset.train.y[part],
+                self.config,
+                strategy,
+                schema,
+                workshop,
+                held=state.views.get(state.held.get(k, b"")),
+            )
+            for k, part in enumerate(parts)
+        }
+        test = self.dataset.test.x, self.dataset.test.y
+        examples = {k: len(part) for k, part in enumerate(parts)}
+        return Server(self.config, strategy, schema, InProcess(clients), workshop, test, examples)
+
+    def finish(self, folder: Path | None, records: list[Record], sinks: list[Sink]) -> Result:
+        """Run what is left, write what is asked for, and return the result."""
+        for number in range(self.config.fed.rounds):
+            for method in self.methods:
+                if self.states[method].round != number:
+                    continue  # a resumed run has done this one
+                self.states[method], record = self.servers[method].run_round(self.states[method])
+                records.append(record)
+                if folder is not None:
+                    with (folder / "records.jsonl").open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record.as_dict()) + "\n")
+                    checkpoint.save(folder, self.states, len(records))
+                for sink in sinks:
+                    sink(record)
+        config, method = self.config, self.config.fed.method
+        against = config.fed.against if config.fed.against != "none" else None
+        about = {
+            "dataset": self.dataset.name,
+            "partition": config.data.partition,
+            "model": config.model.name,
+            "parameters": sum(p.numel() for p in self.blank.parameters()),
+            "seed": config.fed.seed,
+            "rounds": config.fed.rounds,
+            "machine": meter.machine(),
+        }
+        summary = summarise(records, method, against, about)
+        state = self.states[method]
+        mine = [r for r in records if r.method == method]
+        params = dict(state.params)
+        result = Result(
+            config,
+            mine[-1].accuracy,
+            total_cost(mine),
+            tuple(records),
+            summary,
+            params,
+            state.masks,
+            folder,
+            self.blank,
+        )
+        if folder is not None:
+            from safetensors.torch import save
+
+            full = MaskSet({n: torch.ones(p.shape, dtype=torch.bool) for n, p in self.blank.named_parameters()})
+            (state.masks or full).save(folder / "masks.safetensors")
+            whole = {k: v.contiguous() for k, v in result.model().state_dict().items()}
+            checkpoint.write_atomically(folder / "model.safetensors", save(whole))
+            checkpoint.write_atomically(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        return result

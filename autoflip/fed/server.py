@@ -1,0 +1,208 @@
+"""The server: one round, from the broadcast to the new state and its record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoflip import codec
+from autoflip.explore import Sums
+from autoflip.fed import downlink
+from autoflip.fed.aggregate import Aggregator
+from autoflip.fed.config import Config
+from autoflip.fed.ledger import ClientRecord, Record
+from autoflip.fed.message import EXPLORE, NO_VIEW, RESYNC, TRAIN, UPDATE, Message
+from autoflip.fed.seeding import sample
+from autoflip.fed.state import ServerState, View, make_view
+from autoflip.fed.strategies import Strategy
+from autoflip.fed.transport import Reply, Transport
+from autoflip.fed.workshop import Workshop
+from autoflip.masks import MaskSet
+
+__all__ = ["RoundError", "Server"]
+
+
+class RoundError(RuntimeError):
+    """Too few usable updates came back; the state before the round is unchanged."""
+
+
+@dataclass
+class Server:
+    """Runs rounds of one method; holds nothing that changes between them.
+
+    Attributes:
+        config: the run's configuration.
+        strategy: the method.
+        schema: names and shapes of everything that travels.
+        transport: how clients are reached.
+        workshop: builds compact models, for evaluation.
+        test: ``(inputs, targets)`` to evaluate on.
+        examples: client -> number of its training examples, as registered.
+    """
+
+    config: Config
+    strategy: Strategy
+    schema: codec.Schema
+    transport: Transport
+    workshop: Workshop
+    test: tuple[Tensor, Tensor]
+    examples: Mapping[int, int]
+
+    def run_round(self, state: ServerState) -> tuple[ServerState, Record]:
+        """Run one round and return the next state and the round's record.
+
+        Raises:
+            RoundError: fewer updates than the quorum were usable.
+        """
+        cfg = self.config.fed
+        exploring = self.strategy.explores and state.round == 0
+        share = self.config.explore.fraction if exploring else cfg.fraction
+        called = sample(cfg.seed, state.round, cfg.clients, share)
+        start = time.perf_counter()
+        work = _Round(self, state, EXPLORE if exploring else TRAIN)
+        clients = [work.call(client) for client in called]
+        accepted = [c for c in clients if c.error is None]
+        if len(accepted) < max(1, cfg.quorum * len(called)):
+            reasons = "; ".join(f"client {c.client}: {c.error}" for c in clients if c.error)
+            raise RoundError(
+                f"round {state.round} of {self.strategy.name}: {len(accepted)} of {len(called)} updates usable, "
+                f"wanted at least {cfg.quorum:.0%} ({reasons})"
+            )
+        after = work.finish()
+        client_seconds = sum(c.seconds for c in clients)
+        server_seconds = time.perf_counter() - start - work.client_wall
+        start = time.perf_counter()
+        accuracy, loss = self.workshop.evaluate(after.params, after.masks, *self.test)
+        record = Record(
+            method=self.strategy.name,
+            seed=cfg.seed,
+            round=state.round,
+            phase="exploration" if exploring else "training",
+            accuracy=accuracy,
+            loss=loss,
+            flops=sum(c.flops for c in clients),
+            bytes_up=sum(c.bytes_up for c in clients),
+            bytes_down=sum(c.bytes_down for c in clients),
+            seconds=client_seconds + server_seconds,
+            client_seconds=client_seconds,
+            server_seconds=server_seconds,
+            eval_seconds=time.perf_counter() - start,
+            **self._kept(state.masks),
+            clients=tuple(clients),
+        )
+        return after, record
+
+    def _kept(self, masks: MaskSet | None) -> dict:
+        full = {n: p for n, p in self.workshop.full.named_parameters() if p.ndim >= 2}
+        layers = {
+            name: float(masks[name].float().mean()) if masks is not None and name in masks else 1.0 for name in full
+        }
+        small = dict(self.workshop.prepare(masks).model.named_parameters())
+        return {
+            "density": sum(layers[n] * p.numel() for n, p in full.items())
+            / max(1, sum(p.numel() for p in full.values())),
+            "channels": sum(small[n].shape[0] for n in full) / max(1, sum(p.shape[0] for p in full.values())),
+            "layers": layers,
+        }
+
+
+class _Round:
+    """What one round gathers before it is known whether it counts."""
+
+    def __init__(self, server: Server, state: ServerState, kind: int) -> None:
+        self.server, self.state, self.kind = server, state, kind
+        self.view = make_view(state.params, state.masks, downlink.DTYPES[server.strategy.downlink])
+        shapes = {name: t.shape for name, t in state.params.items()}
+        self.aggregator = Aggregator(shapes, server.schema)
+        sums = server.strategy.wants_sums(state)
+        self.sums = Sums({name: t.float() for name, t in self.view.params.items()}) if sums else None
+        self.holders: set[int] = set()
+        self.client_wall = 0.0
+        self._frames: dict[bytes, tuple[bytes, ...]] = {}
+
+    def call(self, client: int) -> ClientRecord:
+        """Exchange payloads with one client, take its update in, and write down what it cost."""
+        held = self.state.views.get(self.state.held.get(client, b""))
+        replies = [self._exchange(client, held)]
+        examples, loss, error = 0, None, replies[0].error
+        try:
+            if error is None:
+                message = Message.unpack(replies[0].payload)
+                if message.kind == RESYNC and held is not None:  # the client lost its base: send everything
+                    replies.append(self._exchange(client, None))
+                    error = replies[1].error
+                    if error is None:
+                        message = Message.unpack(replies[1].payload)
+            if error is None:
+                self._accept(client, message)
+                examples, loss = message.examples, message.loss
+                self.holders.add(client)
+        except codec.DecodeError as fault:
+            error = str(fault)
+        return ClientRecord(
+            client=client,
+            bytes_up=sum(r.cost.bytes_up for r in replies),
+            bytes_down=sum(r.cost.bytes_down for r in replies),
+            seconds=sum(r.cost.seconds for r in replies),
+            flops=sum(r.cost.flops for r in replies),
+            examples=examples,
+            loss=loss,
+            error=error,
+        )
+
+    def _exchange(self, client: int, held: View | None) -> Reply:
+        base = held.id if held is not None else NO_VIEW
+        if base not in self._frames:
+            self._frames[base] = downlink.send(self.view, held, self.server.schema)
+        message = Message(self.kind, self.state.round, client, self._frames[base], self.view.id, base)
+        start = time.perf_counter()
+        reply = self.server.transport.exchange(client, message.pack())
+        self.client_wall += time.perf_counter() - start
+        return reply
+
+    def _accept(self, client: int, message: Message) -> None:
+        if message.kind != UPDATE or message.client != client or message.round != self.state.round:
+            raise codec.DecodeError(
+                f"an answer of kind {message.kind} from client {message.client} for round {message.round}; "
+                f"wanted an update of client {client} for round {self.state.round}"
+            )
+        if message.view != self.view.id:
+            raise codec.DecodeError("the update was made from another view than this round's broadcast")
+        if not 1 <= message.examples <= self.server.examples[client]:
+            raise codec.DecodeError(
+                f"the update claims {message.examples} examples; the client registered {self.server.examples[client]}"
+            )
+        curved = self.kind == EXPLORE and self.server.strategy.curvature
+        if len(message.frames) != 1 + curved:
+            raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {1 + curved}")
+        weight, masks, schema = float(message.examples), self.state.masks, self.server.schema
+        if self.sums is None:
+            self.aggregator.add(message.frames[0], weight, masks)
+            return
+        delta = codec.decode(message.frames[0], masks=masks, schema=schema)
+        squares = {n: r**2 for n, r in codec.decode(message.frames[1], schema=schema).items()} if curved else None
+        self.aggregator.add_decoded(delta, weight, masks)
+        self.sums.add(delta, weight, squares)
+
+    def finish(self) -> ServerState:
+        """Return the state after the round: new parameters, guidance and masks, and who holds what."""
+        state, strategy = self.state, self.server.strategy
+        mean = self.aggregator.mean()
+        params = {name: value + mean[name] for name, value in state.params.items()}
+        deviation = state.deviation
+        if self.sums is not None:
+            deviation = strategy.deviation(state, self.sums)
+        between = ServerState(params, state.masks, state.round, deviation=deviation)
+        masks = strategy.masks(between, params)
+        if masks is not None and masks is not state.masks:
+            params = strategy.settle(params, masks)
+        held, views = dict(state.held), dict(state.views)
+        if strategy.stateful:
+            held.update(dict.fromkeys(self.holders, self.view.id))
+            views[self.view.id] = self.view
+            views = {name: view for name, view in views.items() if name in set(held.values())}
+        return ServerState(params, masks, state.round + 1, views, held, deviation)

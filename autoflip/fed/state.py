@@ -1,0 +1,66 @@
+"""What the server knows between two rounds; immutable, so that a round either happens whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from autoflip.masks import MaskSet
+
+__all__ = ["ServerState", "View", "make_view"]
+
+Params = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class View:
+    """Parameters exactly as clients hold them after a broadcast.
+
+    Attributes:
+        id: 16 bytes that name the view; they depend on every word and on the masks.
+        params: name -> tensor, bfloat16 or float32, zero where pruned.
+        masks: what is kept; None: everything.
+    """
+
+    id: bytes
+    params: Params
+    masks: MaskSet | None
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """State of one method after a round.
+
+    Attributes:
+        params: name -> float32 tensor: parameters and floating buffers, zero where pruned.
+        masks: what is kept; None before pruning: everything.
+        round: number of the next round.
+        views: id -> view, those that some client still holds.
+        held: client -> id of the view that it holds.
+        deviation: name -> ``S2 / n`` per weight, the guidance; None until someone explored.
+    """
+
+    params: Params
+    masks: MaskSet | None = None
+    round: int = 0
+    views: Mapping[bytes, View] = field(default_factory=dict)
+    held: Mapping[int, bytes] = field(default_factory=dict)
+    deviation: Params | None = None
+
+
+def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype) -> View:
+    """Round ``params`` to ``dtype``, zero what is pruned, and name the result."""
+    rounded = {}
+    digest = hashlib.blake2b((masks.fingerprint() if masks is not None else "").encode(), digest_size=16)
+    for name, tensor in params.items():
+        value = tensor.to(dtype)
+        if masks is not None and name in masks:
+            value = torch.where(masks[name], value, torch.zeros((), dtype=dtype))
+        rounded[name] = value
+        words = value.contiguous().view(torch.int16 if dtype == torch.bfloat16 else torch.int32)
+        digest.update(words.numpy().data)
+    return View(digest.digest(), rounded, masks)

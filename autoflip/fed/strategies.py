@@ -1,0 +1,155 @@
+"""The methods: what each sends, whether it explores, and which weights it keeps after a round.
+
+``fedavg``: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017, dense, float32 both ways. ``autoflip``: arXiv:2405.10271 done for real (channels removed, weights
+masked inside, int8 deltas). ``autoflip-paper``: that paper's own rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from autoflip import prune
+from autoflip.explore import Sums
+from autoflip.fed.config import Config
+from autoflip.fed.state import ServerState
+from autoflip.masks import MaskSet
+
+__all__ = ["METHODS", "Strategy"]
+
+
+class Strategy:
+    """A method of federated learning: dense federated averaging unless a subclass says otherwise.
+
+    Args:
+        config: the run's configuration.
+        model: the full model, whose layers pruning looks at.
+    """
+
+    name = "fedavg"
+    explores = False
+    curvature = False  # explorers also upload a Gauss-Newton diagonal
+    stateful = False  # clients keep the view that they received last
+
+    def __init__(self, config: Config, model: torch.nn.Module) -> None:
+        self.config = config
+        self.model = model
+        self.values = "fp32"
+        self.downlink = "fp32"
+
+    def wants_sums(self, state: ServerState) -> bool:
+        """Whether this round's updates also feed the guidance (sums of squares, at no extra bytes)."""
+        return False
+
+    def deviation(self, state: ServerState, sums: Sums) -> dict[str, Tensor] | None:
+        """Return the guidance after a round whose updates are in ``sums``."""
+        return None
+
+    def masks(self, state: ServerState, params: dict[str, Tensor]) -> MaskSet | None:
+        """Return what is kept from the next round on, given this round's guidance and new parameters."""
+        return state.masks
+
+    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
+        """Return parameters with pruned entries zero, when masks have changed."""
+        return {
+            name: torch.where(masks[name], value, torch.zeros(())) if name in masks else value
+            for name, value in params.items()
+        }
+
+
+class AutoFlip(Strategy):
+    """Explore once, remove channels, mask weights inside what is left, refine while training."""
+
+    name = "autoflip"
+    explores = True
+    stateful = True
+
+    def __init__(self, config: Config, model: torch.nn.Module) -> None:
+        super().__init__(config, model)
+        self.values = config.wire.values
+        self.downlink = config.wire.downlink
+        self.curvature = config.explore.signal == "curvature"
+        self._weights = {name for name, _ in model.named_parameters()}
+
+    def wants_sums(self, state: ServerState) -> bool:
+        """In the exploration round."""
+        return state.round == 0
+
+    def deviation(self, state: ServerState, sums: Sums) -> dict[str, Tensor] | None:
+        """The exploration's guidance, kept for later mask changes."""
+        if state.round:
+            return dict(state.deviation) if state.deviation is not None else None
+        source = sums.curved if sums.curved is not None else sums.second
+        return {name: source[name] / sums.weight for name in self._weights}
+
+    def target_density(self, round_number: int) -> float:
+        """Return the density after a round: falls from 1 to its target along a cubic (Zhu and Gupta 2017)."""
+        cfg = self.config.prune
+        progress = min(1.0, (round_number + 1) / cfg.until)
+        return cfg.density + (1 - cfg.density) * (1 - progress) ** 3
+
+    def masks(self, state: ServerState, params: dict[str, Tensor]) -> MaskSet | None:
+        """Hybrid pruning after the exploration round and at each step of the schedule."""
+        cfg = self.config.prune
+        last = state.round + 1 >= cfg.until
+        due = state.round == 0 or (state.round + 1 <= cfg.until and (last or state.round % cfg.every == 0))
+        if not due or state.deviation is None:
+            return state.masks
+        scores = {name: self._score(params[name], d) for name, d in state.deviation.items()}
+        return prune.hybrid(
+            self.model,
+            scores,
+            density=self.target_density(state.round),
+            channels=cfg.channels,
+            block=cfg.block or None,
+        )
+
+    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
+        """Zero pruned entries, then give each layer its Frobenius norm back.
+
+        A layer that lost most of its weights passes a fainter signal, and local steps at the old learning rate
+        first have to win it back. The factor is at most ``prune.rescale``.
+        """
+        settled = super().settle(params, masks)
+        most = self.config.prune.rescale
+        for name in self._weights & set(masks):
+            if params[name].ndim >= 2 and (norm := float(settled[name].norm())) > 0:
+                settled[name] = settled[name] * min(most, float(params[name].norm()) / norm)
+        return settled
+
+    def _score(self, weight: Tensor, deviation: Tensor) -> Tensor:
+        signal = self.config.explore.signal
+        if signal == "deviation":
+            return deviation
+        return weight**2 if signal == "magnitude" else weight**2 * deviation
+
+
+class AutoFlipPaper(AutoFlip):
+    """The paper's rule: min-max normalised mean squared deviation, one global quantile, no structure."""
+
+    name = "autoflip-paper"
+
+    def __init__(self, config: Config, model: torch.nn.Module) -> None:
+        super().__init__(config, model)
+        self.values = self.downlink = "fp32"
+        self.curvature = False
+
+    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
+        """Zero pruned entries and nothing else."""
+        return Strategy.settle(self, params, masks)
+
+    def masks(self, state: ServerState, params: dict[str, Tensor]) -> MaskSet | None:
+        """Once, after the exploration round."""
+        if state.round or state.deviation is None:
+            return state.masks
+        return prune.paper(state.deviation, self.config.prune.paper_quantile)
+
+
+METHODS: dict[str, Callable[[Config, torch.nn.Module], Strategy]] = {
+    "autoflip": AutoFlip,
+    "autoflip-paper": AutoFlipPaper,
+    "fedavg": Strategy,
+}

@@ -1,0 +1,108 @@
+"""From parameters and masks to a model that trains: compacted, sparsified, its FLOPs counted, built once a mask."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from autoflip import meter
+from autoflip.masks import MaskSet
+from autoflip.nn import compact, sparsify
+
+__all__ = ["Prepared", "Workshop"]
+
+
+@dataclass
+class Prepared:
+    """A model that serves one mask.
+
+    Attributes:
+        model: dead channels gone, what is left masked inside.
+        plan: maps names and coordinates of the full model to this one; None: the full model itself.
+        seconds: wall seconds it took to build.
+    """
+
+    model: nn.Module
+    plan: object | None
+    seconds: float
+    _flops: dict[tuple, int] = field(default_factory=dict)
+
+    def load(self, params: Mapping[str, Tensor]) -> None:
+        """Copy full-size ``params`` in."""
+        small = self.plan.shrink(params) if self.plan is not None else params  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict(keep_vars=True).items():
+                if name in small:
+                    tensor.copy_(small[name])
+                elif not tensor.is_floating_point():
+                    tensor.zero_()  # num_batches_tracked: no client sees another's count
+
+    def read(self) -> dict[str, Tensor]:
+        """Return parameters and floating buffers, small, not copied."""
+        return {k: v.detach() for k, v in self.model.state_dict().items() if v.is_floating_point()}
+
+    def expand(self, small: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``small`` in full coordinates, zero where a channel is gone."""
+        return self.plan.expand(small) if self.plan is not None else dict(small)  # type: ignore[attr-defined]
+
+    def step_flops(self, x: Tensor, y: Tensor) -> int:
+        """Return the FLOPs of a training step on a batch of this shape, counted once on a copy."""
+        key = (tuple(x.shape), x.dtype)
+        if key not in self._flops:
+            twin = copy.deepcopy(self.model).train()
+            for parameter in twin.parameters():
+                parameter.grad = None
+            with torch.random.fork_rng(devices=[]):
+                self._flops[key] = meter.count_flops(lambda: F.cross_entropy(twin(x), y).backward())
+        return self._flops[key]
+
+
+class Workshop:
+    """Builds models for masks and keeps the last few.
+
+    Args:
+        full: the dense model; copied, never changed.
+    """
+
+    def __init__(self, full: nn.Module) -> None:
+        self.full = copy.deepcopy(full)
+        self._kept: OrderedDict[str, Prepared] = OrderedDict()
+
+    def prepare(self, masks: MaskSet | None) -> Prepared:
+        """Return the model that serves ``masks``; its parameters are whatever was loaded last."""
+        key = masks.fingerprint() if masks is not None else ""
+        if key not in self._kept:
+            start = time.perf_counter()
+            if masks is None:
+                prepared = Prepared(copy.deepcopy(self.full), None, 0.0)
+            else:
+                small = compact(self.full, masks=masks)
+                prepared = Prepared(sparsify(small, small.plan.shrink_masks(masks)), small.plan, 0.0)
+            prepared.seconds = time.perf_counter() - start
+            self._kept[key] = prepared
+        self._kept.move_to_end(key)
+        while len(self._kept) > 2:
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def evaluate(
+        self, params: Mapping[str, Tensor], masks: MaskSet | None, x: Tensor, y: Tensor
+    ) -> tuple[float, float]:
+        """Return (accuracy, mean cross-entropy) of ``params`` on a test set."""
+        prepared = self.prepare(masks)
+        prepared.load(params)
+        model = prepared.model.eval()
+        right, loss = 0, 0.0
+        with torch.no_grad():
+            for inputs, targets in zip(x.split(512), y.split(512)):
+                output = model(inputs)
+                right += int((output.argmax(1) == targets).sum())
+                loss += float(F.cross_entropy(output, targets, reduction="sum"))
+        return right / len(y), loss / len(y)

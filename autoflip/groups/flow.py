@@ -1,0 +1,242 @@
+"""Follow channels through a model: the rules by which operations pass on, tie, read or freeze units."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autoflip.groups import Axis, Groups
+
+__all__ = ["Flow", "Size", "Value", "graphs_of"]
+
+_OWN = ("torch.nn.", "torch.ao.nn.", "autoflip.nn.")
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a tensor carries: ``ids`` along ``axis`` (negative), ``rank`` dimensions (None: not known).
+
+    ``spread``: after flattening, every id stands for several neighbours ("each") or the whole list repeats
+    ("tile"), how often shows at the layer that reads it. ``stack``: ids per layer of a recurrent state.
+    """
+
+    rank: int | None = None
+    axis: int = -1
+    ids: tuple[int, ...] = ()
+    spread: str = ""
+    stack: tuple[tuple[int, ...], ...] = ()
+
+    def dim(self, dim: int) -> int:
+        """Return ``dim`` counted from the end; a tensor of unknown rank is one row per example."""
+        return dim if dim < 0 else dim - (self.rank or 1 - self.axis)
+
+
+@dataclass(frozen=True)
+class Size:
+    """``value.shape[dim]`` inside a graph, or the whole shape where ``dim`` is None."""
+
+    value: Value
+    dim: int | None = None
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _own(m)
+
+
+def _own(module: nn.Module) -> bool:
+    return f"{type(module).__module__}.".startswith(_OWN) and not isinstance(module, nn.Sequential)
+
+
+def graphs_of(model: nn.Module) -> Iterator[fx.Graph]:
+    """Yield the model's graph; where ``forward`` asks for ``training``, one per mode."""
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(model.forward).parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
+    if _own(model):  # the tracer always enters the root; a bare layer must stay one node
+        model, defaults = nn.Sequential(model), {}
+    asks = any(
+        "training" in getattr(getattr(type(m).forward, "__code__", None), "co_names", ())
+        for m in model.modules()
+        if not _own(m) and type(m) is not nn.Sequential
+    )
+    modes = {m: m.training for m in model.modules()}
+    try:
+        for mode in (False, True) if asks else (model.training,):
+            if asks:
+                model.train(mode)
+            yield _Tracer().trace(model, concrete_args=defaults or None)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class Flow:
+    """Walk graphs of one model and collect what happens to every unit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.bare = _own(model)
+        self.parent: list[int] = []
+        self.layer: list[str] = []
+        self.frozen: dict[int, str] = {}
+        self.reasons: dict[str, str] = {}
+        self.impure: set[int] = set()
+        self.axes: dict[tuple[str, int], tuple[bool, tuple[int, ...]]] = {}
+        self.families: dict[str, list[tuple[int, ...]]] = {}
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.seen: dict[str, tuple[int, ...]] = {}
+        owners: dict[int, set[int]] = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), set()).add(id(module))
+        self.tied = {key for key, modules in owners.items() if len(modules) > 1}
+
+    # ---- units
+    def find(self, unit: int) -> int:
+        """Return the representative of ``unit``: the smallest id it is tied to."""
+        while self.parent[unit] != unit:
+            self.parent[unit] = self.parent[self.parent[unit]]
+            unit = self.parent[unit]
+        return unit
+
+    def tie(self, a: Sequence[int], b: Sequence[int]) -> None:
+        """Make the units of ``a`` and ``b`` one, entry by entry."""
+        for left, right in zip(a, b, strict=True):
+            low, high = sorted((self.find(left), self.find(right)))
+            self.parent[high] = low
+
+    def new(self, layer: str, count: int) -> tuple[int, ...]:
+        """Return ``count`` fresh units of ``layer``, the same ones when the layer is called again."""
+        if layer not in self.seen:
+            start = len(self.parent)
+            self.parent += range(start, start + count)
+            self.layer += [layer] * count
+            self.seen[layer] = tuple(range(start, start + count))
+        return self.seen[layer]
+
+    def freeze_ids(self, ids: Sequence[int], reason: str) -> None:
+        """Keep these units for good; the first reason stands."""
+        for unit in ids:
+            self.frozen.setdefault(unit, reason)
+
+    def freeze(self, what: Any, reason: str) -> None:
+        """Keep every unit that ``what`` (a value, a size, a container of them) carries."""
+        if isinstance(what, Value):
+            for ids in (what.ids, *what.stack):
+                self.freeze_ids(ids, reason)
+        elif isinstance(what, Size):
+            if what.dim is None or what.value.dim(what.dim) == what.value.axis:
+                self.freeze(what.value, reason)
+        elif isinstance(what, dict):
+            self.freeze(tuple(what.values()), reason)
+        elif isinstance(what, slice):
+            self.freeze((what.start, what.stop, what.step), reason)
+        elif isinstance(what, (tuple, list)):
+            for item in what:
+                self.freeze(item, reason)
+
+    # ---- tensors
+    def record(self, module: nn.Module, path: str, name: str, dim: int, ids: Sequence[int], produces: bool) -> None:
+        """Label one dimension of ``path.name``; no-op where the layer has no such tensor."""
+        if getattr(module, name, None) is None:
+            return
+        own = module._parameters.get(name, module._buffers.get(name))
+        if own is None or id(own) in self.tied or own.shape[dim] != len(ids):
+            why = (
+                "its weights are tied to another layer"
+                if own is not None and id(own) in self.tied
+                else (
+                    "its tensors are computed (parametrized)" if own is None else "its shape does not fit what it reads"
+                )
+            )
+            self.freeze_ids(ids, why)
+            return
+        key = (f"{path}.{name}" if path else name, dim)
+        if key in self.axes:  # the layer is called twice
+            if len(self.axes[key][1]) != len(ids):
+                self.freeze_ids(ids, f"{path} also reads something else")
+                return
+            self.tie(self.axes[key][1], ids)
+        self.axes[key] = (produces, tuple(ids))
+
+    def reads(self, module: nn.Module, path: str, name: str, dim: int, value: Value, size: int) -> None:
+        """Let dimension ``dim`` (of ``size``) of a weight read ``value``."""
+        ids = fit(value, size)
+        if ids:
+            self.record(module, path, name, dim, ids, produces=False)
+            return
+        self.freeze(value, f"read by {path or type(module).__name__}, whose {size} inputs do not fit")
+        key = (f"{path}.{name}" if path else name, dim)
+        if key in self.axes:
+            self.freeze_ids(self.axes.pop(key)[1], f"{path} also reads something else")
+        self.axes[key] = (False, ())
+
+    # ---- walking
+    def run(self, graph: fx.Graph) -> None:
+        """Walk one graph; several graphs of the same model add up."""
+        from autoflip.groups.layers import call_module
+        from autoflip.groups.rules import call_function
+
+        values: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                self.freeze(args, "output of the model")
+            elif node.op == "call_module":
+                path = "" if self.bare else node.target
+                module = self.model if self.bare else self.model.get_submodule(node.target)
+                values[node] = call_module(self, module, path, args, kwargs)
+            elif node.op in ("call_function", "call_method"):
+                values[node] = call_function(self, node.target, args, kwargs)
+            else:
+                values[node] = Value()
+
+    def groups(self) -> Groups:
+        """Return what was found, units numbered in the order of the forward pass."""
+        roots = [self.find(unit) for unit in range(len(self.parent))]
+        read = {roots[unit] for produces, ids in self.axes.values() if not produces for unit in ids}
+        self.freeze_ids([unit for unit, root in enumerate(roots) if root not in read], "no layer reads it")
+        number = {root: i for i, root in enumerate(sorted(set(roots)))}
+        index = torch.tensor([number[root] for root in roots], dtype=torch.int64)
+        removable = torch.ones(len(number), dtype=torch.bool)
+        pure = torch.ones(len(number), dtype=torch.bool)
+        reasons: dict[str, str] = {}
+        for unit, why in self.frozen.items():
+            removable[index[unit]] = False
+            reasons.setdefault(self.layer[unit], why)
+        for unit in range(len(roots)):  # tied to a frozen one
+            if not removable[index[unit]]:
+                reasons.setdefault(self.layer[unit], f"tied to {self.layer[roots[unit]]}")
+        if self.impure:
+            pure[index[list(self.impure)]] = False
+        return Groups(
+            axes=tuple(
+                Axis(tensor, dim, produces, index[list(ids)])
+                for (tensor, dim), (produces, ids) in self.axes.items()
+                if ids
+            ),
+            layers=tuple(self.layer[root] for root in number),
+            removable=removable,
+            pure=pure,
+            families=tuple(tuple(index[list(ids)] for ids in family) for family in self.families.values()),
+            sizes={path: index[list(ids)] for path, ids in self.sizes.items()},
+            frozen=reasons,
+        )
+
+
+def fit(value: Value, size: int) -> tuple[int, ...]:
+    """Return the unit of each of ``size`` entries of the axis, () where it does not fit or there is none."""
+    ids = value.ids
+    if not ids or value.stack or size % len(ids) or (not value.spread and size != len(ids)):
+        return ()
+    times = size // len(ids)
+    return ids * times if value.spread == "tile" else tuple(unit for unit in ids for _ in range(times))

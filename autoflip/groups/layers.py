@@ -1,0 +1,214 @@
+"""What each torch layer does to the units that reach it, and which of its tensors they label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from autoflip.groups.flow import Flow, Value, fit
+from autoflip.groups.rules import POOLS, flatten, softmax, spatial
+
+__all__ = ["call_module"]
+
+_ZERO = (  # f(0) = 0
+    *(nn.ReLU, nn.ReLU6, nn.GELU, nn.Tanh, nn.SiLU, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish),
+    *(nn.Hardswish, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Identity),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+)
+_ELEMENT = (
+    *(nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh, nn.Threshold),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+
+
+def call_module(flow: Flow, module: nn.Module, path: str, args: tuple, kwargs: dict) -> Any:
+    """Return what a torch layer makes of its arguments, and write down its tensors."""
+    x = args[0] if args else kwargs.get("input", Value())
+    rest = (args[1:], {k: v for k, v in kwargs.items() if k != "input"})
+    if not isinstance(x, Value):
+        flow.freeze((args, kwargs), f"read by {path} in a way that is not known")
+        return Value()
+    for kinds, rule in _MODULES:
+        if isinstance(module, kinds):
+            return rule(flow, module, path, x, rest)
+    name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(module).__name__).strip("_")
+    name = name.replace("l_p_pool", "lp_pool")
+    if name in POOLS and not getattr(module, "return_indices", False):
+        return spatial(flow, x, int(name[-2]), type(module).__name__)
+    for part, inner in module.named_modules(prefix=path):
+        if isinstance(inner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            _feed_forward(flow, inner, part)
+    flow.freeze((args, kwargs), f"read by {path} ({type(module).__name__}), which is kept whole")
+    return Value()
+
+
+def _linear(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    if x.ids and x.axis != -1:
+        flow.freeze(x, f"{path} works along another dimension")
+        x = replace(x, ids=())
+    flow.reads(module, path, "weight", 1, x, module.in_features)
+    ids = flow.new(path, module.out_features)
+    flow.record(module, path, "weight", 0, ids, produces=True)
+    flow.record(module, path, "bias", 0, ids, produces=True)
+    return Value(rank=x.rank, ids=ids)
+
+
+def _conv(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    spatial = len(module.kernel_size)
+    axis, groups, outs = -1 - spatial, module.groups, module.out_channels
+    if rest[0] or rest[1] or (x.ids and (x.axis != axis or x.spread)):
+        flow.freeze((x, rest), f"read by {path} in a way that is not known")
+        x = Value()
+    in_dim, out_dim = (0, 1) if isinstance(module, _ConvTransposeNd) else (1, 0)
+    ids: tuple[int, ...]
+    if groups == 1:
+        flow.reads(module, path, "weight", in_dim, x, module.in_channels)
+        ids = flow.new(path, outs)
+    elif in_dim == 0 or len(x.ids) != module.in_channels:
+        flow.freeze(x, f"read by {path}, a grouped convolution")
+        ids = flow.new(path, outs)
+        flow.freeze_ids(ids, "a grouped convolution whose input channels stay")
+    elif groups == module.in_channels:  # depthwise: no units of its own
+        ids = tuple(unit for unit in x.ids for _ in range(outs // groups))
+    else:  # the same ranks must leave every group, so that all groups stay equally wide
+        width, height = module.in_channels // groups, outs // groups
+        for start in range(width, len(x.ids), width):
+            flow.tie(x.ids[:width], x.ids[start : start + width])
+        flow.record(module, path, "weight", 1, x.ids[:width], produces=False)
+        ids = flow.new(path, height) * groups
+    flow.record(module, path, "weight", out_dim, ids, produces=True)
+    flow.record(module, path, "bias", 0, ids, produces=True)
+    return Value(rank=2 + spatial, axis=axis, ids=ids)
+
+
+def _norm(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    grouped = isinstance(module, nn.GroupNorm)
+    size = module.num_channels if grouped else module.num_features
+    ids = fit(x, size)
+    if not ids or x.dim(1) != x.axis:
+        flow.freeze(x, f"read by {path}, whose {size} channels do not fit")
+        return Value(rank=x.rank)
+    if grouped:  # the channels of a group are averaged together, so they go together
+        width = size // module.num_groups
+        for start in range(0, size, width):
+            flow.tie(ids[start : start + 1] * width, ids[start : start + width])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        flow.record(module, path, name, 0, ids, produces=True)
+    if getattr(module, "weight", None) is None and getattr(module, "running_mean", None) is None:
+        if len(flow.sizes.setdefault(path, ids)) == len(ids):
+            flow.tie(flow.sizes[path], ids)
+        else:
+            flow.freeze_ids((*flow.sizes[path], *ids), f"{path} is called with different inputs")
+    if getattr(module, "weight", None) is None:
+        flow.impure.update(ids)
+    return Value(rank=x.rank, axis=x.axis, ids=ids)
+
+
+def _embedding(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    ids = flow.new(path, module.embedding_dim)
+    flow.record(module, path, "weight", 1, ids, produces=True)
+    if module.max_norm is not None:
+        flow.freeze_ids(ids, "max_norm depends on the whole row")
+    bag = isinstance(module, nn.EmbeddingBag)
+    return Value(rank=2 if bag else (x.rank or 2) + 1, ids=ids)
+
+
+def _recurrent(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Any:
+    if x.ids and x.axis != -1:
+        flow.freeze(x, f"{path} works along another dimension")
+        x = replace(x, ids=())
+    gates = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}[module.mode]
+    flow.reads(module, path, "weight_ih_l0", 1, x, module.input_size)
+    plain, lstm = Value(rank=3), module.mode == "LSTM"
+    why = "bidirectional" if module.bidirectional else "projected" if module.proj_size else ""
+    if why:
+        if module.bidirectional:
+            flow.reads(module, path, "weight_ih_l0_reverse", 1, x, module.input_size)
+        flow.reasons[path] = f"{why} recurrent layers keep their hidden size"
+        return (plain, (plain, plain) if lstm else plain)
+    stack: list[tuple[int, ...]] = []
+    for k in range(module.num_layers):
+        ids = flow.new(f"{path}:{k}" if module.num_layers > 1 else path, module.hidden_size)
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            flow.record(module, path, f"{name}_l{k}", 0, ids * gates, produces=True)
+        flow.record(module, path, f"weight_hh_l{k}", 1, ids, produces=False)
+        if k:
+            flow.record(module, path, f"weight_ih_l{k}", 1, stack[-1], produces=False)
+        if any(rest[0]) or any(rest[1].values()):
+            flow.freeze_ids(ids, "its first state is given from outside")
+        stack.append(ids)
+    flow.freeze(rest, f"read by {path} as a state")
+    if len(stack) > 1:
+        flow.families[path] = stack
+    out = Value(rank=3, ids=stack[-1])
+    state = out if len(stack) == 1 else Value(rank=3, stack=tuple(stack))
+    return (out, (state, state) if lstm else state)
+
+
+def _feed_forward(flow: Flow, layer: Any, path: str) -> None:
+    """Label the hidden units between linear1 and linear2 of a transformer layer."""
+    ids = flow.new(f"{path}.linear1".strip("."), layer.linear1.out_features)
+    if getattr(layer, "activation", F.relu) not in (F.relu, F.gelu):
+        flow.freeze_ids(ids, "its activation is not known")
+    flow.record(layer.linear1, f"{path}.linear1".strip("."), "weight", 0, ids, produces=True)
+    flow.record(layer.linear1, f"{path}.linear1".strip("."), "bias", 0, ids, produces=True)
+    flow.record(layer.linear2, f"{path}.linear2".strip("."), "weight", 1, ids, produces=False)
+
+
+def _pass(flow: Flow, module: nn.Module, path: str, x: Value, rest: Any) -> Value:
+    if not isinstance(module, _ZERO):
+        flow.impure.update(x.ids)
+    return x
+
+
+def _prelu(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    return x if module.num_parameters == 1 else _norm_like(flow, module, path, x)
+
+
+def _norm_like(flow: Flow, module: Any, path: str, x: Value) -> Value:
+    ids = fit(x, module.num_parameters)
+    if not ids or x.dim(1) != x.axis:
+        flow.freeze(x, f"read by {path}, whose channels do not fit")
+        return Value(rank=x.rank)
+    flow.record(module, path, "weight", 0, ids, produces=True)
+    return replace(x, ids=ids, spread="")
+
+
+def _soften(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    return softmax(flow, x, module.dim) or Value()
+
+
+def _flatten(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    found = flatten(flow, x, module.start_dim, module.end_dim)
+    if found is None:
+        flow.freeze(x, f"flattened by {path} in a way that is not followed")
+    return found or Value()
+
+
+def _upsample(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    return spatial(flow, x, (x.rank or 4) - 2, path)
+
+
+def _pad(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    flow.impure.update(x.ids)
+    return spatial(flow, x, len(module.padding) // 2, path)
+
+
+_MODULES: tuple[tuple[Any, Callable[..., Any]], ...] = (
+    (nn.Linear, _linear),
+    (_ConvNd, _conv),
+    ((nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm), _norm),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    (nn.RNNBase, _recurrent),
+    (_ZERO + _ELEMENT, _pass),
+    (nn.PReLU, _prelu),
+    (nn.Flatten, _flatten),
+    ((nn.Softmax, nn.LogSoftmax), _soften),
+    (nn.Upsample, _upsample),
+    ((nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd), _pad),
+)

@@ -1,0 +1,157 @@
+"""What a piece of work cost: executed FLOPs, wall seconds, bytes on the link, and the machine it ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["Cost", "count_flops", "machine", "measure", "synchronise"]
+
+_OPEN: ContextVar[tuple[Cost, ...]] = ContextVar("autoflip_open_costs", default=())
+
+
+@dataclass
+class Cost:
+    """A sum of work.
+
+    Attributes:
+        flops: executed floating point operations of matrix products and convolutions, forward and
+            backward; a multiply-add is 2. Elementwise work is not counted.
+        seconds: wall seconds, after the device has finished.
+        bytes_up: bytes of payloads from clients to the server.
+        bytes_down: bytes of payloads from the server to clients.
+    """
+
+    flops: int = 0
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.seconds + other.seconds,
+            self.bytes_up + other.bytes_up,
+            self.bytes_down + other.bytes_down,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in both directions."""
+        return self.bytes_up + self.bytes_down
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the four sums by name."""
+        return asdict(self)
+
+
+def count_flops(work: Callable[[], Any]) -> int:
+    """Run ``work`` once and return the FLOPs that its matrix products, convolutions and RNNs executed.
+
+    Counts with torch's FlopCounterMode, to which autoflip's kernels report their own work and to which the
+    CPU's fused LSTM, unknown to torch's table, is added here.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_rnn_formulas()) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+@contextmanager
+def measure(model: nn.Module | None = None) -> Iterator[Cost]:
+    """Measure what runs inside the ``with`` block.
+
+    Args:
+        model: decides the device to wait for; None: the current one.
+
+    Yields:
+        A :class:`Cost`, complete when the block ends. Transports add payload bytes to every open block.
+        Counting FLOPs slows small models down, so ``seconds`` here is an upper bound; the federated loop
+        counts a step's FLOPs apart and times the plain steps.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 2, bias=False)
+        >>> with measure(layer) as cost:
+        ...     _ = layer(torch.ones(3, 4))
+        >>> cost.flops
+        48
+    """
+    cost = Cost()
+    token = _OPEN.set((*_OPEN.get(), cost))
+    device = next((p.device for p in model.parameters()), None) if model is not None else None
+    synchronise(device)
+    start = time.perf_counter()
+    counter = FlopCounterMode(display=False, custom_mapping=_rnn_formulas())
+    try:
+        with counter:
+            yield cost
+    finally:
+        synchronise(device)
+        cost.seconds += time.perf_counter() - start
+        cost.flops += int(counter.get_total_flops())
+        _OPEN.reset(token)
+
+
+def charge_bytes(*, up: int = 0, down: int = 0) -> None:
+    """Add payload bytes to every open :func:`measure` block; transports call this with ``len(payload)``."""
+    for cost in _OPEN.get():
+        cost.bytes_up += up
+        cost.bytes_down += down
+
+
+def synchronise(device: torch.device | None = None) -> None:
+    """Wait until a CUDA device has finished; nothing to do on a CPU."""
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        torch.cuda.synchronize(device)
+
+
+def machine() -> dict[str, Any]:
+    """Return what a number needs beside it: processor, cores, threads, GPU, versions."""
+    from autoflip import __version__
+
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass  # no /proc on this system
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "autoflip": __version__,
+    }
+
+
+def _rnn_forward(  # type: ignore[no-untyped-def]
+    x, w_ih, w_hh, b_ih, b_hh, hx, cx, reverse, batch_sizes, mode, hidden_size, *args, out_shape=None, **kwargs
+) -> int:
+    steps = x[0] * x[1]
+    return 2 * steps * (w_ih[0] * w_ih[1] + w_hh[0] * w_hh[1])
+
+
+def _rnn_backward(x, w_ih, w_hh, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    # gradients of the input and of the weights: each as many products as the forward pass
+    return 2 * 2 * x[0] * x[1] * (w_ih[0] * w_ih[1] + w_hh[0] * w_hh[1])
+
+
+def _rnn_formulas() -> Mapping[Any, Any]:
+    aten = torch.ops.aten
+    return {
+        getattr(aten, name): formula
+        for name, formula in (("mkldnn_rnn_layer", _rnn_forward), ("mkldnn_rnn_layer_backward", _rnn_backward))
+        if hasattr(aten, name)
+    }

@@ -1,0 +1,254 @@
+"""Choose what to keep: single weights, blocks and whole channels, from magnitudes or from any scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from autoflip.groups import Groups, find_groups
+from autoflip.masks import MaskSet
+from autoflip.prune.cuts import choose_units, cut, cut_inside
+
+__all__ = ["by_scores", "hybrid", "magnitude", "paper", "random", "weights"]
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that pruning covers: weights of Linear, convolution and recurrent layers, by name.
+
+    Biases, norms and embeddings are left out; so are tensors inside attention, which never run as layers.
+    """
+    inside = {id(m) for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    return {
+        f"{path}.{name}" if path else name: parameter.detach()
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, _ConvNd, nn.RNNBase)) and id(module) not in inside
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim >= 2
+    }
+
+
+def magnitude(model: nn.Module, density: float = 0.2) -> MaskSet:
+    """Keep the weights of largest absolute value, one cut through the whole model.
+
+    Args:
+        model: its :func:`weights` are covered.
+        density: kept share of the covered weights, in (0, 1].
+
+    Returns:
+        One mask per weight tensor; every tensor keeps at least its best entry.
+
+    Raises:
+        ValueError: density is outside (0, 1], or the model has nothing to prune.
+    """
+    return by_scores({name: w.abs() for name, w in _weights(model, "magnitude").items()}, density)
+
+
+def random(model: nn.Module, density: float = 0.2, seed: int = 0) -> MaskSet:
+    """Keep weights at random, uniformly over the whole model; the same ones for the same ``seed``.
+
+    Args, returns and errors as in :func:`magnitude`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return by_scores(
+        {name: torch.rand(w.shape, generator=generator) for name, w in _weights(model, "random").items()}, density
+    )
+
+
+def by_scores(scores: Mapping[str, Tensor], density: float = 0.2) -> MaskSet:
+    """Keep the entries of highest score, one cut through all tensors.
+
+    Args:
+        scores: name -> float tensor, higher = keep.
+        density: kept share of all their entries, in (0, 1]; met to half an entry.
+
+    Returns:
+        One mask per tensor. Equal scores go to the earlier entry; every tensor keeps at least its best entry.
+
+    Raises:
+        ValueError: density is outside (0, 1], or a score is not finite.
+    """
+    _share("density", density)
+    _finite(scores)
+    cells = {name: s.detach().float().cpu().reshape(1, -1) for name, s in scores.items() if s.numel()}
+    kept = cut(cells, round(density * sum(c.numel() for c in cells.values())))
+    kept |= {name: torch.ones(s.shape, dtype=torch.bool) for name, s in scores.items() if not s.numel()}
+    return MaskSet({name: kept[name].reshape(s.shape) for name, s in scores.items()})
+
+
+def hybrid(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    density: float = 0.1,
+    channels: float = 0.4,
+    block: tuple[int, int] | None = None,
+    *,
+    round_to: int | None = None,
+    protect: Iterable[str] = (),
+    groups: Groups | None = None,
+) -> MaskSet:
+    """Remove whole channels first, then single weights inside what is left.
+
+    A channel's score is the mean, over the weight tensors it owns rows or columns of, of (mean score of its
+    slice) / (mean score of that tensor), so it does not change when one tensor's scores are scaled. One cut
+    through all layers keeps ``channels`` of the units; every layer keeps at least a tenth of its units and at
+    least four channels. Units are those of :func:`autoflip.groups.find_groups`: all coupled channels go together, with
+    their rows, columns, biases, norm parameters and running stats. Weights are then cut globally by raw score.
+
+    Args:
+        model: its :func:`weights` are covered, and every tensor of a removed channel.
+        scores: name -> float tensor for every covered weight, higher = keep.
+        density: wanted ``MaskSet.density`` of the result, in (0, 1]. Where removing channels alone goes below
+            it, nothing more is cut.
+        channels: kept share of the removable units, in (0, 1]; 1 keeps all.
+        block: (rows, columns) that live or die together, counted in the compact model (a convolution's weight
+            read as ``(out, in * kh * kw)``); blocks at the rim are smaller.
+        round_to: kept channels of a layer are rounded to a multiple of this. Default: 16 for convolutions of 32
+            channels or more, 4 for smaller ones (oneDNN's and tensor cores' cost is a staircase), 1 elsewhere.
+        protect: layers (names as in ``named_modules()``) that keep all units and all weights of what is left.
+        groups: the model's groups, to save finding them again.
+
+    Returns:
+        Masks of all covered weights, and of the other tensors that lost a channel. Every remaining row of
+        weights keeps its best entry (or block) as far as the density allows, so that no layer dies.
+
+    Raises:
+        ValueError: shares outside (0, 1], scores that are missing, not finite or of another shape, a block or a
+            layer name that does not fit.
+    """
+    _share("density", density)
+    _share("channels", channels)
+    covered = _weights(model, "hybrid")
+    scores = _checked(covered, scores)
+    _check_block(block, covered)
+    shielded = _protected(covered, protect)
+    groups = find_groups(model) if groups is None else groups
+    removed = choose_units(groups, scores, channels, _steps(model, groups, round_to), shielded)
+    state = model.state_dict()
+    touched = {axis.tensor for axis in groups.axes if bool(removed[axis.units].any())}
+    masks = {name: torch.ones(state[name].shape, dtype=torch.bool) for name in state if name in touched | {*covered}}
+    for axis in groups.axes:
+        if axis.tensor in masks:
+            masks[axis.tensor].movedim(axis.dim, 0)[removed[axis.units]] = False
+    total = sum(mask.numel() for mask in masks.values())
+    open_to_cut = {name: scores[name] for name in covered if name.rpartition(".")[0] not in shielded}
+    whole = sum(int(mask.sum()) for name, mask in masks.items() if name not in open_to_cut)
+    budget = round(density * total) - whole
+    if sum(int(masks[name].sum()) for name in open_to_cut) > budget:
+        masks.update(cut_inside(open_to_cut, masks, budget, block or (1, 1)))
+    return MaskSet(masks)
+
+
+def paper(deviations: Mapping[str, Tensor], threshold: float = 0.3) -> MaskSet:
+    """Apply the pruning rule of AutoFLIP: min-max per tensor, then one quantile over everything.
+
+    ``G' = (G - min G) / (max G - min G)`` per tensor; kept where ``G' > tau``, tau the ``threshold`` quantile
+    (linear interpolation) of all ``G'`` together. Biases and norms are treated like weights. A constant tensor
+    has no G' and is kept whole.
+
+    Args:
+        deviations: name -> mean squared deviation of the explorers from the start, >= 0.
+        threshold: T_p, share of all entries that is pruned, in [0, 1).
+
+    Returns:
+        One mask per tensor.
+
+    Raises:
+        ValueError: threshold is outside [0, 1), or a value is not finite.
+
+    Source: Internò et al., arXiv:2405.10271.
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"paper: threshold is {threshold}, wanted a share in [0, 1); 0.3 prunes 30 % of all entries")
+    _finite(deviations)
+    scaled = {}
+    for name, tensor in deviations.items():
+        values = tensor.detach().double().cpu()
+        if values.numel() and float(values.max()) > float(values.min()):
+            scaled[name] = (values - values.min()) / (values.max() - values.min())
+    if not scaled:
+        return MaskSet({name: torch.ones(t.shape, dtype=torch.bool) for name, t in deviations.items()})
+    # torch.quantile refuses more than 2^24 entries
+    tau = float(np.quantile(torch.cat([values.flatten() for values in scaled.values()]).numpy(), threshold))
+    return MaskSet(
+        {n: scaled[n] > tau if n in scaled else torch.ones(t.shape, dtype=torch.bool) for n, t in deviations.items()}
+    )
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"prune: {name} is {value}, wanted the kept share, above 0 and at most 1 (1 keeps all)")
+
+
+def _finite(scores: Mapping[str, Tensor]) -> None:
+    for name, tensor in scores.items():
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(
+                f"prune: scores of {name!r} hold {bad} values that are NaN or infinite; every score must be a "
+                "number. Did an exploring client diverge?"
+            )
+
+
+def _weights(model: nn.Module, what: str) -> dict[str, Tensor]:
+    found = weights(model)
+    if not found:
+        raise ValueError(
+            f"{what}: {type(model).__name__} has no Linear, convolution or recurrent weights to prune; "
+            "give by_scores() the tensors you mean"
+        )
+    return found
+
+
+def _checked(covered: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for name, weight in covered.items():
+        if name not in scores:
+            raise ValueError(
+                f"hybrid: there are no scores for {name!r}; every weight needs one. Scores came for "
+                f"{', '.join(list(scores)[:8]) or 'nothing'}. Were they made for another model?"
+            )
+        if scores[name].shape != weight.shape:
+            raise ValueError(
+                f"hybrid: scores of {name!r} have shape {tuple(scores[name].shape)} but the weight has "
+                f"{tuple(weight.shape)}. Did the model get compacted after the scores were made?"
+            )
+    mine = {name: scores[name].detach().float().cpu() for name in covered}
+    _finite(mine)
+    return mine
+
+
+def _check_block(block: tuple[int, int] | None, covered: Mapping[str, Tensor]) -> None:
+    if block is None:
+        return
+    if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+        raise ValueError(f"hybrid: block is {block!r}, wanted two positive counts (rows, columns), such as (16, 1)")
+    sizes = [(len(w), w[0].numel()) for w in covered.values()]
+    if not any(block[0] <= rows and block[1] <= columns for rows, columns in sizes):
+        raise ValueError(
+            f"hybrid: a block of {block[0]} rows and {block[1]} columns fits no weight of this model; the largest "
+            f"has {max(sizes, key=lambda size: size[0] * size[1])}. Choose a smaller block"
+        )
+
+
+def _protected(covered: Mapping[str, Tensor], protect: Iterable[str]) -> set[str]:
+    layers = {name.rpartition(".")[0] for name in covered}
+    names = {protect} if isinstance(protect, str) else set(protect)
+    if unknown := sorted(names - layers):
+        raise ValueError(f"hybrid: protect names {unknown[0]!r}, but the layers are {', '.join(sorted(layers))}")
+    return names
+
+
+def _steps(model: nn.Module, groups: Groups, round_to: int | None) -> dict[str, int]:
+    """Return layer -> the multiple its kept channels are rounded to."""
+    if round_to is not None and round_to < 1:
+        raise ValueError(f"hybrid: round_to is {round_to}, wanted a count of channels, at least 1 (1 does not round)")
+    modules = dict(model.named_modules())
+    steps = {}
+    for layer, units in groups.by_layer().items():
+        size = len(units) * groups.width(layer)
+        step = round_to or ((16 if size >= 32 else 4) if isinstance(modules.get(layer), _ConvNd) else 1)
+        steps[layer] = step if size >= step else 1
+    return steps

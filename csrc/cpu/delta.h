@@ -1,0 +1,56 @@
+// Sparse-delta coding on the CPU: one table of functions per instruction set, all with the same results.
+//
+// words    little-endian bits, bit i = entry i of the tensor is kept; spare bits of the last word are 0
+// kept     set bits of the words given: no function reads or writes a value past it
+// All functions work on one range; bind_delta.cpp cuts tensors into ranges for threads.
+#pragma once
+#include <cstdint>
+
+namespace autoflip {
+
+constexpr int64_t kDeltaBlock = 256;           // kept entries that share a scale
+constexpr int64_t kDeltaChunkWords = 1 << 12;  // words of a thread's range: 2^18 entries
+constexpr int kRiceEscape = 24;                // this many ones announce a plain 32-bit gap
+
+enum IndexError : int64_t { kShort = -1, kRange = -2, kPadding = -3, kLong = -4 };
+
+struct DeltaKernels {
+  // words[i] from 0/1 bytes, and from x != 0
+  void (*pack)(const uint8_t* mask, int64_t n, uint64_t* words);
+  void (*pack_nonzero)(const float* x, int64_t n, uint64_t* words);
+  int64_t (*count)(const uint64_t* words, int64_t num_words);
+  // out = (x - base)[kept]; base may be null; returns whether any of the n differences is NaN or infinite
+  bool (*gather)(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
+                 float* out);
+  // out[kept] = values, 0 elsewhere
+  void (*expand)(const float* values, const uint64_t* words, int64_t n, int64_t kept, float* out);
+  // out[kept] += weight * values (product rounded first)
+  void (*expand_add)(const float* values, const uint64_t* words, int64_t n, int64_t kept, float weight,
+                     float* out);
+  // blocks of 256: scale = clip(max|x| / levels, FLT_MIN, largest), codes = floor(x / scale) + (u < frac);
+  // `first` is the rank of values[0], a multiple of 256
+  void (*quantise)(const float* values, int64_t n, int levels, float largest, uint32_t key0, uint32_t key1,
+                   int64_t first, int8_t* codes, float* scales);
+  void (*dequantise)(const int8_t* codes, const float* scales, int64_t n, float* values);
+  void (*round_bf16)(const float* values, int64_t n, uint32_t key0, uint32_t key1, int64_t first,
+                     uint16_t* words);
+  // byte planes of 2- and 4-byte values: plane b of value i is planes[b * n + i]
+  void (*split2)(const uint16_t* values, int64_t n, uint8_t* planes);
+  void (*split4)(const uint32_t* values, int64_t n, uint8_t* planes);
+  void (*merge2)(const uint8_t* planes, int64_t n, uint16_t* values);
+  void (*merge4)(const uint8_t* planes, int64_t n, uint32_t* values);
+  // Rice code of the gaps between set bits, bits filled from the lowest
+  int64_t (*rice_bits)(const uint64_t* words, int64_t num_words, int k);
+  void (*rice_encode)(const uint64_t* words, int64_t num_words, int k, uint8_t* out, int64_t out_bytes);
+  // reads `kept` positions below n into zeroed words; returns bytes used or an IndexError. `data` is hostile.
+  int64_t (*rice_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, int k, uint64_t* words);
+  // gaps as LEB128; varint_encode with a null `out` only counts the bytes; varint_decode as rice_decode
+  int64_t (*varint_encode)(const uint64_t* words, int64_t num_words, uint8_t* out);
+  int64_t (*varint_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, uint64_t* words);
+};
+
+extern const DeltaKernels kDeltaBase;
+extern const DeltaKernels kDeltaAvx2;
+extern const DeltaKernels kDeltaAvx512;
+
+}  // namespace autoflip

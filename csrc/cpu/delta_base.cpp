@@ -1,0 +1,7 @@
+#include "cpu/delta_impl.h"
+
+namespace autoflip {
+
+const DeltaKernels kDeltaBase = kTable;
+
+}  // namespace autoflip

@@ -1,0 +1,137 @@
+"""Hostile frames: whatever the bytes, decoding raises DecodeError or returns tensors that keep every promise."""
+
+import random
+import struct
+import zlib
+from contextlib import suppress
+from functools import partial
+
+import pytest
+import torch
+
+from autoflip import MaskSet, codec
+
+LIMITS = codec.Limits(max_bytes=1 << 16, max_tensors=64, max_schema_bytes=1 << 12)
+_G = torch.Generator().manual_seed(0)
+DELTA = {"w": torch.randn(20, 30, generator=_G), "b": torch.randn(20, generator=_G), "n": torch.tensor(4)}
+SPARSE = {n: t * (torch.rand(t.shape, generator=_G) < 0.1) for n, t in DELTA.items()}
+MASKS = MaskSet({"w": torch.rand(20, 30, generator=_G) < 0.2})
+OTHER = MaskSet({"w": torch.rand(20, 30, generator=_G) < 0.2})
+SCHEMA = codec.Schema.of(DELTA)
+BASE = codec.decode_patch(codec.encode_patch(DELTA))
+COMB = {"w": torch.zeros(64, 256).index_fill_(1, torch.arange(0, 256, 40), 1.25)}
+
+
+def _accumulate(blob):
+    sums = {n: torch.zeros(t.shape) for n, t in DELTA.items()}
+    try:
+        codec.accumulate(blob, sums, 0.5, masks=MASKS, limits=LIMITS)
+    except codec.DecodeError:
+        assert not any(t.any() for t in sums.values())  # nothing half done
+        raise
+    return sums
+
+
+FRAMES = {
+    **{
+        f"{values}-{entropy}": (
+            codec.encode(DELTA, masks=MASKS, values=values, entropy=entropy),
+            partial(codec.decode, masks=MASKS),
+        )
+        for values in ("fp32", "bf16", "int8", "int4")
+        for entropy in ("zstd", "none")
+    },
+    "id-only": (codec.encode(DELTA, masks=MASKS, schema=SCHEMA), partial(codec.decode, masks=MASKS, schema=SCHEMA)),
+    "explicit": (codec.encode(SPARSE, entropy="none"), codec.decode),
+    "comb": (codec.encode(COMB, values="int8"), codec.decode),
+    "patch": (codec.encode_patch(DELTA, BASE, masks=MASKS), partial(codec.decode_patch, base=BASE, masks=MASKS)),
+    "masks": (codec.encode_masks(MASKS), codec.decode_masks),
+    "change": (codec.encode_masks(OTHER, MASKS), partial(codec.decode_masks, base=MASKS)),
+}  # fmt: skip
+
+
+def sign(blob):
+    """Give a mutated frame the checksum and length of a sender who means it."""
+    blob = bytearray(blob)
+    if len(blob) < 96:
+        return bytes(blob)
+    blob[72:80] = struct.pack("<Q", len(blob) - 96)
+    blob[92:96] = bytes(4)
+    blob[92:96] = struct.pack("<I", zlib.crc32(blob))
+    return bytes(blob)
+
+
+def survives(blob, decode):
+    """Decode; only DecodeError may leave, and what comes back is finite and within the limits."""
+    for look in (partial(decode, limits=LIMITS), partial(codec.inspect, limits=LIMITS)):
+        try:
+            got = look(blob)
+        except codec.DecodeError:
+            continue
+        if look.func is codec.inspect:
+            continue
+        assert sum(t.numel() * t.element_size() for t in got.values()) <= LIMITS.max_bytes
+        assert all(bool(torch.isfinite(t).all()) for t in got.values())
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_flipped_byte_never_passes_the_checksum(name):
+    blob, decode = FRAMES[name]
+    for i in range(len(blob)):
+        bad = bytearray(blob)
+        bad[i] ^= 1 + (i * 37) % 255
+        with pytest.raises(codec.DecodeError):
+            decode(bytes(bad))
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_cut_or_lengthened_frame_is_refused(name):
+    blob, decode = FRAMES[name]
+    for bad in [blob[:i] for i in range(len(blob))] + [blob + b"\0", b"\0" + blob, blob * 2]:
+        with pytest.raises(codec.DecodeError):
+            decode(bad)
+    for i in range(96, len(blob)):
+        survives(sign(blob[:i]), decode)
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_signed_mutations_end_in_an_error_or_in_order(name):
+    blob, decode = FRAMES[name]
+    rng = random.Random(name)
+    others = [other for other, _ in FRAMES.values()]
+    places = [i for i in range(len(blob)) if not 72 <= i < 80 and not 92 <= i < 96]
+    for i in places[:400]:
+        for value in {0, 1, 0x7F, 0x80, 0xFF, blob[i] ^ 1, blob[i] ^ 0x80}:
+            survives(sign(blob[:i] + bytes([value]) + blob[i + 1 :]), decode)
+    for _ in range(400):
+        bad = bytearray(blob)
+        for _ in range(rng.randint(1, 6)):
+            kind, i, other = rng.randrange(4), rng.choice(places), rng.choice(others)
+            if kind == 0:
+                bad[i % len(bad)] = rng.randrange(256)
+            elif kind == 1:
+                bad[i:i] = rng.randbytes(rng.randint(1, 9))
+            elif kind == 2:
+                del bad[i : i + rng.randint(1, 9)]
+            else:
+                j = rng.randrange(96, len(other))
+                bad[i:i] = other[j : j + rng.randint(1, 40)]
+            bad = bad if len(bad) > 96 else bytearray(blob)
+        survives(sign(bad), decode)
+
+
+def test_accumulate_touches_nothing_unless_all_is_well():
+    blob, _ = FRAMES["int8-none"]
+    for i in range(96, len(blob)):
+        for value in (0, 0x80, 0xFF, blob[i] ^ 4):
+            with suppress(codec.DecodeError):
+                _accumulate(sign(blob[:i] + bytes([value]) + blob[i + 1 :]))
+
+
+def test_random_bytes_are_refused():
+    rng = random.Random(0)
+    for _ in range(300):
+        for bad in (rng.randbytes(rng.randint(0, 200)), b"AFD1\1\0\x60\0" + rng.randbytes(rng.randint(80, 200))):
+            for _, decode in FRAMES.values():
+                with pytest.raises(codec.DecodeError):
+                    decode(sign(bad))

@@ -1,0 +1,25 @@
+"""Write the golden frames of the current format version; run once per version, never to make a test green."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from autoflip import MaskSet, codec
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from test_codec_hostile import golden_update  # noqa: E402
+
+update, masks = golden_update()
+frames = {f"shared_{v}": codec.encode(update, masks=masks, values=v, seed=1) for v in ("fp32", "bf16", "int8", "int4")}
+sparse = update | {"w": torch.where(masks["w"], update["w"], 0)}
+frames["explicit_fp32"] = codec.encode(sparse, values="fp32")
+frames["explicit_int8"] = codec.encode(sparse, values="int8", entropy="none")
+zeros = {n: torch.zeros_like(t) for n, t in update.items()}
+frames["patch"] = codec.encode_patch(update, zeros, base_id=b"golden base 0001")
+frames["masks"] = codec.encode_masks(masks)
+frames["change"] = codec.encode_masks(masks, MaskSet({"w": update["w"] > 0.15}))
+for name, blob in frames.items():
+    with open(HERE / f"v1_{name}.afd", "xb") as file:
+        file.write(blob)

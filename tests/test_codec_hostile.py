@@ -1,0 +1,183 @@
+"""What a decoder refuses, said in words; and that nothing is allocated on a frame's word."""
+
+import struct
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+
+from autoflip import MaskSet, codec
+from autoflip.codec.reader import varint
+
+DELTA = {"w": torch.ones(4, 6), "b": torch.ones(4)}
+MASKS = MaskSet({"w": torch.eye(4, 6, dtype=torch.bool)})
+
+
+def sign(blob):
+    blob = bytearray(blob)
+    blob[72:80] = struct.pack("<Q", len(blob) - 96)
+    blob[92:96] = bytes(4)
+    blob[92:96] = struct.pack("<I", zlib.crc32(blob))
+    return bytes(blob)
+
+
+@pytest.mark.parametrize(
+    "blob, message",
+    [
+        ([], "is a list, wanted bytes"),
+        (b"", "a header alone has 96"),
+        (b"PK" + bytes(200), "not bytes of autoflip.codec"),
+        (b"AFD1\x02" + bytes(200), "format version 2, this autoflip reads 1"),
+        (codec.encode(DELTA)[:-3], "cut short or has a tail"),
+        (codec.encode(DELTA)[:-1] + b"\xaa", "ask for it again"),
+        (codec.encode(DELTA, schema=codec.Schema.of(DELTA)), "carries only the id"),
+        (codec.encode(DELTA, masks=MASKS), "pass masks= with that fingerprint"),
+        (codec.encode_masks(MASKS), "is a masks frame, wanted delta"),
+    ],
+)
+def test_messages_say_what_is_wrong(blob, message):
+    with pytest.raises(codec.DecodeError, match=message):
+        codec.decode(blob)
+
+
+def test_another_mask_schema_or_base_is_refused():
+    blob = codec.encode(DELTA, masks=MASKS, base_id=b"a" * 16)
+    with pytest.raises(codec.DecodeError, match="missed a mask update"):
+        codec.decode(blob, masks=MaskSet({"w": ~MASKS["w"]}))
+    with pytest.raises(codec.DecodeError, match="Do both sides hold the same model"):
+        codec.decode(blob, masks=MASKS, schema=codec.Schema.of({"w": DELTA["w"]}))
+    with pytest.raises(codec.DecodeError, match="missed a broadcast"):
+        codec.decode(blob, masks=MASKS, base_id=b"b" * 16)
+    with pytest.raises(codec.DecodeError, match="encoded without masks"):
+        codec.decode(codec.encode(DELTA), masks=MASKS)
+    with pytest.raises(codec.DecodeError, match="sums holds no tensor of that name"):
+        codec.accumulate(blob, {"w": torch.zeros(4, 6)}, 1.0, masks=MASKS)
+    codec.decode(blob, masks=MASKS, base_id=b"a" * 16)
+
+
+def test_limits_are_arguments():
+    blob = codec.encode({"w": torch.zeros(1000, 1000)})
+    with pytest.raises(codec.DecodeError, match="Limits.max_bytes"):
+        codec.decode(blob, limits=codec.Limits(max_bytes=3_999_999))
+    codec.decode(blob, limits=codec.Limits(max_bytes=4_000_000))
+    many = codec.encode({str(i): torch.zeros(1) for i in range(100)})
+    with pytest.raises(codec.DecodeError, match="names 100 tensors, Limits.max_tensors is 99"):
+        codec.decode(many, limits=codec.Limits(max_tensors=99))
+    with pytest.raises(codec.DecodeError, match="wanted 0 to 50"):
+        codec.decode(many, limits=codec.Limits(max_schema_bytes=50))
+
+
+def schema_frame(entries):
+    """Return a delta frame of no tensors whose inline schema is made by hand."""
+    raw = varint(len(entries))
+    for name, kind, shape in entries:
+        raw += varint(len(name)) + name + bytes((kind, len(shape))) + b"".join(map(varint, shape))
+    head = bytearray(codec.encode({})[:96])
+    return sign(bytes(head) + b"\0" + varint(len(raw)) + raw)
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ([(b"w", 0, (1 << 40, 1 << 20))], "exceeds Limits.max_bytes"),
+        ([(b"w", 0, (1 << 40, 0))], "exceeds Limits.max_bytes"),
+        ([(b"w", 9, (1,))], "of unknown kind 9"),
+        ([(b"w", 0, (1,)), (b"w", 0, (1,))], "named twice"),
+        ([(b"\xff", 0, (1,))], "not UTF-8"),
+        ([(b"w", 0, (1,) * 33)], "33 dimensions"),
+        ([(b"w", 0, (3,))], "does not have the id in its header"),
+    ],
+)
+def test_inline_schemas_are_bounded(entries, message):
+    with pytest.raises(codec.DecodeError, match=message):
+        codec.decode(schema_frame(entries))
+
+
+def test_a_zstd_bomb_is_refused_before_it_unpacks():
+    blob = codec.encode({"w": torch.ones(64, 64)}, values="int8", schema=codec.Schema.of({"w": torch.ones(64, 64)}))
+    bomb = zstandard.ZstdCompressor(level=1).compress(bytes(200_000_000))
+    at = 97  # the table has one byte
+    assert blob[at] == 1  # the codes went through zstd
+    tracemalloc.start()
+    with pytest.raises(codec.DecodeError, match="unpacks to 200000000 bytes, wanted 4096"):
+        codec.decode(
+            sign(blob[:at] + b"\1" + varint(len(bomb)) + bomb), schema=codec.Schema.of({"w": torch.ones(64, 64)})
+        )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_values_on_the_wire_must_be_finite_and_in_range():
+    schema = codec.Schema.of({"w": torch.ones(2, 2)})
+
+    def frame(values, raw):
+        blob = codec.encode({"w": torch.ones(2, 2)}, values=values, schema=schema, entropy="none")
+        return sign(blob[: len(blob) - len(raw)] + raw)
+
+    def refused(blob, message):
+        with pytest.raises(codec.DecodeError, match=message):
+            codec.decode(blob, schema=schema)
+
+    planes = lambda x: np.frombuffer(np.float32(x).tobytes(), np.uint8).reshape(-1, 4).T.tobytes()  # noqa: E731
+    codec.decode(frame("fp32", planes([1, 2, 3, 4])), schema=schema)
+    for bad in (np.nan, np.inf, -np.inf):
+        refused(frame("fp32", planes([1, 2, bad, 4])), "NaN or infinity")
+        refused(frame("int8", planes(bad)), "a scale is negative, infinite or NaN")
+    refused(frame("bf16", b"\0\0\x80\0" + b"\0\0\x7f\0"), "NaN or infinity")
+    refused(frame("int8", planes(-1.0)), "a scale is negative")
+    refused(frame("int8", planes(3e38)), "a scale is negative, infinite")  # 127 of them overflow
+    refused(frame("int8", b"\x80" + bytes([0, 0, 0, 0, 4]) + planes(1.0)), "outside -127 to 127|bytes")
+    refused(frame("int4", b"\x08\0" + b"\0\4" + planes(1.0)), "outside -7 to 7")
+    odd = {"v": torch.ones(1, 3)}
+    blob = codec.encode(odd, values="int4", entropy="none")
+    at = len(blob) - 6 - 1
+    assert blob[at] >> 4 == 0
+    with pytest.raises(codec.DecodeError, match="a code past its end"):
+        codec.decode(sign(blob[:at] + bytes([blob[at] | 0x70]) + blob[at + 1 :]))
+
+
+def test_bool_bytes_above_one_are_refused():
+    blob = codec.encode({"f": torch.tensor([True, False])}, entropy="none")
+    with pytest.raises(codec.DecodeError, match="no bool"):
+        codec.decode(sign(blob[:-1] + b"\2"))
+
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.afd"))
+
+
+def golden_update():
+    """The tensors that tests/golden/*.afd were made from: simple enough to rebuild anywhere."""
+    w = (torch.arange(240, dtype=torch.float32).view(12, 20) % 17 - 8) / 16
+    return {"w": w, "b": torch.arange(12) / 4, "steps": torch.tensor(7)}, MaskSet({"w": w > 0.2})
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_golden_frames_decode_for_ever(path):
+    update, masks = golden_update()
+    blob, name = path.read_bytes(), path.stem.removeprefix("v1_")
+    if name == "masks":
+        assert codec.decode_masks(blob) == masks
+    elif name == "change":
+        assert codec.decode_masks(blob, MaskSet({"w": update["w"] > 0.15})) == masks
+    elif name == "patch":
+        got = codec.decode_patch(blob, {n: torch.zeros_like(t) for n, t in update.items()}, base_id=b"golden base 0001")
+        assert torch.equal(got["w"], update["w"].to(torch.bfloat16))
+    else:
+        shared = name.startswith("shared")
+        got = codec.decode(blob, masks=masks if shared else None)
+        want = torch.where(masks["w"], update["w"], 0)
+        assert torch.equal(got["b"], update["b"])
+        assert got["steps"] == 7
+        if name.endswith(("fp32", "bf16")):
+            assert torch.equal(got["w"], want)
+        else:
+            torch.testing.assert_close(got["w"], want, rtol=0, atol=0.5 / (127 if name.endswith("int8") else 7))
+
+
+def test_golden_frames_are_there():
+    assert len(GOLDEN) == 9

@@ -1,0 +1,66 @@
+"""fed.Config: what it accepts, what it refuses, and in which words."""
+
+import pytest
+
+from autoflip import fed
+
+
+def test_overrides_are_typed_and_presets_give_way():
+    config = fed.Config.load(overrides=["data.name=fashion-mnist", "fed.rounds=7", "prune.density=1", "data.root=/x y"])
+    assert config.fed.rounds == 7
+    assert config.prune.density == 1.0
+    assert isinstance(config.prune.density, float)
+    assert config.data.root == "/x y"
+    assert config.data.samples_per_client == 500  # the preset of fashion-mnist
+
+
+def test_toml_round_trip_is_equal(tmp_path):
+    config = fed.Config.load(overrides=['data.root="a\\"b\\\\c\\u00e9"', "prune.block=[4, 1]", "train.lr=1e-3"])
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert fed.Config.load(path) == config
+
+
+def test_file_then_overrides(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[fed]\nrounds = 3\nclients = 5\n")
+    config = fed.Config.load(path, overrides=["fed.rounds=4"])
+    assert (config.fed.rounds, config.fed.clients) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("fed.round=3", "did you mean 'fed.rounds'"),
+        ("fedd.rounds=3", "did you mean 'fed'"),
+        ("fed.rounds=0", "out of range"),
+        ("fed.rounds=2.5", "a whole number"),
+        ("fed.rounds=true", "a whole number"),
+        ("prune.density=0", r"\(0, 1\]"),
+        ("prune.density=1.5", r"\(0, 1\]"),
+        ("prune.density=nan", "wanted a number"),
+        ("fed.method=autoflap", "did you mean 'autoflip'"),
+        ("fed.against=autoflip", "is the method itself"),
+        ("wire.values=int7", "wanted one of fp32, bf16, int8, int4"),
+        ("prune.block=[4]", "rows, columns"),
+        ("prune.block=4", "list of whole numbers"),
+        ("rounds=3", "section.key=value"),
+        ("fed.rounds", "section.key=value"),
+        ("data.partition=diri", "dirichlet"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(fed.ConfigError, match=message):
+        fed.Config.load(overrides=[override])
+
+
+def test_broken_files_are_named(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[fed\n")
+    with pytest.raises(fed.ConfigError, match="not valid TOML"):
+        fed.Config.load(path)
+    path.write_text("rounds = 3\n")
+    with pytest.raises(fed.ConfigError, match="outside a section"):
+        fed.Config.load(path)
+    with pytest.raises(FileNotFoundError):
+        fed.Config.load(tmp_path / "none.toml")

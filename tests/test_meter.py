@@ -1,0 +1,56 @@
+"""The meter: FLOPs of matrix products, convolutions and recurrent layers, seconds, bytes."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoflip import meter
+
+
+def test_linear_and_convolution_agree_with_torchs_counter():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    x = torch.randn(2, 1, 8, 8)
+    with FlopCounterMode(display=False) as torchs:
+        model(x).sum().backward()
+    with meter.measure(model) as cost:
+        model(x).sum().backward()
+    assert cost.flops == torchs.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_fused_lstm_is_counted(layers):
+    steps, batch, inputs, hidden = 7, 3, 5, 11
+    model = nn.LSTM(inputs, hidden, num_layers=layers, batch_first=True)
+    x = torch.randn(batch, steps, inputs)
+    forward = meter.count_flops(lambda: model(x))
+    widths = [inputs] + [hidden] * (layers - 1)
+    want = sum(2 * batch * steps * 4 * hidden * (w + hidden) for w in widths)
+    assert forward == want
+    both = meter.count_flops(lambda: model(x)[0].sum().backward())
+    # weights' and inputs' gradients: as many products each as the forward pass
+    assert both == 3 * want
+
+
+def test_seconds_and_bytes_of_a_block():
+    with meter.measure() as outer:
+        with meter.measure() as inner:
+            time.sleep(0.02)
+            meter.charge_bytes(up=5, down=7)
+        meter.charge_bytes(up=1)
+    assert inner.seconds >= 0.02
+    assert (inner.bytes_up, inner.bytes_down, inner.bytes) == (5, 7, 12)
+    assert (outer.bytes_up, outer.bytes_down) == (6, 7)
+    assert outer.seconds >= inner.seconds
+
+
+def test_costs_add_up():
+    assert meter.Cost(1, 2.0, 3, 4) + meter.Cost(10, 20.0, 30, 40) == meter.Cost(11, 22.0, 33, 44)
+
+
+def test_the_machine_names_itself():
+    about = meter.machine()
+    assert about["cpu"]
+    assert about["torch"] == torch.__version__
