@@ -67,7 +67,7 @@ void select(uintptr_t w, uintptr_t mask, int64_t n, uintptr_t out, int threads) 
                    useful_threads(n, threads));
 }
 
-void forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t lay, int64_t n, int64_t rows,
+void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, uintptr_t bias, int64_t n, int64_t rows,
              int64_t cols, bool relu, uintptr_t y, int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();

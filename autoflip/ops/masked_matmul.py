@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_matmul as steps
-from autoflip.ops._masked_matmul import path
+from autoflip.ops import backend
+from autoflip.ops._masked_kernels import path
 
 __all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "path"]
 
@@ -29,6 +31,7 @@ class Pack:
         density: kept share, 0 to 1 (1 for an empty mask).
         layout: uint8, see csrc/cpu/masked_matmul.h; empty where only the dense path can be taken.
         layout_t: the same for the transposed mask.
+        live: uint8, one flag per 32 x 32 tile for the GPU kernels; empty while the CPU kernel serves.
 
     Raises:
         ValueError: ``mask`` is not a 2-d bool tensor, or ``path`` is not one of the three.
@@ -38,21 +41,24 @@ class Pack:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"Pack: mask is {got}, wanted a 2-d torch.bool tensor (True = kept)")
-        if path not in steps.PATHS:
-            raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(steps.PATHS)}")
+        if path not in kernels.PATHS:
+            raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(kernels.PATHS)}")
         self.mask = mask.contiguous()
         self.path = path
         self.kept = int(mask.sum())
         self.density = self.kept / mask.numel() if mask.numel() else 1.0
-        self.layout = self.layout_t = torch.empty(0, dtype=torch.uint8, device=mask.device)
-        most = max(steps.crossover().values(), default=0.0)
-        # no batch size would take the sparse path: do not build what nothing reads
-        if mask.device.type == "cpu" and most and (path == "sparse" or (path == "auto" and self.density < most)):
-            self.layout, self.layout_t = (steps.make_layout(self.mask, transposed=t) for t in (False, True))
+        self.layout = self.layout_t = self.live = torch.empty(0, dtype=torch.uint8, device=mask.device)
+        server = "reference" if path == "dense" else backend.serve("masked_matmul", mask.device)
+        if server in ("cuda", "triton"):
+            self.live = kernels.live_tiles(self.mask)
+        # where no batch size would take the sparse path, do not build what nothing reads
+        most = max(kernels.crossover(float("inf"), step) for step in ("forward", "dx", "dw"))
+        if server == "cpp" and (path == "sparse" or self.density < most):
+            self.layout, self.layout_t = (kernels.make_layout(self.mask, transposed=t) for t in (False, True))
 
-    def parts(self) -> steps.Parts:
+    def parts(self) -> kernels.Parts:
         """Return what the ops take."""
-        return steps.Parts(self.mask, self.layout, self.layout_t, self.kept, self.path)
+        return kernels.Parts(self.mask, self.layout, self.layout_t, self.live, self.kept, self.path)
 
     def __repr__(self) -> str:
         return f"Pack({tuple(self.mask.shape)}, density {self.density:.4f}, path {self.path!r})"
@@ -143,7 +149,7 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
             f"masked_weight: mask has shape {tuple(mask.shape)} and dtype {mask.dtype} but weight has "
             f"{tuple(weight.shape)}; a bool mask covers its weight entry by entry"
         )
-    return steps.select(weight, mask)
+    return kernels.select(weight, mask)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, op: str) -> None:
