@@ -139,6 +139,20 @@ def test_an_extra_that_cannot_be_had_is_named_and_the_rest_goes_on(project):
     assert (folder / ".python").exists()
 
 
+@pytest.mark.slow
+def test_a_torch_that_is_there_is_kept_in_the_new_environment(project):
+    folder = project(run='"never-published>=1.5"')
+    (folder / "setup.py").write_text(COMPILE + "; import setuptools; setuptools.setup(packages=[])")
+    status, said = setup(folder)
+    assert status == 0, said
+    assert "could not install, for" in said
+    python = (folder / ".python").read_text().splitlines()[0]
+    assert python == str(folder / ".venv/bin/python")
+    code = "import torch, pytest; print(torch.__file__)"
+    got = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    assert got.stdout.strip() == sys.modules["torch"].__file__
+
+
 def test_a_build_tool_that_cannot_be_had_ends_it(project):
     folder = project(build='"never-published>=1.5"')
     status, said = setup(folder, VENV="")
