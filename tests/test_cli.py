@@ -1,6 +1,7 @@
 """The command line: options become overrides, mistakes become one line, what was stopped can go on."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -274,6 +275,19 @@ def test_as_a_module():
     assert done.returncode == 2
     assert done.stderr.startswith("autoflip: error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_without_our_letters_is_served(tmp_path):
+    folder = tmp_path / "ß"
+    write_run(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "autoflip", "report", str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("?/report.html\n")
 
 
 SMALL = ["--rounds", "2", "--set", "fed.clients=4", "--set", "fed.fraction=0.5", "--set", "data.samples_per_client=40"]

@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from autoflip.cli.commands import app
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail after an hour
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="autoflip", standalone_mode=False)
         return code if isinstance(code, int) else 0
