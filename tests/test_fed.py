@@ -77,8 +77,15 @@ def test_flops_in_the_ledger_equal_torchs_count_on_the_compact_dense_model():
 
 
 def test_masked_weights_lower_the_executed_flops_further():
-    dense = fed.run(_config("fed.against=none", "prune.density=1", "train.batch_size=40"))
-    sparse = fed.run(_config("fed.against=none", "prune.density=0.05", "train.batch_size=40"))
+    wide = [
+        "fed.against=none",
+        "model.name=mlp",
+        "train.batch_size=64",
+        "data.samples_per_client=64",
+        "prune.channels=1",
+    ]
+    dense = fed.run(_config(*wide, "prune.density=1"))
+    sparse = fed.run(_config(*wide, "prune.density=0.05"))
     assert sparse.records[-1].flops < 0.9 * dense.records[-1].flops
 
 
