@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def squared_matmul_kernel(p_d, p_a, p_out, N, O, K, BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr):
+def squared_matmul_kernel(p_d, p_a, p_out, N, O, K, BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr):  # noqa: E741
     """One tile of D."""
     i_tile = tl.program_id(0).to(tl.int64)
     n_k = tl.cdiv(K, BK)
@@ -32,7 +32,7 @@ def squared_matmul_kernel(p_d, p_a, p_out, N, O, K, BN: tl.constexpr, BO: tl.con
 
 def squared_matmul(d: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """Launch; d and a are contiguous, of one dtype and on one device (checked by autoflip.ops)."""
-    (N, O), K = d.shape, a.shape[1]
+    N, O, K = *d.shape, a.shape[1]  # noqa: E741
     out = torch.empty(O, K, dtype=d.dtype, device=d.device)
     BN, BO, BK = 32, 64, 64
     grid = (triton.cdiv(O, BO) * triton.cdiv(K, BK),)

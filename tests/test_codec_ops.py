@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip.ops import backend, delta, reference
+from autoflip.ops import backend, delta, delta_coding, reference
 
 needs_cpp = pytest.mark.skipif(backend.extension("_C")[0] is None, reason="autoflip._C is not built")
 SIZES = [0, 1, 15, 16, 63, 64, 65, 255, 256, 257, 1000, (1 << 18) - 1, (1 << 18) + 77]
@@ -37,18 +37,18 @@ def everything(n, density):
     delta.expand_add(values, pack, total, 0.7)
     out.append(total.numpy())
     for levels in (127, 7):
-        codes, scales = delta.quantise(values, levels, (n, 77))
-        out += [codes, scales, delta.dequantise(codes, scales)]
-    words = delta.round_bf16(values, (5, n))
+        codes, scales = delta_coding.quantise(values, levels, (n, 77))
+        out += [codes, scales, delta_coding.dequantise(codes, scales)]
+    words = delta_coding.round_bf16(values, (5, n))
     out += [
         words,
-        np.frombuffer(delta.split_planes(words), np.uint8),
-        np.frombuffer(delta.split_planes(values), np.uint8),
+        np.frombuffer(delta_coding.split_planes(words), np.uint8),
+        np.frombuffer(delta_coding.split_planes(values), np.uint8),
     ]
     for k in (0, 3, 12):
-        code = delta.rice_encode(pack, k) if n < 5000 or backend.serve("delta", x.device) == "cpp" else b""
+        code = delta_coding.rice_encode(pack, k) if n < 5000 or backend.serve("delta", x.device) == "cpp" else b""
         out.append(np.frombuffer(code, np.uint8))
-    out.append(np.frombuffer(delta.varint_encode(pack), np.uint8))
+    out.append(np.frombuffer(delta_coding.varint_encode(pack), np.uint8))
     return [np.ascontiguousarray(a) for a in out]
 
 
@@ -94,9 +94,9 @@ def test_every_instruction_level_and_thread_count_gives_the_same_bytes():
 @settings(deadline=None, max_examples=200)
 def test_rice_round_trip(n, density, k, seed):
     mask = delta.pack(torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density)
-    code = delta.rice_encode(mask, k)
-    assert len(code) == -(-delta.rice_bits(mask, k) // 8)
-    again, used = delta.rice_decode(code + b"tail", n, mask.kept, k)
+    code = delta_coding.rice_encode(mask, k)
+    assert len(code) == -(-delta_coding.rice_bits(mask, k) // 8)
+    again, used = delta_coding.rice_decode(code + b"tail", n, mask.kept, k)
     assert used == len(code)
     assert torch.equal(again.words, mask.words)
 
@@ -105,17 +105,17 @@ def test_rice_round_trip(n, density, k, seed):
 def test_rice_decode_refuses_bad_streams(served, monkeypatch):
     monkeypatch.setenv("AUTOFLIP_BACKEND", served)
     mask = delta.pack(torch.rand(300, generator=torch.Generator().manual_seed(0)) < 0.2)
-    code = delta.rice_encode(mask, 2)
+    code = delta_coding.rice_encode(mask, 2)
     with pytest.raises(ValueError, match="ends early"):
-        delta.rice_decode(code[:-1], 300, mask.kept, 2)
+        delta_coding.rice_decode(code[:-1], 300, mask.kept, 2)
     with pytest.raises(ValueError, match="leaves the tensor"):
-        delta.rice_decode(code, 250, mask.kept, 2)
+        delta_coding.rice_decode(code, 250, mask.kept, 2)
     with pytest.raises(ValueError, match="leaves the tensor"):
-        delta.rice_decode(b"\xff" * 50, 300, 2, 2)
+        delta_coding.rice_decode(b"\xff" * 50, 300, 2, 2)
     with pytest.raises(ValueError, match="padding that is not zero"):
-        delta.rice_decode(b"\xfe", 300, 1, 0)
+        delta_coding.rice_decode(b"\xfe", 300, 1, 0)
     with pytest.raises(ValueError, match="ends early"):
-        delta.rice_decode(b"", 300, 1, 0)
+        delta_coding.rice_decode(b"", 300, 1, 0)
 
 
 @needs_cpp
@@ -132,10 +132,10 @@ def test_rice_decoders_agree_on_any_bytes(data, n, kept, k):
     def slow():
         words, used = reference.rice_decode(np.frombuffer(data, np.uint8)[: 7 * kept], n, kept, k)
         if used < 0:
-            raise ValueError("a Rice stream " + delta._INDEX_ERRORS[used])
+            raise ValueError("a Rice stream " + delta_coding._INDEX_ERRORS[used])
         return delta.Pack(words, n), used
 
-    assert outcome(lambda: delta.rice_decode(data, n, kept, k)) == outcome(slow)
+    assert outcome(lambda: delta_coding.rice_decode(data, n, kept, k)) == outcome(slow)
 
 
 @given(st.integers(0, 3000), st.floats(0, 1), st.integers(0, 1 << 30), st.sampled_from(["auto", "reference"]))
@@ -144,8 +144,8 @@ def test_varint_round_trip(n, density, seed, served):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTOFLIP_BACKEND", served)
         mask = delta.pack(torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density)
-        code = delta.varint_encode(mask)
-        again, used = delta.varint_decode(code + b"tail", n, mask.kept)
+        code = delta_coding.varint_encode(mask)
+        again, used = delta_coding.varint_decode(code + b"tail", n, mask.kept)
         assert used == len(code)
         assert torch.equal(again.words, mask.words)
 
@@ -162,8 +162,8 @@ def test_varint_decode_refuses_bad_streams(served, monkeypatch):
         (b"\xff" * 8 + b"\x7f", "leaves the tensor"),
     ]:
         with pytest.raises(ValueError, match=message):
-            delta.varint_decode(data, 264, 1)
-    assert delta.varint_decode(b"\x87\x02", 264, 1)[0].kept == 1
+            delta_coding.varint_decode(data, 264, 1)
+    assert delta_coding.varint_decode(b"\x87\x02", 264, 1)[0].kept == 1
 
 
 @pytest.mark.parametrize("served", ["auto", "reference"])

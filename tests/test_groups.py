@@ -9,6 +9,8 @@ from nets import BUILDERS, build
 from torch import nn
 
 from autoflip.groups import Slice, find_groups
+from autoflip.masks import MaskSet
+from autoflip.nn import compact
 
 
 def owners(groups):
@@ -104,7 +106,6 @@ FROZEN = {
     "part of the channels": (lambda m, x: x[:, :4].mean((2, 3)), 4, None, "getitem"),
     "plus an input": (lambda m, x: (x + m.extra).mean((2, 3)), 8, nn.Parameter(torch.ones(8, 1, 1)), "add"),
     "matmul": (lambda m, x: x.mean((2, 3)) @ m.extra, 8, nn.Parameter(torch.ones(8, 8)), "matmul"),
-    "channels last view": (lambda m, x: x.permute(0, 2, 3, 1).reshape(x.size(0), -1), 32, None, "sizes of its own"),
     "attention": (lambda m, x: m.extra(*[x.flatten(2).transpose(1, 2)] * 3)[0].mean(1), 8,
                   nn.MultiheadAttention(8, 2, batch_first=True), "MultiheadAttention"),
     "weights tied": (lambda m, x: m.extra(x.mean((2, 3))), 8, "tie", "tied"),
@@ -126,17 +127,42 @@ def test_what_is_not_understood_is_frozen_with_a_reason(case):
     assert "conv" not in groups.by_layer()
 
 
+def test_the_batch_size_may_come_from_the_inputs():
+    class Net(nn.Module):
+        def __init__(self, turn):
+            super().__init__()
+            self.conv, self.fc, self.turn = nn.Conv2d(1, 8, 3), nn.Linear(8 * 4, 2), turn
+
+        def forward(self, x):
+            batch = x.shape[0]
+            x = self.conv(x)
+            return self.fc((x.transpose(0, 1) if self.turn else x).reshape(batch, -1))
+
+    assert len(find_groups(Net(False)).by_layer()["conv"]) == 8
+    assert "sizes of its own" in find_groups(Net(True)).frozen["conv"]
+
+
 def test_shape_arithmetic_that_can_be_followed():
     for do in (
         lambda m, x: x.view(x.shape[0], -1),
         lambda m, x: torch.flatten(x, start_dim=1),
         lambda m, x: x.reshape(x.size(0), x.size(1), -1).mean(-1),
+        lambda m, x: x.permute(0, 2, 3, 1).reshape(x.size(0), -1),
         lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1),
         lambda m, x: x.permute(0, 2, 3, 1)[:, 0, ...].transpose(1, 2).amax(dim=2),
         lambda m, x: (2 * x - 1).sum(dim=(-1, -2), keepdim=True).flatten(1),
     ):
         out = do(None, torch.zeros(2, 8, 2, 2)).shape[1]
-        assert len(find_groups(Body(do, out)).by_layer()["conv"]) == 8
+        model, x = Body(do, out).eval(), torch.randn(2, 1, 4, 4)
+        unit = find_groups(model).units[3]
+        assert unit.producers[0] == Slice("conv.weight", 0, (3,))
+        masks = {"fc.weight": torch.ones(2, out, dtype=torch.bool)}
+        masks["fc.weight"][:, list(unit.consumers[0].indices)] = False
+        small = compact(model, x, MaskSet(masks))
+        assert small.conv.out_channels == 7
+        with torch.no_grad():
+            model.fc.weight *= masks["fc.weight"]
+        torch.testing.assert_close(small(x), model(x))
 
 
 def test_both_modes_are_followed():

@@ -10,6 +10,7 @@ import torch
 from autoflip.codec.frame import read_section, section
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.ops import delta as ops
+from autoflip.ops import delta_coding as codes
 from autoflip.ops.delta import Pack
 
 __all__ = ["BITMAP", "NAMES", "RICE", "VARINT", "WHOLE", "Set", "choose", "read_sets", "write_sets"]
@@ -24,7 +25,7 @@ Set = tuple[int, int, Pack]  # (coding, Rice parameter, entries)
 def _rice_parameter(mask: Pack) -> tuple[int, int]:
     """Return (k, bits) of the shortest Rice code, by exact count around the geometric guess."""
     guess = int(math.log2(max(1.0, 0.69 * mask.numel / max(1, mask.kept))))
-    tried = {k: ops.rice_bits(mask, k) for k in range(max(0, guess - 1), min(_MAX_K, guess + 1) + 1)}
+    tried = {k: codes.rice_bits(mask, k) for k in range(max(0, guess - 1), min(_MAX_K, guess + 1) + 1)}
     best = min(tried, key=lambda k: tried[k])
     return best, tried[best]
 
@@ -65,9 +66,9 @@ def _sections(sets: list[Set], entropy: str) -> list[bytes]:
         if coding == BITMAP:
             parts[coding].append(mask.words.numpy().view(np.uint8)[: -(-mask.numel // 8)].tobytes())
         elif coding == RICE:
-            parts[coding].append(ops.rice_encode(mask, k))
+            parts[coding].append(codes.rice_encode(mask, k))
         elif coding == VARINT:
-            parts[coding].append(ops.varint_encode(mask))
+            parts[coding].append(codes.varint_encode(mask))
     return [section(b"".join(part), entropy) for part in parts.values() if part]
 
 
@@ -118,9 +119,9 @@ def _read_code(stream: Reader, coding: int, numel: int, kept: int, k: int) -> Pa
     rest = stream.rest()
     try:
         if coding == RICE:
-            mask, used = ops.rice_decode(rest, numel, kept, k)
+            mask, used = codes.rice_decode(rest, numel, kept, k)
         else:
-            mask, used = ops.varint_decode(rest, numel, kept)
+            mask, used = codes.varint_decode(rest, numel, kept)
     except ValueError as error:
         raise DecodeError(f"{error}; the frame is damaged") from error
     stream.take(used)

@@ -10,7 +10,7 @@ import numpy as np
 
 from autoflip.codec.frame import read_section, section
 from autoflip.codec.reader import DecodeError, Reader
-from autoflip.ops import delta as ops
+from autoflip.ops import delta_coding as ops
 
 __all__ = ["BF16", "FP32", "INT", "INT4", "INT8", "NAMES", "check_finite_words", "read_values", "widen", "write_values"]
 

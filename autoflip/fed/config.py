@@ -63,10 +63,10 @@ class Train:
     """Local SGD."""
 
     epochs: int = 2
-    batch_size: int = 32
-    lr: float = 0.05
+    batch_size: int = 16
+    lr: float = 0.1
     lr_decay: float = 1.0  # factor per round
-    momentum: float = 0.9
+    momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # 0: no clipping of the gradient's norm
 
@@ -84,7 +84,7 @@ class Explore:
 class Prune:
     """How much is kept."""
 
-    density: float = 0.1  # kept share of the weights
+    density: float = 0.15  # kept share of the weights
     channels: float = 0.5  # kept share of channels and neurons
     block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
     until: int = 1  # rounds over which the density falls to its target; 1: at once

@@ -16,6 +16,7 @@ from autoflip import prune
 from autoflip.explore import Sums
 from autoflip.fed.config import Config
 from autoflip.fed.state import ServerState
+from autoflip.groups import find_groups
 from autoflip.masks import MaskSet
 
 __all__ = ["METHODS", "Strategy"]
@@ -73,6 +74,7 @@ class AutoFlip(Strategy):
         self.downlink = config.wire.downlink
         self.curvature = config.explore.signal == "curvature"
         self._weights = {name for name, _ in model.named_parameters()}
+        self._groups = find_groups(model)
 
     def wants_sums(self, state: ServerState) -> bool:
         """In the exploration round."""
@@ -105,6 +107,7 @@ class AutoFlip(Strategy):
             density=self.target_density(state.round),
             channels=cfg.channels,
             block=cfg.block or None,
+            groups=self._groups,
         )
 
     def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:

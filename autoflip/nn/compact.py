@@ -45,7 +45,7 @@ def compact(
 
     masks = masks_of(model) if masks is None else masks
     groups = find_groups(model) if groups is None else groups
-    named = model.state_dict(keep_vars=True)
+    named = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     masks.check(named)
     dead = _dead(groups, masks, named)
     removed = groups.level(dead)

@@ -1,32 +1,17 @@
 // Bodies of the delta kernels; included once by each delta_<isa>.cpp, all in an anonymous namespace.
 //
-// The quantisers and plane shuffles are plain loops that the compiler vectorises at every level with the
-// same result (no FMA contraction, integer max instead of float max). Gather and expand need intrinsics:
-// compress in registers and store whole vectors, because vpcompressd to memory is microcoded on Zen 4.
+// Gather and expand need intrinsics: compress in registers and store whole vectors, because vpcompressd to
+// memory is microcoded on Zen 4.
 #pragma once
-#include <cstring>
-
-#include "cpu/delta.h"
+#include "cpu/delta_bits.h"
+#include "cpu/delta_index.h"
+#include "cpu/delta_values.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace autoflip {
 namespace {
-
-inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 
 // --- masks to words
 
@@ -232,204 +217,6 @@ void expand(const float* values, const uint64_t* words, int64_t n, int64_t kept,
 void expand_add(const float* values, const uint64_t* words, int64_t n, int64_t kept, float weight,
                 float* out) {
   expand_any<true>(values, words, n, kept, weight, out);
-}
-
-// --- values
-
-inline uint32_t mix(uint32_t x) {  // lowbias32
-  x ^= x >> 16;
-  x *= 0x7FEB352Du;
-  x ^= x >> 15;
-  x *= 0x846CA68Bu;
-  return x ^ x >> 16;
-}
-
-inline uint32_t random_bits(uint32_t rank, uint32_t key0, uint32_t key1) {
-  return mix(mix(rank + key0) ^ key1);
-}
-
-void quantise_block(const float* x, int size, int levels, float largest, uint32_t key0, uint32_t key1,
-                    uint32_t first, int8_t* codes, float* scale_out) {
-  int32_t top = 0;  // the order of finite non-negative floats is that of their bits
-  for (int i = 0; i < size; ++i) {
-    const int32_t magnitude = int32_t(bits_of(x[i]) & 0x7FFFFFFFu);
-    top = magnitude > top ? magnitude : top;
-  }
-  float scale = 0, inverse = 0;
-  if (top) {
-    scale = float_of(uint32_t(top)) / float(levels);
-    const float tiny = 1.17549435e-38f;
-    scale = scale < tiny ? tiny : scale > largest ? largest : scale;
-    inverse = 1.0f / scale;
-  }
-  *scale_out = scale;
-  for (int i = 0; i < size; ++i) {
-    const float y = x[i] * inverse;
-    const int32_t cut = int32_t(y);
-    const int32_t low = cut - (float(cut) > y);
-    const float u =
-        float(int32_t(random_bits(first + uint32_t(i), key0, key1) >> 8)) * 5.9604644775390625e-08f;
-    int32_t code = low + (u < y - float(low));
-    code = code > levels ? levels : code;
-    codes[i] = int8_t(code < -levels ? -levels : code);
-  }
-}
-
-void quantise(const float* values, int64_t n, int levels, float largest, uint32_t key0, uint32_t key1,
-              int64_t first, int8_t* codes, float* scales) {
-  int64_t i = 0;
-  for (; i + kDeltaBlock <= n; i += kDeltaBlock)  // a constant size lets the compiler unroll
-    quantise_block(values + i, kDeltaBlock, levels, largest, key0, key1, uint32_t(first + i), codes + i,
-                   scales++);
-  if (i < n)
-    quantise_block(values + i, int(n - i), levels, largest, key0, key1, uint32_t(first + i), codes + i,
-                   scales);
-}
-
-void dequantise(const int8_t* codes, const float* scales, int64_t n, float* values) {
-  for (int64_t start = 0; start < n; start += kDeltaBlock) {
-    const float scale = scales[start / kDeltaBlock];
-    const int64_t size = lesser(kDeltaBlock, n - start);
-    for (int64_t i = 0; i < size; ++i) values[start + i] = float(codes[start + i]) * scale;
-  }
-}
-
-void round_bf16(const float* values, int64_t n, uint32_t key0, uint32_t key1, int64_t first,
-                uint16_t* words) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = bits_of(values[i]);
-    const uint32_t up = (bits + (random_bits(uint32_t(first + i), key0, key1) >> 16)) >> 16;
-    words[i] = uint16_t((up & 0x7F80u) == 0x7F80u ? bits >> 16 : up);  // finite stays finite
-  }
-}
-
-void split2(const uint16_t* values, int64_t n, uint8_t* planes) {
-  for (int64_t i = 0; i < n; ++i) planes[i] = uint8_t(values[i]);
-  for (int64_t i = 0; i < n; ++i) planes[n + i] = uint8_t(values[i] >> 8);
-}
-
-void split4(const uint32_t* values, int64_t n, uint8_t* planes) {
-  for (int b = 0; b < 4; ++b)
-    for (int64_t i = 0; i < n; ++i) planes[b * n + i] = uint8_t(values[i] >> 8 * b);
-}
-
-void merge2(const uint8_t* planes, int64_t n, uint16_t* values) {
-  for (int64_t i = 0; i < n; ++i) values[i] = uint16_t(planes[i] | planes[n + i] << 8);
-}
-
-void merge4(const uint8_t* planes, int64_t n, uint32_t* values) {
-  for (int64_t i = 0; i < n; ++i)
-    values[i] = planes[i] | uint32_t(planes[n + i]) << 8 | uint32_t(planes[2 * n + i]) << 16 |
-                uint32_t(planes[3 * n + i]) << 24;
-}
-
-// --- Rice codes
-
-template <class Each>
-inline void each_gap(const uint64_t* words, int64_t num_words, Each each) {
-  int64_t next = 0;  // the position that a gap of zero would mean
-  for (int64_t w = 0; w < num_words; ++w)
-    for (uint64_t word = words[w]; word; word &= word - 1) {
-      const int64_t position = 64 * w + __builtin_ctzll(word);
-      each(uint64_t(position - next));
-      next = position + 1;
-    }
-}
-
-int64_t rice_bits(const uint64_t* words, int64_t num_words, int k) {
-  int64_t total = 0;
-  each_gap(words, num_words, [&](uint64_t gap) {
-    const uint64_t ones = gap >> k;
-    total += ones < kRiceEscape ? int64_t(ones) + 1 + k : kRiceEscape + 32;
-  });
-  return total;
-}
-
-void rice_encode(const uint64_t* words, int64_t num_words, int k, uint8_t* out, int64_t out_bytes) {
-  uint64_t hold = 0;
-  int filled = 0;
-  int64_t at = 0;
-  each_gap(words, num_words, [&](uint64_t gap) {
-    const uint64_t ones = gap >> k;
-    uint64_t code;
-    int size;
-    if (ones < kRiceEscape) {
-      code = ((1ULL << ones) - 1) | (gap & ((1ULL << k) - 1)) << (ones + 1);
-      size = int(ones) + 1 + k;
-    } else {
-      code = ((1ULL << kRiceEscape) - 1) | gap << kRiceEscape;
-      size = kRiceEscape + 32;
-    }
-    hold |= code << filled;
-    if (filled + size >= 64) {
-      std::memcpy(out + at, &hold, 8);
-      at += 8;
-      hold = code >> (64 - filled);  // size <= 56, so filled >= 8 here
-      filled += size - 64;
-    } else {
-      filled += size;
-    }
-  });
-  std::memcpy(out + at, &hold, size_t(out_bytes - at));
-}
-
-int64_t rice_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, int k, uint64_t* words) {
-  const int64_t end = 8 * bytes;
-  int64_t at = 0, next = 0;
-  for (int64_t j = 0; j < kept; ++j) {
-    const int64_t byte = at >> 3;
-    uint64_t window = 0;  // 57 bits or more; past the end there are zeros
-    if (byte < bytes) std::memcpy(&window, data + byte, size_t(lesser(8, bytes - byte)));
-    window >>= at & 7;
-    const int ones = ~window ? __builtin_ctzll(~window) : 64;
-    uint64_t gap;
-    if (ones < kRiceEscape) {
-      gap = uint64_t(ones) << k | ((window >> (ones + 1)) & ((1ULL << k) - 1));
-      at += ones + 1 + k;
-    } else {
-      gap = (window >> kRiceEscape) & 0xFFFFFFFFu;
-      at += kRiceEscape + 32;
-    }
-    if (at > end) return kShort;
-    if (gap >= uint64_t(n - next)) return kRange;
-    next += int64_t(gap) + 1;
-    words[(next - 1) >> 6] |= 1ULL << ((next - 1) & 63);
-  }
-  const int64_t used = (at + 7) >> 3;
-  if ((at & 7) && data[used - 1] >> (at & 7)) return kPadding;
-  return used;
-}
-
-int64_t varint_encode(const uint64_t* words, int64_t num_words, uint8_t* out) {
-  int64_t at = 0;
-  each_gap(words, num_words, [&](uint64_t gap) {
-    for (; gap >= 0x80; gap >>= 7, ++at)
-      if (out) out[at] = uint8_t(gap | 0x80);
-    if (out) out[at] = uint8_t(gap);
-    ++at;
-  });
-  return at;
-}
-
-int64_t varint_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, uint64_t* words) {
-  int64_t at = 0, next = 0;
-  for (int64_t j = 0; j < kept; ++j) {
-    uint64_t gap = 0;
-    for (int shift = 0;; shift += 7) {
-      if (at == bytes) return kShort;
-      const uint8_t byte = data[at++];
-      gap |= uint64_t(byte & 0x7F) << shift;
-      if (byte < 0x80) {
-        if (byte == 0 && shift) return kLong;  // the shortest form only
-        break;
-      }
-      if (shift == 56) return kLong;
-    }
-    if (gap >= uint64_t(n - next)) return kRange;
-    next += int64_t(gap) + 1;
-    words[(next - 1) >> 6] |= 1ULL << ((next - 1) & 63);
-  }
-  return at;
 }
 
 constexpr DeltaKernels kTable = {

@@ -1,0 +1,116 @@
+// Rice and varint codes of the gaps between kept entries. Included by delta_impl.h only.
+#pragma once
+#include "cpu/delta_bits.h"
+
+namespace autoflip {
+namespace {
+
+template <class Each>
+inline void each_gap(const uint64_t* words, int64_t num_words, Each each) {
+  int64_t next = 0;  // the position that a gap of zero would mean
+  for (int64_t w = 0; w < num_words; ++w)
+    for (uint64_t word = words[w]; word; word &= word - 1) {
+      const int64_t position = 64 * w + __builtin_ctzll(word);
+      each(uint64_t(position - next));
+      next = position + 1;
+    }
+}
+
+int64_t rice_bits(const uint64_t* words, int64_t num_words, int k) {
+  int64_t total = 0;
+  each_gap(words, num_words, [&](uint64_t gap) {
+    const uint64_t ones = gap >> k;
+    total += ones < kRiceEscape ? int64_t(ones) + 1 + k : kRiceEscape + 32;
+  });
+  return total;
+}
+
+void rice_encode(const uint64_t* words, int64_t num_words, int k, uint8_t* out, int64_t out_bytes) {
+  uint64_t hold = 0;
+  int filled = 0;
+  int64_t at = 0;
+  each_gap(words, num_words, [&](uint64_t gap) {
+    const uint64_t ones = gap >> k;
+    uint64_t code;
+    int size;
+    if (ones < kRiceEscape) {
+      code = ((1ULL << ones) - 1) | (gap & ((1ULL << k) - 1)) << (ones + 1);
+      size = int(ones) + 1 + k;
+    } else {
+      code = ((1ULL << kRiceEscape) - 1) | gap << kRiceEscape;
+      size = kRiceEscape + 32;
+    }
+    hold |= code << filled;
+    if (filled + size >= 64) {
+      std::memcpy(out + at, &hold, 8);
+      at += 8;
+      hold = code >> (64 - filled);  // size <= 56, so filled >= 8 here
+      filled += size - 64;
+    } else {
+      filled += size;
+    }
+  });
+  std::memcpy(out + at, &hold, size_t(out_bytes - at));
+}
+
+int64_t rice_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, int k, uint64_t* words) {
+  const int64_t end = 8 * bytes;
+  int64_t at = 0, next = 0;
+  for (int64_t j = 0; j < kept; ++j) {
+    const int64_t byte = at >> 3;
+    uint64_t window = 0;  // 57 bits or more; past the end there are zeros
+    if (byte < bytes) std::memcpy(&window, data + byte, size_t(lesser(8, bytes - byte)));
+    window >>= at & 7;
+    const int ones = ~window ? __builtin_ctzll(~window) : 64;
+    uint64_t gap;
+    if (ones < kRiceEscape) {
+      gap = uint64_t(ones) << k | ((window >> (ones + 1)) & ((1ULL << k) - 1));
+      at += ones + 1 + k;
+    } else {
+      gap = (window >> kRiceEscape) & 0xFFFFFFFFu;
+      at += kRiceEscape + 32;
+    }
+    if (at > end) return kShort;
+    if (gap >= uint64_t(n - next)) return kRange;
+    next += int64_t(gap) + 1;
+    words[(next - 1) >> 6] |= 1ULL << ((next - 1) & 63);
+  }
+  const int64_t used = (at + 7) >> 3;
+  if ((at & 7) && data[used - 1] >> (at & 7)) return kPadding;
+  return used;
+}
+
+int64_t varint_encode(const uint64_t* words, int64_t num_words, uint8_t* out) {
+  int64_t at = 0;
+  each_gap(words, num_words, [&](uint64_t gap) {
+    for (; gap >= 0x80; gap >>= 7, ++at)
+      if (out) out[at] = uint8_t(gap | 0x80);
+    if (out) out[at] = uint8_t(gap);
+    ++at;
+  });
+  return at;
+}
+
+int64_t varint_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, uint64_t* words) {
+  int64_t at = 0, next = 0;
+  for (int64_t j = 0; j < kept; ++j) {
+    uint64_t gap = 0;
+    for (int shift = 0;; shift += 7) {
+      if (at == bytes) return kShort;
+      const uint8_t byte = data[at++];
+      gap |= uint64_t(byte & 0x7F) << shift;
+      if (byte < 0x80) {
+        if (byte == 0 && shift) return kLong;  // the shortest form only
+        break;
+      }
+      if (shift == 56) return kLong;
+    }
+    if (gap >= uint64_t(n - next)) return kRange;
+    next += int64_t(gap) + 1;
+    words[(next - 1) >> 6] |= 1ULL << ((next - 1) & 63);
+  }
+  return at;
+}
+
+}  // namespace
+}  // namespace autoflip
