@@ -25,8 +25,8 @@ help:
 	@echo "make setup          only set up; make which-python prints the interpreter that was chosen"
 	@echo "make clean          remove what was built and installed here; runs stay"
 	@echo
-	@echo "PYTHON=$(PYTHON)    the Python to start from, 3.10 or newer"
-	@echo "VENV=$(VENV)       the environment to make; VENV= uses PYTHON as it is; an active environment is used as it is"
+	@echo "PYTHON=python3      the Python to start from, 3.10 or newer"
+	@echo "VENV=.venv          the environment to make; VENV= uses PYTHON as it is; an active environment is used as it is"
 
 setup:
 	@sh tools/setup.sh
@@ -71,5 +71,5 @@ gpu-check:
 
 clean:
 	rm -rf build dist .python *.egg-info autoflip/*.so autoflip/_build.txt .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
-	find autoflip kernels tests bench tools -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.?*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 	@if [ -n "$(VENV)" ] && [ -f "$(VENV)/.autoflip" ]; then echo rm -rf "$(VENV)"; rm -rf "$(VENV)"; fi

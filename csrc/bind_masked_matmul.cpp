@@ -54,11 +54,20 @@ int useful_threads(int64_t elements, int threads) { return elements < kSerialEle
 
 int64_t layout(uintptr_t mask, int64_t rows, int64_t cols, bool transposed, uintptr_t out) {
   py::gil_scoped_release release;
-  return transposed ? masked_matmul_layout(at<const uint8_t>(mask), cols, rows, 1, cols, at<uint8_t>(out))
-                    : masked_matmul_layout(at<const uint8_t>(mask), rows, cols, cols, 1, at<uint8_t>(out));
+  return masked_matmul_layout(at<const uint8_t>(mask), rows, cols, transposed, at<uint8_t>(out));
 }
 
-void forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t lay, int64_t n, int64_t rows,
+int64_t layout_bound(int64_t rows, int64_t cols, bool transposed) {
+  return transposed ? masked_matmul_layout_bound(cols, rows) : masked_matmul_layout_bound(rows, cols);
+}
+
+void select(uintptr_t w, uintptr_t mask, int64_t n, uintptr_t out, int threads) {
+  py::gil_scoped_release release;
+  kernels().select(at<const float>(w), at<const uint8_t>(mask), n, at<float>(out),
+                   useful_threads(n, threads));
+}
+
+void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, uintptr_t bias, int64_t n, int64_t rows,
              int64_t cols, bool relu, uintptr_t y, int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
@@ -98,8 +107,10 @@ void dw(uintptr_t dy, uintptr_t x, uintptr_t lay, int64_t n, int64_t rows, int64
 }  // namespace
 
 void bind_masked_matmul(py::module_& m) {
+  m.def("masked_matmul_layout_bound", layout_bound, "most bytes that masked_matmul_layout can write");
   m.def("masked_matmul_layout", layout,
-        "bytes of the layout of mask (rows, cols) or of its transpose; filled unless 0");
+        "fills the layout of mask (rows, cols) or of its transpose; bytes written");
+  m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
   m.def("masked_matmul_forward", forward, "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
   m.def("masked_matmul_dx", dx, "dx (n, cols) = dy (n, rows) @ (w * mask)");
   m.def("masked_matmul_dw", dw, "dw (rows, cols) = dy.T @ x where mask, untouched elsewhere");

@@ -66,11 +66,13 @@ class Separable(nn.Module):
         self.twice, self.norm2 = nn.Conv2d(12, 24, 3, groups=12, bias=False), nn.InstanceNorm2d(24)
         self.wide, self.grouped = nn.Conv2d(24, 32, 1), nn.Conv2d(32, 24, 1, groups=4)
         self.norm3, self.head = nn.BatchNorm2d(24, affine=False), nn.Linear(24, 4)
+        self.last, self.norm4 = nn.Conv2d(24, 24, 1), nn.GroupNorm(12, 24, affine=False)
 
     def forward(self, x):
         x = F.relu6(self.norm(self.deep(self.stem(x))))
         x = F.silu(self.norm2(self.twice(F.relu(self.point(x)))))
-        return self.head(torch.flatten(self.norm3(self.grouped(self.wide(x))).amax((2, 3)), 1))
+        x = self.norm4(self.last(self.norm3(self.grouped(self.wide(x)))))
+        return self.head(torch.flatten(x.amax((2, 3)), 1))
 
 
 class Text(nn.Module):

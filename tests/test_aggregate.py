@@ -15,7 +15,10 @@ def _parts(seed=0):
 def test_mean_over_holders_equals_float64():
     deltas = [_parts(k) for k in range(4)]
     schema = codec.Schema.of(deltas[0])
-    masks = [None, *(MaskSet({"w": torch.rand(6, 5, generator=torch.Generator().manual_seed(9 + k)) < 0.4}) for k in range(3))]
+    masks = [
+        None,
+        *(MaskSet({"w": torch.rand(6, 5, generator=torch.Generator().manual_seed(9 + k)) < 0.4}) for k in range(3)),
+    ]
     weights = [10.0, 20.0, 30.0, 5.0]
     total = Aggregator({k: v.shape for k, v in deltas[0].items()}, schema)
     for delta, mask, weight in zip(deltas, masks, weights):

@@ -1,12 +1,17 @@
 """The command line: options become overrides, mistakes become one line, what was stopped can go on."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
+from subprocess import PIPE
 
 import pytest
+import torch
 from fake_run import records, summarize, write_run
+from test_report import check_page
 
 import autoflip
 from autoflip import cli
@@ -270,3 +275,93 @@ def test_as_a_module():
     assert done.returncode == 2
     assert done.stderr.startswith("autoflip: error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_without_our_letters_is_served(tmp_path):
+    folder = tmp_path / "ß"
+    write_run(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "autoflip", "report", str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("?/report.html\n")
+
+
+SMALL = ["--rounds", "2", "--set", "fed.clients=4", "--set", "fed.fraction=0.5", "--set", "data.samples_per_client=40"]
+
+
+def test_a_real_run_its_report_and_its_model(tmp_path, capfd):
+    folder = tmp_path / "run"
+    assert cli.main(["run", *SMALL, "--out", str(folder)]) == 0
+    assert "Final accuracy" in capfd.readouterr().out
+    check_page(folder)
+    assert {"config.toml", "model.safetensors", "masks.safetensors"} <= {path.name for path in folder.iterdir()}
+    one_error(capfd, 1, "already holds a run", "run", *SMALL, "--out", str(folder))
+    assert cli.main(["resume", str(folder), "-q"]) == 0, "a finished run resumes to itself"
+    capfd.readouterr()
+    (folder / "checkpoint.afck").write_bytes(b"AFCK1 not really")
+    one_error(capfd, 1, "damaged", "resume", str(folder))
+
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from safetensors.torch import load_file
+
+    from autoflip.fed import data, models
+
+    assert cli.main(["export", str(folder), "--onnx", str(tmp_path / "m.onnx")]) == 0
+    (tmp_path / "m.onnx").rename(tmp_path / "elsewhere.onnx")  # the weights are inside
+    digits = data.load("digits")
+    name = models.default_for("digits")
+    model = models.build(name, input_shape=digits.input_shape, num_classes=digits.num_classes)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    session = ort.InferenceSession(str(tmp_path / "elsewhere.onnx"))
+    (got,) = session.run(None, {session.get_inputs()[0].name: digits.test.x[:33].numpy()})
+    want = model.eval()(digits.test.x[:33]).detach()
+    # float32 sums of at most 1,000 terms of size 10, in another order
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=0, atol=1e-3)
+
+
+def test_a_real_comparison(tmp_path, capfd):
+    command = ["compare", "--seeds", "2", *SMALL, "--out", str(tmp_path / "c")]
+    assert cli.main(command) == 0
+    before = (tmp_path / "c" / "compare.json").read_text()
+    assert cli.main(command) == 0
+    assert "done before" in capfd.readouterr().out
+    assert (tmp_path / "c" / "compare.json").read_text() == before
+
+
+def test_ctrl_c_in_a_real_run_then_resume(tmp_path):
+    command = [sys.executable, "-m", "autoflip", "run", *SMALL, "--rounds", "6", "--out", str(tmp_path / "run")]
+    # a shell's background job ignores Ctrl-C, and its children with it
+    start = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, preexec_fn=start) as process:
+        next(line for line in process.stdout if " round " in line)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate()[1]
+    assert process.returncode == 130
+    assert error == f"autoflip: stopped; continue with: autoflip resume {tmp_path / 'run'}\n"
+    assert cli.main(["resume", str(tmp_path / "run"), "-q"]) == 0
+    assert cli.main(["run", *SMALL, "--rounds", "6", "--out", str(tmp_path / "whole"), "-q"]) == 0
+    stopped, whole = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole"))
+    for key in ("final_accuracy", "best_accuracy", "flops", "bytes_up", "bytes_down"):
+        assert stopped["method"][key] == whole["method"][key]
+        assert stopped["against"][key] == whole["against"][key]
+
+
+@pytest.mark.parametrize(
+    "words, arguments",
+    [
+        ("did you mean 'digits'", ["--dataset", "digit"]),
+        ("prune.density=3.0 is out of range", ["--set", "prune.density=3"]),
+        ("fed.method='autoflop'", ["--method", "autoflop"]),
+        ("did you mean 'fed.rounds'", ["--set", "fed.rouns=3"]),
+        ("/nowhere", ["--dataset", "mnist", "--data-root", "/nowhere"]),
+    ],
+)
+def test_a_real_mistake_is_one_line(tmp_path, capfd, words, arguments):
+    code = 1 if "--dataset" in arguments else 2
+    one_error(capfd, code, words, "run", *arguments, "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

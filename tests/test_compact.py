@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip import prune
+from autoflip.fed import models
 from autoflip.groups import Groups
 from autoflip.masks import MaskSet
+from autoflip.nn import sparsify
 from autoflip.nn.compact import Plan, compact
 
 
@@ -79,7 +81,7 @@ REMOVED = {
     "two_cnn": {"conv1", "conv2", "fc1"},
     "residual": {"stem", "a1", "a2", "b1"},  # a2, the shortcut and b2 leave together
     "concat": {"a", "b", "squeeze", "c"},
-    "separable": {"stem", "point", "wide", "grouped"},
+    "separable": {"stem", "point", "wide", "grouped", "last"},
     "text": {"embed", "lstm:0", "lstm:1"},
     "gru": {"conv", "gru", "rnn"},
     "encoder": {"encoder.layers.0.linear1", "encoder.layers.1.linear1", "head.0"},
@@ -105,6 +107,7 @@ def test_sizes_of_the_small_layers():
     assert small.deep.groups == small.deep.in_channels == small.stem.out_channels < 8
     assert small.twice.out_channels == 2 * small.twice.groups == small.norm2.num_features
     assert small.grouped.groups == 4
+    assert small.norm4.num_channels == 2 * small.norm4.num_groups == small.last.out_channels < 24
     assert small.norm.num_groups == small.norm.num_channels == small.stem.out_channels
 
     model, _ = build("text")
@@ -220,6 +223,16 @@ def test_plan_maps_every_tensor_both_ways(name, tmp_path):
     assert again.report() == plan.report()
 
 
+@pytest.mark.parametrize("name", [n for n in models.NAMES if n != "femnist-cnn"])  # two-cnn, eight times larger
+def test_the_networks_of_federated_benchmarks_shrink(name):
+    shape = {"char-lstm": (8,), "two-cnn": (1, 12, 12)}.get(name, (1, 8, 8))
+    model = models.build(name, input_shape=shape, num_classes=10).double()
+    x = torch.randint(10, (3, *shape)) if len(shape) == 1 else torch.rand(3, *shape, dtype=torch.float64)
+    small = assert_same(model, x, prune.hybrid(model, scores_of(model), density=0.1, channels=0.4))
+    kept = sum(int(torch.Size(small.plan.small_shape(n)).numel()) for n in small.plan.shapes)
+    assert kept < 0.4 * sum(t.numel() for t in model.state_dict().values())
+
+
 def test_plan_errors(tmp_path):
     plan = Plan({"w": (3,)}, {"w": {0: torch.tensor([1])}})
     with pytest.raises(ValueError, match="no tensor 'v'"):
@@ -260,3 +273,33 @@ def test_modes_gradients_and_flags_survive():
 def test_any_density_any_channels(name, density, channels, seed):
     model, x = build(name)
     assert_same(model, x, prune.hybrid(model, scores_of(model, seed), density, channels))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_masks_come_from_the_sparse_model_itself(name):
+    model, x = build(name)
+    masks = prune.hybrid(model, scores_of(model), density=0.3, channels=0.5)
+    sparse = sparsify(copy.deepcopy(model), masks)
+    assert_same(model, x, masks, compact(sparse))
+    small = compact(sparse)
+    assert all(type(m).__module__.startswith(("torch.", "nets")) for m in small.modules())
+    for train in (False, True):
+        want, got = step(sparse, x, train), step(small, x, train)
+        torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-12)
+    # and on: the small model takes the shrunk masks
+    torch.testing.assert_close(sparsify(small, small.plan.shrink_masks(masks))(x), sparse(x), rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_outside_layers_count_as_masks():
+    model = sparsify(nn.Sequential(nn.Conv1d(1, 4, 1), nn.Conv1d(4, 2, 1)), MaskSet({"1.weight": KEEP_TWO}))
+    assert compact(model)[0].out_channels == 2
+
+
+def test_the_package_name_is_the_function():
+    import autoflip
+
+    assert autoflip.compact is compact
+    assert autoflip.nn.compact is compact
+
+
+KEEP_TWO = torch.tensor([True, False, False, True]).expand(2, 4)[..., None].clone()

@@ -92,6 +92,6 @@ def test_mistakes_are_named():
         explore.guide([scouts[0], other])
     with pytest.raises(ValueError, match="one target an input"):
         explore.scout(torch.nn.Linear(4, 3), (torch.zeros(2, 4), torch.zeros(3, dtype=torch.long)), F.cross_entropy)
+    bad = torch.full((4, 4), float("nan")), torch.zeros(4, dtype=torch.long)
     with pytest.raises(ValueError, match="training loss is nan"):
-        bad = torch.full((4, 4), float("nan")), torch.zeros(4, dtype=torch.long)
         explore.scout(torch.nn.Linear(4, 3), bad, F.cross_entropy)

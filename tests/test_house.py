@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "ops": 1,
     **dict.fromkeys(("masks", "groups", "prune", "codec", "curvature", "meter"), 2),
+    **dict.fromkeys(("cuts", "flow", "layers", "rules"), 2),  # parts of groups and prune
     **dict.fromkeys(("nn", "explore"), 3),
     "fed": 4,
     **dict.fromkeys(("report", "loggers", "cli", "__main__"), 5),

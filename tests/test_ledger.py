@@ -9,9 +9,8 @@ from autoflip.fed.ledger import ClientRecord, Record, read_records, summarise
 
 def _record(method, number, accuracy, flops, up, down, seconds, phase="training"):
     client = ClientRecord(0, up, down, seconds, flops, 10, 0.1, None)
-    return Record(
-        method, 0, number, phase, accuracy, 1.0, flops, up, down, seconds, seconds, 0.0, 0.1, 0.5, 0.5, {"w": 0.5}, (client,)
-    )  # fmt: skip
+    cost = (flops, up, down, seconds, seconds, 0.0, 0.1)
+    return Record(method, 0, number, phase, accuracy, 1.0, *cost, 0.5, 0.5, {"w": 0.5}, (client,))
 
 
 @pytest.fixture

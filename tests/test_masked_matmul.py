@@ -260,3 +260,47 @@ def test_instruction_set_sources_share_no_code(isa):
         # DW.ref.* is a data reference to the exception handler, not code
         symbols = [line.split()[-1] for line in names.splitlines() if line and "DW.ref" not in line]
         assert len(symbols) == 1, symbols
+
+
+@pytest.mark.parametrize("N, O, K", [(3, 5, 7), (40, 33, 65)])
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+def test_triton_equals_float64_reference(N, O, K, density, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("AUTOFLIP_BACKEND", "triton")  # conftest.py turns the interpreter on where there is no GPU
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, w, b, mask, dy = case(N, O, K, density, device=device)
+    x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
+    y = ops.masked_linear(x, w, b, Pack(mask), "relu")
+    y64 = (reference.masked_matmul(x64, w64, mask) + b64).relu()
+    got = (y, *torch.autograd.grad(y, (x, w), dy))
+    want = (y64, *torch.autograd.grad(y64, (x64, w64), dy.double()))
+    for a, c, terms in zip(got, want, (K, O, N), strict=True):
+        torch.testing.assert_close(a.double(), c, rtol=0, atol=tolerance(torch.float32, terms))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N, O, K", SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gpu_kernels_equal_float64_reference(N, O, K, density, name, monkeypatch):
+    monkeypatch.setenv("AUTOFLIP_BACKEND", name)
+    x, w, b, mask, dy = case(N, O, K, density, device="cuda")
+    x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
+    y = ops.masked_linear(x, w, b, Pack(mask))
+    y64 = reference.masked_matmul(x64, w64, mask) + b64
+    got = (y, *torch.autograd.grad(y, (x, w), dy))
+    want = (y64, *torch.autograd.grad(y64, (x64, w64), dy.double()))
+    for a, c, terms in zip(got, want, (K, O, N), strict=True):
+        torch.testing.assert_close(a.double(), c, rtol=0, atol=tolerance(torch.float32, terms))
+
+
+def test_pack_outlives_a_change_of_backend(monkeypatch):
+    x, w, b, mask, _ = case(5, 6, 7, 0.4)
+    pack = Pack(mask, path="sparse")
+    want = ops.masked_linear(x, w, b, pack)
+    for name in ("reference", "triton"):
+        if name == "triton" and backend.unavailable("triton", "cpu"):
+            continue
+        monkeypatch.setenv("AUTOFLIP_BACKEND", name)
+        torch.testing.assert_close(ops.masked_linear(x, w, b, pack), want)
+        torch.testing.assert_close(ops.masked_linear(x, w, b, Pack(mask, path="sparse")), want)

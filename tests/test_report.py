@@ -5,10 +5,10 @@ import json
 import re
 
 import pytest
-from fake_run import write_run
+from fake_run import records, write_run
 
 from autoflip import report
-from autoflip.report import units
+from autoflip.report import runs, units
 
 
 class Reader(html.parser.HTMLParser):
@@ -89,6 +89,22 @@ def test_every_figure_follows_from_the_records(tmp_path):
     assert report.write(folder) == folder / "report.html"
     page = check_page(folder)
     assert {"ratios.to_target.bytes", "ratios.to_target.seconds"} <= page.values.keys()
+
+
+def test_marks_stand_at_the_round_of_the_table(tmp_path):
+    folder = write_run(tmp_path / "run")
+    text, want = report.write(folder).read_text(encoding="utf-8"), recount(folder)
+    marks = re.findall(r"first at the target\. (.*?), round (\d+)", text)
+    rounds = {"autoflip": want["method.to_target.round"], "dense FedAvg": want["against.to_target.round"]}
+    assert len(marks) == 8  # two methods on four plots
+    assert {(name, int(at)) for name, at in marks} == set(rounds.items())
+
+
+def test_the_target_itself_counts_as_reached():
+    curve = runs.curve_of("m", [{**line, "accuracy": 0.5 + line["round"] / 8} for line in records("m", rounds=4)])
+    assert runs.cost_to(curve, 0.75)["round"] == 2
+    assert runs.cost_to(curve, 0.8)["round"] == 3
+    assert runs.cost_to(curve, 0.9) is None
 
 
 def test_page_fetches_nothing_and_runs_nothing(tmp_path):
@@ -190,12 +206,12 @@ def test_terminal_table_says_the_same(tmp_path):
 
 
 def test_compare_means_and_errors(tmp_path):
-    runs = []
+    entries = []
     for method in ("autoflip", "fedavg"):
         for seed in range(3):
             write_run(tmp_path / f"{method}-{seed}", method, seed=seed)
-            runs.append((method, seed, f"{method}-{seed}"))
-    content = report.collect(tmp_path, runs)
+            entries.append((method, seed, f"{method}-{seed}"))
+    content = report.collect(tmp_path, entries)
     (tmp_path / "compare.json").write_text(json.dumps(content))
     page = Reader(report.compare_report(tmp_path).read_text(encoding="utf-8"))
 

@@ -41,6 +41,7 @@ command -v "${CXX%% *}" >/dev/null ||
     die "there is no C++ compiler $CXX; install one (Debian, Ubuntu: apt install g++; conda: conda install gxx) or set CXX"
 
 # ---- installing
+INSTALLED=
 TORCH=$(sed -n 's/^torch==//p' constraints.txt)
 GROUPS_WANTED="build run test triton $EXTRA"
 lacking() { "$1" tools/requirements.py $GROUPS_WANTED 2>/dev/null || echo "pip (python -m ensurepip)"; }
@@ -61,20 +62,33 @@ install_torch() {
         die "    make VENV= PYTHON=/path/to/python ..."
     }
 }
+pip_lines() {  # install requirements into $target, one a line: they hold spaces and <>
+    set -f
+    IFS='
+'
+    pip_install "$target" $1 && status=0 || status=1
+    unset IFS
+    set +f
+    return $status
+}
 install_lacking() {  # everything that $1 lacks; false when something cannot be had
     lacking "$1" | grep -q '^pip ' && "$1" -m ensurepip >/dev/null 2>&1 || true
     if lacking "$1" | grep -q '^torch'; then
         say "installing torch $TORCH into $1"
+        INSTALLED=1
         install_torch "$1" || return 1
     fi
+    target=$1
     lack=$(lacking "$1")
     [ -n "$lack" ] || return 0
+    INSTALLED=1
     say "installing $(echo "$lack" | sed 's/[^A-Za-z0-9_-].*//' | paste -s -d ' ' -)"
-    set -f; IFS='
-'   # a requirement a line: they hold spaces and <>
-    pip_install "$1" $lack && ok=0 || ok=1
-    unset IFS; set +f
-    return $ok
+    pip_lines "$lack" || {  # at least those that can be had
+        for index in $(seq "$(echo "$lack" | wc -l)"); do
+            pip_lines "$(echo "$lack" | sed -n "${index}p")" || true
+        done
+        [ -z "$(lacking "$1")" ]
+    }
 }
 make_venv() {
     # an environment that somebody else made, or one of another Python, is not ours to fill
@@ -110,6 +124,8 @@ else
             # the packages of a Python that is itself in a virtual environment, a .pth file does
             "$PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__path__[0]))' \
                 >"$("$P" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+            # Python 3.10 and 3.11 put an old one into every new environment, before a newer one outside
+            "$P" -m pip uninstall -q -y --disable-pip-version-check setuptools >&2 || true
         fi
     else
         say "$PYTHON cannot make virtual environments (Debian, Ubuntu: apt install python3-venv); using it as it is"
@@ -128,7 +144,7 @@ if ! install_lacking "$P"; then
         die "that is needed${needed:+ (and to compile: $(echo "$needed" | paste -s -d ' ' -))}; connect to a package index, or install it another way, and run this again"
     say "going on without; what needs it will say so"
 fi
-"$P" -c 'import torch' || die "$P cannot import torch (its message is above)"
+[ -z "$INSTALLED" ] || "$P" -c 'import torch' || die "$P cannot import torch (its message is above)"
 
 # ---- compiling, in place
 say "compiling the extension"

@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from autoflip.cli.commands import app
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail after an hour
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="autoflip", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -60,4 +63,4 @@ def _describe(error: Exception) -> tuple[str, int]:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
     if isinstance(error, (ValueError, OSError, BackendError)) or type(error).__module__.startswith("autoflip."):
         return str(error) or type(error).__name__, 1
-    return f"internal error, {type(error).__name__}: {error} (AUTOFLIP_DEBUG=1 shows where)", 1
+    return f"internal error, {type(error).__name__}: {str(error)[:400]} (AUTOFLIP_DEBUG=1 shows where)", 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,7 +48,13 @@ def to_onnx(run_dir: Path, target: Path) -> Path:
     small = nn.compact(model.eval(), example, MaskSet.load(run_dir / "masks.safetensors")).eval()
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(target.name + ".tmp")
-    batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(small, (example,), str(scratch), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every package that it does not need
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # external_data=False: one file, which can be renamed
+        torch.onnx.export(
+            small, (example,), str(scratch), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
+        )
     os.replace(scratch, target)
     return target

@@ -63,7 +63,7 @@ def show(facts: dict[str, Any]) -> None:
             line(name, "-" if value is None else value)
     cpp, cuda, triton = (extensions[name] for name in ("cpp", "cuda", "triton"))
     line("cpp", f"runs {cpp['isa']} code" if cpp["isa"] else f"no: {cpp['why_not']}")
-    line("cuda", f"no: {cuda['why_not']}" if cuda["why_not"] else "yes")
+    line("cuda", f"no: {cuda['why_not'].removeprefix('_cuda: ')}" if cuda["why_not"] else "yes")
     line("triton", f"no: {triton['why_not']}" if triton["why_not"] else triton["version"])
     line("backend", f"{facts['wish']} (AUTOFLIP_BACKEND)")
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)

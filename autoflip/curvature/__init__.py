@@ -208,7 +208,8 @@ def hvp(
                 f"{(probes, *p.shape)} on {p.device}: one leading axis of probes, the same for all"
             )
     out = {name: torch.empty_like(v) for name, v in vectors.items()}
-    with problem.undisturbed(0), hutchinson.hessian_product(problem, names) as product:
+    with problem.undisturbed(0):
+        product = hutchinson.hessian_product(problem, names)
         for i in range(probes):
             for name, value in product({name: v[i] for name, v in vectors.items()}).items():
                 out[name][i] = value

@@ -78,7 +78,7 @@ class GaussNewton:
             for n in range(len(column)) if self.rest else ():
                 alone = torch.zeros_like(column)
                 alone[n] = column[n]
-                self._square_rest(alone, total)
+                self._backward(alone, self.rest, total, layers=False)
         return self._collect(total)
 
     def draws(self, count: int) -> Iterator[Diagonal]:
@@ -103,12 +103,11 @@ class GaussNewton:
     def _empty(self) -> Diagonal:
         return {name: torch.zeros_like(p, requires_grad=False) for name, p in self.problem.params.items()}
 
-    def _square_rest(self, v: Tensor, total: Diagonal) -> None:
-        self._backward(v, self.rest, total, layers=False)
-
     def _backward(self, v: Tensor, names: list[str], total: Diagonal | None = None, *, layers: bool = True) -> None:
         asked = self.layers if layers else []
         edges = [layer.edge for layer in asked] + [get_gradient_edge(self.problem.params[name]) for name in names]
+        if not edges:
+            return
         gradients = torch.autograd.grad(
             self.output, edges, v.to(self.output.dtype), retain_graph=True, allow_unused=True
         )
@@ -125,7 +124,7 @@ class GaussNewton:
             own = layer.params
             for short, value in layer.take().items():
                 total[names[id(own[short])]] += value
-        return total
+        return self.problem.kept(total)
 
 
 def _alone(layer: Layer, ran: list[Layer], graph: Graph, problem: Problem) -> bool:

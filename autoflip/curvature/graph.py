@@ -23,7 +23,10 @@ _LINEAR_NAMES = """
     Relu LeakyRelu Hardtanh Threshold Abs Max Min Maximum Minimum Clamp ClampMin Where MaskedFill NativeDropout
     MaxPool2DWithIndices AdaptiveMaxPool2D MkldnnMaxPool2D
 """
-_PRODUCT_NAMES = "Mul Mm Addmm Bmm Baddbmm Mv Addmv Dot Linear Convolution MkldnnConvolution PreluKernel"
+_PRODUCT_NAMES = """
+    Mul Mm Addmm Bmm Baddbmm Mv Addmv Dot Linear Convolution MkldnnConvolution PreluKernel
+    masked_linear
+"""
 _LINEAR = frozenset(_LINEAR_NAMES.split())
 _PRODUCTS = frozenset(_PRODUCT_NAMES.split())
 _NORMS = frozenset(("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"))

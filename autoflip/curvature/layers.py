@@ -70,9 +70,7 @@ class Layer:
         """Return the sums by parameter name, shaped like the parameters, and begin anew."""
         self.flush()
         sums, self.sums = self.sums, {}
-        own, mask = self.params, getattr(self.module, "mask", None)
-        if isinstance(mask, Tensor) and "weight" in sums:  # a pruned weight does not move the output
-            sums["weight"] = sums["weight"].reshape(mask.shape) * mask
+        own = self.params
         return {name: value.reshape(own[name].shape) for name, value in sums.items() if name in own}
 
     def squares(self, d: Tensor) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ class Problem:
     inputs: Tensor
     target: Tensor
     params: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
 
     @staticmethod
     def of(model: nn.Module, loss_fn: LossFn, batch: tuple[Tensor, Tensor]) -> Problem:
@@ -47,7 +48,14 @@ class Problem:
             )
         for name, p in params.items():
             _check_finite(f"parameter {name!r}", p)
-        return Problem(model, loss_fn, inputs, target, params)
+        return Problem(model, loss_fn, inputs, target, params, _masks(model))
+
+    def kept(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Set entries of pruned weights to zero, in place: they do not move the output."""
+        for name, mask in self.masks.items():
+            if name in entries:
+                entries[name] *= mask.to(entries[name].device)
+        return entries
 
     @property
     def samples(self) -> int:
@@ -91,7 +99,7 @@ class Problem:
     @contextmanager
     def undisturbed(self, seed: int) -> Iterator[None]:
         """Leave buffers (running statistics), random state and grad mode as they were; dropout draws from ``seed``."""
-        buffers = [(b, b.detach().clone(), b._version) for b in self.model.buffers()]
+        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
         devices = sorted({p.device.index or 0 for p in self.params.values() if p.is_cuda})
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
@@ -99,9 +107,27 @@ class Problem:
                 yield
             finally:
                 with torch.no_grad():
-                    for buffer, before, version in buffers:
-                        if buffer._version != version:
+                    for buffer, before in buffers:
+                        # compared, not just copied: who packs a mask must not see it written again
+                        if not torch.equal(buffer, before):
                             buffer.copy_(before)
+
+
+def _masks(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameter name -> mask: of masked layers, and of the hooks that look after other parameters."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        # nn stands above this floor, so its masks are known by how they are had, not by class
+        own = getattr(module, "masks", None)
+        sources = [own() if callable(own) else None]
+        sources += [getattr(hook, "masks", None) for hook in module._forward_pre_hooks.values()]
+        for masks in sources:
+            if isinstance(masks, Mapping):
+                found.update(
+                    {prefix + n: m for n, m in masks.items() if isinstance(m, Tensor) and m.dtype == torch.bool}
+                )
+    return found
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:

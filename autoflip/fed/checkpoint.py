@@ -97,7 +97,7 @@ def _metadata(body: bytes) -> dict:
 
 def _put(tensors: dict[str, Tensor], prefix: str, values: Mapping[str, Tensor]) -> None:
     for name, tensor in values.items():
-        tensors[prefix + name] = tensor.contiguous()
+        tensors[prefix + name] = tensor.contiguous().clone()  # safetensors refuses shared memory
 
 
 def _take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

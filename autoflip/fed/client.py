@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,13 +90,19 @@ class Client:
                 on_batch=lambda x, y: self._charge_step(prepared, x, y),
             )
         delta = prepared.expand({name: t - before[name] for name, t in prepared.read().items()})
-        wire = dict(schema=self.schema, seed=cfg.fed.seed, round=message.round, client=self.id, base_id=view.id)
-        frames = [codec.encode(delta, masks=view.masks, values=self.strategy.values, **wire)]  # type: ignore[arg-type]
+        wire: dict[str, Any] = {
+            "schema": self.schema,
+            "seed": cfg.fed.seed,
+            "round": message.round,
+            "client": self.id,
+            "base_id": view.id,
+        }
+        frames = [codec.encode(delta, masks=view.masks, values=self.strategy.values, **wire)]
         if message.kind == EXPLORE and self.strategy.curvature:
             frames.append(self._curvature(prepared, message, wire))
-        return Message(UPDATE, message.round, self.id, tuple(frames), view.id, len(self.targets), loss)
+        return Message(UPDATE, message.round, self.id, tuple(frames), view.id, examples=len(self.targets), loss=loss)
 
-    def _curvature(self, prepared: Prepared, message: Message, wire: dict) -> bytes:
+    def _curvature(self, prepared: Prepared, message: Message, wire: dict[str, Any]) -> bytes:
         seed = derive(self.config.fed.seed, "curvature", message.round, self.id)
         found: dict[str, Tensor] = {}
 

@@ -63,10 +63,10 @@ class Train:
     """Local SGD."""
 
     epochs: int = 2
-    batch_size: int = 32
-    lr: float = 0.05
+    batch_size: int = 16
+    lr: float = 0.1
     lr_decay: float = 1.0  # factor per round
-    momentum: float = 0.9
+    momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # 0: no clipping of the gradient's norm
 
@@ -84,11 +84,12 @@ class Explore:
 class Prune:
     """How much is kept."""
 
-    density: float = 0.1  # kept share of the weights
+    density: float = 0.15  # kept share of the weights
     channels: float = 0.5  # kept share of channels and neurons
     block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
     until: int = 1  # rounds over which the density falls to its target; 1: at once
     every: int = 5  # rounds between two mask changes while it falls
+    rescale: float = 3.0  # largest factor that restores a pruned layer's norm; 1: leave the weights alone
     paper_quantile: float = 0.3  # T_p of method autoflip-paper: the pruned share
 
 
@@ -137,6 +138,7 @@ _RANGES = {
     "prune.channels": _SHARE,
     "prune.until": _COUNT,
     "prune.every": _COUNT,
+    "prune.rescale": _range(1, 100),
     "prune.paper_quantile": _range(0, 0.999),
 }
 

@@ -78,7 +78,7 @@ class DigitsCNN(nn.Module):
     Raises ValueError for samples that are not images of at least 2x2 pixels.
     """
 
-    def __init__(self, input_shape: Shape, num_classes: int, hidden: int = 32) -> None:
+    def __init__(self, input_shape: Shape, num_classes: int, hidden: int = 64) -> None:
         super().__init__()
         channels, height, width = _image("digits-cnn", input_shape)
         if min(height, width) < 2:

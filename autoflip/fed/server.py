@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from autoflip import codec
@@ -198,11 +197,8 @@ class _Round:
             deviation = strategy.deviation(state, self.sums)
         between = ServerState(params, state.masks, state.round, deviation=deviation)
         masks = strategy.masks(between, params)
-        if masks is not None:
-            params = {
-                name: torch.where(masks[name], value, torch.zeros(())) if name in masks else value
-                for name, value in params.items()
-            }
+        if masks is not None and masks is not state.masks:
+            params = strategy.settle(params, masks)
         held, views = dict(state.held), dict(state.views)
         if strategy.stateful:
             held.update(dict.fromkeys(self.holders, self.view.id))

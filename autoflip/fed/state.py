@@ -56,7 +56,7 @@ def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype) -> View
     """Round ``params`` to ``dtype``, zero what is pruned, and name the result."""
     rounded = {}
     digest = hashlib.blake2b((masks.fingerprint() if masks is not None else "").encode(), digest_size=16)
-    for name, tensor in params.items():
+    for name, tensor in sorted(params.items()):  # a view's id must not depend on the order of a dict
         value = tensor.to(dtype)
         if masks is not None and name in masks:
             value = torch.where(masks[name], value, torch.zeros((), dtype=dtype))

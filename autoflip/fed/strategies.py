@@ -16,6 +16,7 @@ from autoflip import prune
 from autoflip.explore import Sums
 from autoflip.fed.config import Config
 from autoflip.fed.state import ServerState
+from autoflip.groups import find_groups
 from autoflip.masks import MaskSet
 
 __all__ = ["METHODS", "Strategy"]
@@ -52,6 +53,13 @@ class Strategy:
         """Return what is kept from the next round on, given this round's guidance and new parameters."""
         return state.masks
 
+    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
+        """Return parameters with pruned entries zero, when masks have changed."""
+        return {
+            name: torch.where(masks[name], value, torch.zeros(())) if name in masks else value
+            for name, value in params.items()
+        }
+
 
 class AutoFlip(Strategy):
     """Explore once, remove channels, mask weights inside what is left, refine while training."""
@@ -66,6 +74,7 @@ class AutoFlip(Strategy):
         self.downlink = config.wire.downlink
         self.curvature = config.explore.signal == "curvature"
         self._weights = {name for name, _ in model.named_parameters()}
+        self._groups = find_groups(model)
 
     def wants_sums(self, state: ServerState) -> bool:
         """In the exploration round."""
@@ -98,7 +107,21 @@ class AutoFlip(Strategy):
             density=self.target_density(state.round),
             channels=cfg.channels,
             block=cfg.block or None,
+            groups=self._groups,
         )
+
+    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
+        """Zero pruned entries, then give each layer its Frobenius norm back.
+
+        A layer that lost most of its weights passes a fainter signal, and local steps at the old learning rate
+        first have to win it back. The factor is at most ``prune.rescale``.
+        """
+        settled = super().settle(params, masks)
+        most = self.config.prune.rescale
+        for name in self._weights & set(masks):
+            if params[name].ndim >= 2 and (norm := float(settled[name].norm())) > 0:
+                settled[name] = settled[name] * min(most, float(params[name].norm()) / norm)
+        return settled
 
     def _score(self, weight: Tensor, deviation: Tensor) -> Tensor:
         signal = self.config.explore.signal
@@ -116,6 +139,10 @@ class AutoFlipPaper(AutoFlip):
         super().__init__(config, model)
         self.values = self.downlink = "fp32"
         self.curvature = False
+
+    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
+        """Zero pruned entries and nothing else."""
+        return Strategy.settle(self, params, masks)
 
     def masks(self, state: ServerState, params: dict[str, Tensor]) -> MaskSet | None:
         """Once, after the exploration round."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from autoflip import meter
+from autoflip.groups import find_groups
 from autoflip.masks import MaskSet
 from autoflip.nn import compact, sparsify
 
@@ -73,6 +74,7 @@ class Workshop:
 
     def __init__(self, full: nn.Module) -> None:
         self.full = copy.deepcopy(full)
+        self._groups = find_groups(full)
         self._kept: OrderedDict[str, Prepared] = OrderedDict()
 
     def prepare(self, masks: MaskSet | None) -> Prepared:
@@ -83,7 +85,7 @@ class Workshop:
             if masks is None:
                 prepared = Prepared(copy.deepcopy(self.full), None, 0.0)
             else:
-                small = compact(self.full, masks=masks)
+                small = compact(self.full, masks=masks, groups=self._groups)
                 prepared = Prepared(sparsify(small, small.plan.shrink_masks(masks)), small.plan, 0.0)
             prepared.seconds = time.perf_counter() - start
             self._kept[key] = prepared

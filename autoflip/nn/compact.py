@@ -41,14 +41,15 @@ def compact(
     Raises:
         ValueError: the masks do not fit the model, or the small model does not run on ``example_inputs``.
     """
-    if masks is None:
-        masks = _masks_of(model)
+    from autoflip.nn.convert import densify, masks_of  # here: the package imports this module first
+
+    masks = masks_of(model) if masks is None else masks
     groups = find_groups(model) if groups is None else groups
-    named = model.state_dict(keep_vars=True)
+    named = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     masks.check(named)
     dead = _dead(groups, masks, named)
     removed = groups.level(dead)
-    small = _plain(model)
+    small = densify(copy.deepcopy(model))
     small.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, tensor in small.state_dict(keep_vars=True).items():
@@ -60,34 +61,13 @@ def compact(
         layer: Any = small.get_submodule(path)
         size = int((~removed[units]).sum())
         if isinstance(layer, nn.GroupNorm):
-            layer.num_groups = layer.num_channels = size
+            _regroup(layer, size)
         else:
             layer.num_features = size
     small.__dict__["plan"] = plan
     if example_inputs is not None:
         _try(small, example_inputs)
     return small
-
-
-def _masks_of(model: nn.Module) -> MaskSet:
-    if not _is_sparse(model):
-        return MaskSet({})
-    from autoflip.nn.convert import masks_of
-
-    return masks_of(model)
-
-
-def _is_sparse(model: nn.Module) -> bool:
-    return any(type(m).__module__.startswith("autoflip.nn.") for m in model.modules())
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    small = copy.deepcopy(model)
-    if not _is_sparse(small):
-        return small
-    from autoflip.nn.convert import densify
-
-    return densify(small)
 
 
 def _dead(groups: Groups, masks: MaskSet, tensors: dict[str, Any]) -> Tensor:
@@ -178,7 +158,7 @@ def _resize(module: Any) -> None:
         module.in_channels = weight.shape[1] * module.groups
         module.out_channels = len(weight)
     elif isinstance(module, nn.GroupNorm):
-        module.num_groups = module.num_channels = len(weight)
+        _regroup(module, len(weight))
     elif isinstance(module, _NormBase):
         sized: Any = weight if weight is not None else module.running_mean
         module.num_features = len(sized)
@@ -189,6 +169,10 @@ def _resize(module: Any) -> None:
         module.flatten_parameters()
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]
+
+
+def _regroup(norm: nn.GroupNorm, channels: int) -> None:
+    norm.num_groups, norm.num_channels = channels * norm.num_groups // norm.num_channels, channels
 
 
 def _columns(tensor: Any) -> int:

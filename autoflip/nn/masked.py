@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoflip.ops import masked_weight
+
 __all__ = ["Masked"]
 
 
@@ -69,12 +71,12 @@ class Masked(nn.Module):
     def _zero(self) -> None:
         for name, mask in self.masks().items():
             parameter = getattr(self, name)
-            parameter.copy_(torch.where(mask, parameter, 0))  # where, not *: a pruned NaN is zero too
+            parameter.copy_(masked_weight(parameter, mask))
 
     def _effective(self, name: str) -> Tensor:
         """Return the parameter with zeros where it is pruned."""
         parameter, mask = getattr(self, name), self._buffers.get(f"{name}_mask")
-        return parameter if mask is None else torch.where(mask, parameter, 0)
+        return parameter if mask is None else masked_weight(parameter, mask)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # momentum gathered before the mask was set may still move a pruned entry, which counts for nothing

@@ -13,3 +13,4 @@ from autoflip.ops.hessian import squared_matmul as squared_matmul
 from autoflip.ops.masked_matmul import Pack as Pack
 from autoflip.ops.masked_matmul import masked_linear as masked_linear
 from autoflip.ops.masked_matmul import masked_matmul as masked_matmul
+from autoflip.ops.masked_matmul import masked_weight as masked_weight

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_matmul as steps
-from autoflip.ops._masked_matmul import path
+from autoflip.ops import backend
+from autoflip.ops._masked_kernels import path
 
-__all__ = ["Pack", "masked_linear", "masked_matmul", "path"]
+__all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "path"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,6 +31,7 @@ class Pack:
         density: kept share, 0 to 1 (1 for an empty mask).
         layout: uint8, see csrc/cpu/masked_matmul.h; empty where only the dense path can be taken.
         layout_t: the same for the transposed mask.
+        live: uint8, one flag per 32 x 32 tile for the GPU kernels; empty while the CPU kernel serves.
 
     Raises:
         ValueError: ``mask`` is not a 2-d bool tensor, or ``path`` is not one of the three.
@@ -38,21 +41,24 @@ class Pack:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"Pack: mask is {got}, wanted a 2-d torch.bool tensor (True = kept)")
-        if path not in steps.PATHS:
-            raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(steps.PATHS)}")
+        if path not in kernels.PATHS:
+            raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(kernels.PATHS)}")
         self.mask = mask.contiguous()
         self.path = path
         self.kept = int(mask.sum())
         self.density = self.kept / mask.numel() if mask.numel() else 1.0
-        self.layout = self.layout_t = torch.empty(0, dtype=torch.uint8, device=mask.device)
-        most = max(steps.crossover().values(), default=0.0)
-        # no batch size would take the sparse path: do not build what nothing reads
-        if mask.device.type == "cpu" and most and (path == "sparse" or (path == "auto" and self.density < most)):
-            self.layout, self.layout_t = (steps.make_layout(self.mask, transposed=t) for t in (False, True))
+        self.layout = self.layout_t = self.live = torch.empty(0, dtype=torch.uint8, device=mask.device)
+        server = "reference" if path == "dense" else backend.serve("masked_matmul", mask.device)
+        if server in ("cuda", "triton"):
+            self.live = kernels.live_tiles(self.mask)
+        # where no batch size would take the sparse path, do not build what nothing reads
+        most = max(kernels.crossover(float("inf"), step) for step in ("forward", "dx", "dw"))
+        if server == "cpp" and (path == "sparse" or self.density < most):
+            self.layout, self.layout_t = (kernels.make_layout(self.mask, transposed=t) for t in (False, True))
 
-    def parts(self) -> steps.Parts:
+    def parts(self) -> kernels.Parts:
         """Return what the ops take."""
-        return steps.Parts(self.mask, self.layout, self.layout_t, self.kept, self.path)
+        return kernels.Parts(self.mask, self.layout, self.layout_t, self.live, self.kept, self.path)
 
     def __repr__(self) -> str:
         return f"Pack({tuple(self.mask.shape)}, density {self.density:.4f}, path {self.path!r})"
@@ -121,6 +127,29 @@ def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, torch.where(mask, weight, 0))
     return masked_linear(x, weight, None, _pack_of(mask))
+
+
+def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """Set pruned entries to zero: ``torch.where(mask, weight, 0)``, NaN at a pruned entry included.
+
+    Args:
+        weight: any shape, any float dtype.
+        mask: shape and device of ``weight``, bool, True = kept.
+
+    Returns:
+        A new tensor like ``weight``; its gradient is exactly zero at pruned entries.
+
+    Raises:
+        ValueError: ``mask`` is not a bool tensor shaped like ``weight``.
+
+    Cost: 0 FLOPs, 9 bytes moved per float32 entry.
+    """
+    if mask.shape != weight.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"masked_weight: mask has shape {tuple(mask.shape)} and dtype {mask.dtype} but weight has "
+            f"{tuple(weight.shape)}; a bool mask covers its weight entry by entry"
+        )
+    return kernels.select(weight, mask)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, op: str) -> None:

@@ -54,8 +54,9 @@ def detail(summary: Mapping[str, Any]) -> str:
     method, against = summary["method"], summary.get("against")
     partition, seed = summary.get("partition"), summary.get("seed")
     where = f"Partition {partition}, seed {seed}. Exploration is part of every cost."
-    if summary.get("model") and summary.get("parameters"):
-        where = f"Model {summary['model']}, {summary['parameters']:,} parameters. {where}"
+    if summary.get("parameters"):
+        model = "" if summary.get("model") in (None, "auto") else f" {summary['model']}"
+        where = f"Model{model} of {summary['parameters']:,} parameters. {where}"
     if not against:
         return where
     gap = points_text(method["final_accuracy"] - against["final_accuracy"])

@@ -42,6 +42,8 @@ struct MaskedMatmul {
   // y (n, rows) row-major = panels @ weight.T at the layout, plus bias (rows) or null, then relu if asked
   void (*multiply)(Layout layout, Weight weight, const float* panels, int64_t n, const float* bias, bool relu,
                    float* y, int threads);
+  // out[i] = mask[i] ? w[i] : 0, the weight of the dense path (torch.where takes 20 times as long)
+  void (*select)(const float* w, const uint8_t* mask, int64_t n, float* out, int threads);
   // dw[row * cols + column] = sum over samples of dy[row] * x[column], written only where the mask is set
   void (*sample)(Layout layout, const float* dy_panels, const float* x_panels, int64_t n, float* dw,
                  int threads);
@@ -51,10 +53,12 @@ extern const MaskedMatmul masked_matmul_base;
 extern const MaskedMatmul masked_matmul_avx2;
 extern const MaskedMatmul masked_matmul_avx512;
 
-// Bytes of the layout of a mask whose entry (row, column) is mask[row * row_stride + column * column_stride];
-// fills `layout` when it is not null.
-int64_t masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, int64_t row_stride,
-                             int64_t column_stride, uint8_t* layout);
+// Most bytes that the layout of a mask can take.
+int64_t masked_matmul_layout_bound(int64_t rows, int64_t cols);
+// Fills the layout of mask (rows, cols), or that of its transpose, and returns the bytes it took. Entries are
+// 0 or 1.
+int64_t masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, bool transposed,
+                             uint8_t* layout);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,5 +1,5 @@
 #include "cpu/masked_matmul_impl.h"
 
 namespace autoflip {
-extern const MaskedMatmul masked_matmul_base = {kLanes, kVector, to_panels, multiply, sample};
+extern const MaskedMatmul masked_matmul_base = {kLanes, kVector, to_panels, multiply, select, sample};
 }

@@ -198,6 +198,13 @@ void multiply(Layout layout, Weight w, const float* panels, int64_t n, const flo
   }
 }
 
+void select(const float* w, const uint8_t* mask, int64_t n, float* out, int threads) {
+  const uint32_t* in = reinterpret_cast<const uint32_t*>(w);
+  uint32_t* to = reinterpret_cast<uint32_t*>(out);
+#pragma omp parallel for simd num_threads(threads) if (parallel : threads > 1)
+  for (int64_t i = 0; i < n; ++i) to[i] = in[i] & (0u - uint32_t(mask[i]));
+}
+
 // the sums of the lanes of four vectors
 AF_INLINE void sum_lanes(const vec* v, float* out) {
 #if defined(__AVX512F__)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from autoflip.flow import Flow, Value, fit
-from autoflip.rules import POOLS, flatten, softmax, spatial
+from autoflip.groups.flow import Flow, Value, fit
+from autoflip.groups.rules import POOLS, flatten, softmax, spatial
 
 __all__ = ["call_module"]
 
@@ -55,7 +55,7 @@ def _linear(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
     ids = flow.new(path, module.out_features)
     flow.record(module, path, "weight", 0, ids, produces=True)
     flow.record(module, path, "bias", 0, ids, produces=True)
-    return Value(rank=x.rank, ids=ids)
+    return Value(rank=x.rank, ids=ids, batch=x.batch)
 
 
 def _conv(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
@@ -63,7 +63,7 @@ def _conv(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
     axis, groups, outs = -1 - spatial, module.groups, module.out_channels
     if rest[0] or rest[1] or (x.ids and (x.axis != axis or x.spread)):
         flow.freeze((x, rest), f"read by {path} in a way that is not known")
-        x = Value()
+        x = replace(x, ids=())
     in_dim, out_dim = (0, 1) if isinstance(module, _ConvTransposeNd) else (1, 0)
     ids: tuple[int, ...]
     if groups == 1:
@@ -83,18 +83,20 @@ def _conv(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
         ids = flow.new(path, height) * groups
     flow.record(module, path, "weight", out_dim, ids, produces=True)
     flow.record(module, path, "bias", 0, ids, produces=True)
-    return Value(rank=2 + spatial, axis=axis, ids=ids)
+    return Value(rank=2 + spatial, axis=axis, ids=ids, batch=x.batch)
 
 
 def _norm(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
-    if isinstance(module, nn.GroupNorm) and module.num_groups != module.num_channels:
-        flow.freeze(x, f"{path} mixes channels in groups")
-        return Value(rank=x.rank)
-    size = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+    grouped = isinstance(module, nn.GroupNorm)
+    size = module.num_channels if grouped else module.num_features
     ids = fit(x, size)
     if not ids or x.dim(1) != x.axis:
         flow.freeze(x, f"read by {path}, whose {size} channels do not fit")
-        return Value(rank=x.rank)
+        return replace(x, ids=())
+    if grouped:  # the channels of a group are averaged together, so they go together
+        width = size // module.num_groups
+        for start in range(0, size, width):
+            flow.tie(ids[start : start + 1] * width, ids[start : start + width])
     for name in ("weight", "bias", "running_mean", "running_var"):
         flow.record(module, path, name, 0, ids, produces=True)
     if getattr(module, "weight", None) is None and getattr(module, "running_mean", None) is None:
@@ -104,7 +106,7 @@ def _norm(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
             flow.freeze_ids((*flow.sizes[path], *ids), f"{path} is called with different inputs")
     if getattr(module, "weight", None) is None:
         flow.impure.update(ids)
-    return Value(rank=x.rank, axis=x.axis, ids=ids)
+    return replace(x, ids=ids, spread="")
 
 
 def _embedding(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
@@ -113,7 +115,7 @@ def _embedding(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value
     if module.max_norm is not None:
         flow.freeze_ids(ids, "max_norm depends on the whole row")
     bag = isinstance(module, nn.EmbeddingBag)
-    return Value(rank=2 if bag else (x.rank or 2) + 1, ids=ids)
+    return Value(rank=2 if bag else (x.rank or 2) + 1, ids=ids, batch=x.batch and not bag)
 
 
 def _recurrent(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Any:
@@ -122,7 +124,7 @@ def _recurrent(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Any:
         x = replace(x, ids=())
     gates = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}[module.mode]
     flow.reads(module, path, "weight_ih_l0", 1, x, module.input_size)
-    plain, lstm = Value(rank=3), module.mode == "LSTM"
+    plain, lstm = Value(rank=3, batch=x.batch), module.mode == "LSTM"
     why = "bidirectional" if module.bidirectional else "projected" if module.proj_size else ""
     if why:
         if module.bidirectional:
@@ -143,8 +145,8 @@ def _recurrent(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Any:
     flow.freeze(rest, f"read by {path} as a state")
     if len(stack) > 1:
         flow.families[path] = stack
-    out = Value(rank=3, ids=stack[-1])
-    state = out if len(stack) == 1 else Value(rank=3, stack=tuple(stack))
+    out = Value(rank=3, ids=stack[-1], batch=x.batch)
+    state = Value(rank=3, ids=stack[-1]) if len(stack) == 1 else Value(rank=3, stack=tuple(stack))
     return (out, (state, state) if lstm else state)
 
 
@@ -172,7 +174,7 @@ def _norm_like(flow: Flow, module: Any, path: str, x: Value) -> Value:
     ids = fit(x, module.num_parameters)
     if not ids or x.dim(1) != x.axis:
         flow.freeze(x, f"read by {path}, whose channels do not fit")
-        return Value(rank=x.rank)
+        return replace(x, ids=())
     flow.record(module, path, "weight", 0, ids, produces=True)
     return replace(x, ids=ids, spread="")
 

@@ -23,6 +23,7 @@ class Value:
 
     ``spread``: after flattening, every id stands for several neighbours ("each") or the whole list repeats
     ("tile"), how often shows at the layer that reads it. ``stack``: ids per layer of a recurrent state.
+    ``batch``: dimension 0 is that of the model's inputs.
     """
 
     rank: int | None = None
@@ -30,6 +31,7 @@ class Value:
     ids: tuple[int, ...] = ()
     spread: str = ""
     stack: tuple[tuple[int, ...], ...] = ()
+    batch: bool = False
 
     def dim(self, dim: int) -> int:
         """Return ``dim`` counted from the end; a tensor of unknown rank is one row per example."""
@@ -58,7 +60,7 @@ def graphs_of(model: nn.Module) -> Iterator[fx.Graph]:
     defaults = {
         name: p.default
         for name, p in inspect.signature(model.forward).parameters.items()
-        if p.default is not inspect.Parameter.empty
+        if p.default is None or isinstance(p.default, (bool, int, float, str))
     }
     if _own(model):  # the tracer always enters the root; a bare layer must stay one node
         model, defaults = nn.Sequential(model), {}
@@ -183,8 +185,8 @@ class Flow:
     # ---- walking
     def run(self, graph: fx.Graph) -> None:
         """Walk one graph; several graphs of the same model add up."""
-        from autoflip.layers import call_module
-        from autoflip.rules import call_function
+        from autoflip.groups.layers import call_module
+        from autoflip.groups.rules import call_function
 
         values: dict[fx.Node, Any] = {}
         for node in graph.nodes:
@@ -198,7 +200,7 @@ class Flow:
             elif node.op in ("call_function", "call_method"):
                 values[node] = call_function(self, node.target, args, kwargs)
             else:
-                values[node] = Value()
+                values[node] = Value(batch=node.op == "placeholder")
 
     def groups(self) -> Groups:
         """Return what was found, units numbered in the order of the forward pass."""

@@ -22,7 +22,7 @@ def choose_units(
         groups: the model's coupled channels.
         scores: weight name -> float32 scores.
         channels: kept share of the removable units of layers that are not protected, in (0, 1].
-        steps: layer -> multiple to which its kept units are rounded.
+        steps: layer -> multiple to which its kept channels are rounded.
         protect: layers that keep every unit.
     """
     removed = torch.zeros(len(groups), dtype=torch.bool)
@@ -32,13 +32,14 @@ def choose_units(
         return removed
     value = _unit_scores(groups, scores)
     order = {layer: units[value[units].argsort(descending=True, stable=True)] for layer, units in layers.items()}
-    floor = {layer: min(len(units), max(4, -(-len(units) // 10))) for layer, units in layers.items()}
+    width = {layer: groups.width(layer) for layer in layers}  # channels per unit
+    floor = {layer: _at_least(len(units), width[layer]) for layer, units in layers.items()}
     want = _shares(order, value, floor, round(channels * count))
-    fixed = {
-        layer: min(len(units), max(round(want[layer] / steps[layer]), -(-floor[layer] // steps[layer])) * steps[layer])
-        for layer, units in order.items()
-        if steps[layer] > 1
-    }
+    fixed = {}
+    for layer, units in order.items():
+        step = -(-steps[layer] // width[layer])
+        if step > 1:
+            fixed[layer] = min(len(units), max(round(want[layer] / step), -(-floor[layer] // step)) * step)
     free = {layer: units for layer, units in order.items() if layer not in fixed}
     want = {**_shares(free, value, floor, round(channels * count) - sum(fixed.values())), **fixed}
     for layer in order:  # the layers of one nn.LSTM share their size
@@ -48,6 +49,11 @@ def choose_units(
     for layer, units in order.items():
         removed[units[want[layer] :]] = True
     return groups.level(removed)
+
+
+def _at_least(units: int, width: int) -> int:
+    """Return how many units a layer keeps in any case: a tenth, and four channels."""
+    return min(units, max(-(-4 // width), -(-units // 10)))
 
 
 def cut(cells: Mapping[str, Tensor], budget: int, sizes: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -82,6 +82,14 @@ class Groups:
             found.setdefault(self.layers[unit], []).append(unit)
         return {layer: torch.tensor(units) for layer, units in found.items()}
 
+    def width(self, layer: str) -> int:
+        """Return how many channels of ``layer`` make one of its units (more than 1 in grouped layers)."""
+        for axis in self.axes:
+            own = axis.tensor.startswith(f"{layer}.") or not layer
+            if own and axis.produces and axis.tensor.endswith("weight"):
+                return max(1, len(axis.units) // len(axis.units.unique()))
+        return 1
+
     @property
     def units(self) -> tuple[Unit, ...]:
         """Every removable unit with the slices it owns as a producer and as a consumer."""
@@ -133,7 +141,7 @@ def find_groups(model: nn.Module) -> Groups:
     Returns:
         The groups. Where the model cannot be traced they are empty and ``reason`` says why.
     """
-    from autoflip.flow import Flow, graphs_of
+    from autoflip.groups.flow import Flow, graphs_of
 
     try:
         flow = Flow(model)

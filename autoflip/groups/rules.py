@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from autoflip.flow import Flow, Size, Value
+from autoflip.groups.flow import Flow, Size, Value
 
 __all__ = ["POOLS", "call_function", "flatten", "softmax", "spatial"]
 
@@ -115,7 +115,8 @@ def _index(x: Value, key: tuple) -> Value | None:
     if x.ids and key[at] != slice(None):
         return None
     gone_after = sum(isinstance(k, int) for k in key[at + 1 :])
-    return replace(x, rank=x.rank - sum(isinstance(k, int) for k in key), axis=x.axis + gone_after)
+    gone = sum(isinstance(k, int) for k in key)
+    return replace(x, rank=x.rank - gone, axis=x.axis + gone_after, batch=x.batch and key[:1] == (slice(None),))
 
 
 def _binary(flow: Flow, name: str, a: Any, b: Any) -> Any:
@@ -129,7 +130,8 @@ def _binary(flow: Flow, name: str, a: Any, b: Any) -> Any:
             flow.tie(x.ids, y.ids)
             if "div" in name or name == "pow":
                 flow.impure.update(x.ids)
-            return replace(x, rank=max(x.rank, y.rank) if x.rank and y.rank else x.rank or y.rank)
+            rank = max(x.rank, y.rank) if x.rank and y.rank else x.rank or y.rank
+            return replace(x, rank=rank, batch=x.batch and y.batch)
     flow.freeze((a, b), f"read by {name} together with something else")
     return Value()
 
@@ -148,7 +150,7 @@ def _cat(flow: Flow, parts: list[Any], dim: Any) -> Value:
             if all(len(p.ids) == len(first.ids) for p in parts):
                 for p in parts[1:]:
                     flow.tie(first.ids, p.ids)
-                return first
+                return replace(first, batch=False)
     flow.freeze(parts, "joined with something that is not followed")
     return Value()
 
@@ -157,7 +159,7 @@ def spatial(flow: Flow, x: Value, dims: int, name: str) -> Value:
     """Pass x on if its units do not lie along the last ``dims`` dimensions."""
     if x.ids and (x.axis >= -dims or x.spread):
         flow.freeze(x, f"read by {name} across channels")
-        return Value(rank=x.rank)
+        return replace(x, ids=())
     return x
 
 
@@ -165,10 +167,13 @@ def flatten(flow: Flow, x: Value, start_dim: int = 0, end_dim: int = -1) -> Valu
     """Repeat units over the dimensions that are merged with theirs; None where that cannot be followed."""
     if not x.ids or x.rank is None and x.axis == -1 and (start_dim, end_dim) == (1, -1):
         # a tensor of unknown rank whose units lie last: one row per example
-        return replace(x, rank=2) if x.ids else Value(rank=2 if (start_dim, end_dim) == (1, -1) else None)
+        whole = (start_dim, end_dim) == (1, -1)
+        return replace(x, rank=2 if whole else None, batch=x.batch and start_dim > 0)
     start, end = x.dim(start_dim), x.dim(end_dim)
     if start >= end:
         return x
+    if start == x.dim(0):
+        x = replace(x, batch=False)
     if x.axis > end:
         return replace(x, rank=x.rank and x.rank - (end - start))
     rank, axis = x.rank and x.rank - (end - start), x.axis + (end - start if x.axis < start else 0)
@@ -184,7 +189,10 @@ def _view(flow: Flow, x: Value, *sizes: Any, shape: Any = ()) -> Value | None:
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = tuple(sizes[0])
     sizes = sizes or tuple(shape)
-    own = [isinstance(s, Size) and s.value == x and s.dim == i for i, s in enumerate(sizes[:-1])]
+    own = [
+        isinstance(s, Size) and s.dim == i and (s.value == x or (i == 0 and s.value.batch and x.batch))
+        for i, s in enumerate(sizes[:-1])
+    ]
     if sizes and own and all(own) and sizes[-1] == -1:
         return flatten(flow, x, len(sizes) - 1, -1)
     return None if x.ids else Value()
@@ -196,14 +204,15 @@ def _permute(flow: Flow, x: Value, *dims: Any) -> Value | None:
         return None
     at = [d % len(order) for d in order]
     axis = at.index(len(order) + x.axis) - len(order) if x.ids else -1
-    return replace(x, rank=len(order), axis=axis)
+    return replace(x, rank=len(order), axis=axis, batch=x.batch and at[0] == 0)
 
 
 def _transpose(flow: Flow, x: Value, dim0: int, dim1: int) -> Value | None:
     if x.rank is None and x.ids and (dim0 >= 0 or dim1 >= 0):
         return None
     a, b = x.dim(dim0), x.dim(dim1)
-    return replace(x, axis=b if x.axis == a else a if x.axis == b else x.axis) if x.ids else x
+    batch = x.batch and x.rank is not None and -x.rank not in (a, b)
+    return replace(x, batch=batch, axis=b if x.axis == a else a if x.axis == b else x.axis)
 
 
 def _squeeze(flow: Flow, x: Value, dim: Any = None) -> Value | None:
@@ -212,14 +221,17 @@ def _squeeze(flow: Flow, x: Value, dim: Any = None) -> Value | None:
     at = x.dim(dim)
     if x.ids and at == x.axis:
         return None
-    return replace(x, rank=x.rank - 1, axis=x.axis + (1 if x.ids and at > x.axis else 0))
+    return replace(
+        x, rank=x.rank - 1, axis=x.axis + (1 if x.ids and at > x.axis else 0), batch=x.batch and at != -x.rank
+    )
 
 
 def _unsqueeze(flow: Flow, x: Value, dim: int) -> Value | None:
     if x.rank is None:
         return None if x.ids else Value()
     at = dim if dim < 0 else dim - x.rank - 1
-    return replace(x, rank=x.rank + 1, axis=x.axis - (1 if x.ids and at > x.axis - 1 else 0))
+    batch = x.batch and at != -x.rank - 1
+    return replace(x, rank=x.rank + 1, axis=x.axis - (1 if x.ids and at > x.axis - 1 else 0), batch=batch)
 
 
 def softmax(flow: Flow, x: Value, dim: Any = None, **_: Any) -> Value | None:
@@ -240,9 +252,10 @@ def _reduce(flow: Flow, x: Value, dim: Any = None, keepdim: bool = False, **_: A
     at = {x.dim(d) for d in dims}
     if x.axis in at or x.spread:
         return None
+    batch = x.batch and not (x.rank is None or -x.rank in at)
     if keepdim:
-        return x
-    return replace(x, rank=x.rank and x.rank - len(at), axis=x.axis + sum(d > x.axis for d in at))
+        return replace(x, batch=batch)
+    return replace(x, rank=x.rank and x.rank - len(at), axis=x.axis + sum(d > x.axis for d in at), batch=batch)
 
 
 def _interpolate(flow: Flow, x: Value, *_: Any, **__: Any) -> Value:

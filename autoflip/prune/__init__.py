@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from autoflip.cuts import choose_units, cut, cut_inside
 from autoflip.groups import Groups, find_groups
 from autoflip.masks import MaskSet
+from autoflip.prune.cuts import choose_units, cut, cut_inside
 
 __all__ = ["by_scores", "hybrid", "magnitude", "paper", "random", "weights"]
 
@@ -95,7 +95,7 @@ def hybrid(
     A channel's score is the mean, over the weight tensors it owns rows or columns of, of (mean score of its
     slice) / (mean score of that tensor), so it does not change when one tensor's scores are scaled. One cut
     through all layers keeps ``channels`` of the units; every layer keeps at least a tenth of its units and at
-    least four. Units are those of :func:`autoflip.groups.find_groups`: all coupled channels go together, with
+    least four channels. Units are those of :func:`autoflip.groups.find_groups`: all coupled channels go together, with
     their rows, columns, biases, norm parameters and running stats. Weights are then cut globally by raw score.
 
     Args:
@@ -106,7 +106,7 @@ def hybrid(
         channels: kept share of the removable units, in (0, 1]; 1 keeps all.
         block: (rows, columns) that live or die together, counted in the compact model (a convolution's weight
             read as ``(out, in * kh * kw)``); blocks at the rim are smaller.
-        round_to: kept units of a layer are rounded to a multiple of this. Default: 16 for convolutions of 32
+        round_to: kept channels of a layer are rounded to a multiple of this. Default: 16 for convolutions of 32
             channels or more, 4 for smaller ones (oneDNN's and tensor cores' cost is a staircase), 1 elsewhere.
         protect: layers (names as in ``named_modules()``) that keep all units and all weights of what is left.
         groups: the model's groups, to save finding them again.
@@ -242,13 +242,13 @@ def _protected(covered: Mapping[str, Tensor], protect: Iterable[str]) -> set[str
 
 
 def _steps(model: nn.Module, groups: Groups, round_to: int | None) -> dict[str, int]:
-    """Return layer -> the multiple its kept units are rounded to."""
+    """Return layer -> the multiple its kept channels are rounded to."""
     if round_to is not None and round_to < 1:
-        raise ValueError(f"hybrid: round_to is {round_to}, wanted a count of units, at least 1 (1 does not round)")
+        raise ValueError(f"hybrid: round_to is {round_to}, wanted a count of channels, at least 1 (1 does not round)")
     modules = dict(model.named_modules())
     steps = {}
     for layer, units in groups.by_layer().items():
-        conv = isinstance(modules.get(layer), _ConvNd)
-        step = round_to or ((16 if len(units) >= 32 else 4) if conv else 1)
-        steps[layer] = step if len(units) >= step else 1
+        size = len(units) * groups.width(layer)
+        step = round_to or ((16 if size >= 32 else 4) if isinstance(modules.get(layer), _ConvNd) else 1)
+        steps[layer] = step if size >= step else 1
     return steps

@@ -1,0 +1,36 @@
+// Squares of per-sample gradients, summed over samples: one table of functions per instruction set.
+#pragma once
+#include <cstdint>
+
+namespace autoflip {
+
+// A convolution with its batch, or (kernel 1, height = positions, width 1) a sequence of rows.
+struct SquaresShape {
+  int64_t factors, samples, outputs, groups;
+  int64_t channels, height, width;      // of the input
+  int64_t out_height, out_width;        // of d
+  int64_t kernel_height, kernel_width;  // patch
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+
+  int64_t positions() const { return out_height * out_width; }
+  int64_t columns() const { return channels / groups * kernel_height * kernel_width; }
+};
+
+struct HessianKernels {
+  // Scratch, in floats, that `squares` needs for `threads` threads.
+  int64_t (*squares_scratch)(const SquaresShape&, int threads);
+  // out[o, k] = sum_qn (sum_p d[q, n, o, p] u[n, p, k])^2, u the patches of x; x is NCHW, or (N, P, K) rows
+  // when `rows`. Returns the multiply-adds that ran. The sums do not depend on the number of threads.
+  int64_t (*squares)(const float* d, const float* x, float* out, float* scratch, const SquaresShape&,
+                     bool rows, int threads);
+  // out[i] = +-1, bit i % 64 of SplitMix64's word i / 64
+  void (*rademacher)(uint64_t seed, uint64_t stream, float* out, int64_t count, int threads);
+};
+
+extern const HessianKernels kHessianBase;
+#if defined(__x86_64__)
+extern const HessianKernels kHessianAvx2;
+extern const HessianKernels kHessianAvx512;
+#endif
+
+}  // namespace autoflip

@@ -1,0 +1,5 @@
+#include "cpu/hessian_impl.h"
+
+namespace autoflip {
+const HessianKernels kHessianBase = {squares_scratch, squares, rademacher};
+}

@@ -1,0 +1,358 @@
+// D[o, k] = sum_qn (sum_p d[q, n, o, p] u[n, p, k])^2 without any sample's gradient, or all patches, in
+// memory.
+//
+// Work     a block of samples at a time. Phase 1, parallel over samples: patches as rows u[p, :] (copied from
+// a
+//          padded channels-last image, so that copies are long) and d's non-zero positions gathered. Phase 2,
+//          parallel over tiles of D: R rows of d x 4 vectors of k stay in registers over all positions, are
+//          squared there and added to D. A tile of D has one owner and samples come in order: the bits do not
+//          depend on the number of threads.
+// Zeros    after ReLU and max-pooling most of d is zero. R rows (factors of one output, or neighbouring
+// outputs)
+//          share the union of their live positions; rows that share few run one by one.
+// Bound    with R = 6 the inner loop does 6 multiply-adds a load: compute bound from L2.
+#pragma once
+#include <omp.h>
+
+#include <cstring>
+
+#include "cpu/hessian.h"
+#include "cpu/hessian_simd.h"
+
+namespace {
+
+using autoflip::SquaresShape;
+
+constexpr int64_t kAlign = 16;    // floats; rows of u and D are padded to it
+constexpr int64_t kTile = 4 * W;  // columns of D in registers
+constexpr int64_t kBlockFloats =
+    1 << 18;  // patches held at once, 1 MiB, unless one sample a thread needs more
+
+inline int64_t padded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How rows of d (row = output * factors + factor) are grouped into teams that share registers: the factors of
+// one output in `parts` teams, or `together` outputs with all their factors. An owner is what one thread adds
+// to D.
+struct Plan {
+  int64_t factors, outputs, groups, positions, columns, ld;
+  int64_t parts, together, owners;
+  int64_t image;  // floats that a sample's preparation needs
+
+  Plan(int64_t q, int64_t o, int64_t g, int64_t p, int64_t k, int64_t preparation)
+      : factors(q),
+        outputs(o),
+        groups(g),
+        positions(p),
+        columns(k),
+        ld(padded(k)),
+        image(padded(preparation) + kAlign) {
+    parts = (q + kMaxRows - 1) / kMaxRows;
+    together = most(1, kMaxRows / q);
+    owners = g * owners_per_group();
+  }
+  int64_t owners_per_group() const { return (outputs / groups + together - 1) / together; }
+  int64_t teams() const { return owners * parts; }
+  int64_t patch_floats() const { return padded(groups * positions * ld + kAlign); }
+  int64_t value_floats() const { return padded(outputs * factors * positions); }
+  int64_t list_floats() const {
+    return padded(outputs * factors * positions);
+  }  // int32, at most one list a row
+  int64_t row_bytes() const { return outputs * factors * static_cast<int64_t>(sizeof(Row)); }
+  int64_t sample_floats() const {
+    return patch_floats() + value_floats() + list_floats() + image + padded(row_bytes() / 4 + 1) +
+           padded(positions / 4 + 1);
+  }
+  int64_t block(int64_t samples, int threads) const {
+    return least(samples, most(threads, kBlockFloats / sample_floats()));
+  }
+  int64_t scratch(int64_t samples, int threads) const {
+    return outputs * ld + block(samples, threads) * sample_floats() + kAlign;
+  }
+
+  struct Row {
+    const float* values;  // at the live positions
+    const int32_t* list;  // which these are; null: all
+    int64_t count;
+  };
+  struct Team {
+    int64_t first, rows, group;
+  };
+  Team team(int64_t t) const {
+    int64_t owner = t / parts, part = t % parts, size = outputs / groups;
+    int64_t g = owner / owners_per_group(), o = owner % owners_per_group() * together;
+    int64_t rows = least(together, size - o) * factors, begin = part * rows / parts;
+    return {(g * size + o) * factors + begin, (part + 1) * rows / parts - begin, g};
+  }
+};
+
+struct Scratch {  // of one sample
+  float *u, *values, *image;
+  int32_t* lists;
+  Plan::Row* rows;
+  unsigned char* alive;
+
+  Scratch(float* base, const Plan& plan)
+      : u(base),
+        values(u + plan.patch_floats()),
+        image(values + plan.value_floats()),
+        lists(reinterpret_cast<int32_t*>(image + plan.image)),
+        rows(reinterpret_cast<Plan::Row*>(lists + plan.list_floats())),
+        alive(reinterpret_cast<unsigned char*>(lists + plan.list_floats() +
+                                               padded(plan.row_bytes() / 4 + 1))) {}
+};
+
+// sums[r][v] = sum_j row r's value j * u[list[j]], then D_r += sums^2
+template <int R, int V, bool kList>
+inline void tile(const float* u, int64_t ld, const Plan::Row* rows, float* const* out) {
+  Vec sums[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r][v] = splat(0.f);
+  const int32_t* list = rows->list;
+  int64_t count = rows->count;
+  const float* values[R];
+  for (int r = 0; r < R; ++r) values[r] = rows[r].values;
+  for (int64_t j = 0; j < count; ++j) {
+    const float* row = u + (kList ? list[j] : j) * ld;
+    Vec b[V];
+    for (int v = 0; v < V; ++v) b[v] = load(row + v * W);
+    for (int r = 0; r < R; ++r) {
+      Vec a = splat(values[r][j]);
+      for (int v = 0; v < V; ++v) sums[r][v] = fma(a, b[v], sums[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      Vec d = load(out[r] + v * W);
+      store(out[r] + v * W, fma(sums[r][v], sums[r][v], d));
+    }
+}
+
+template <int R, bool kList>
+inline void columns(const float* u, int64_t ld, const Plan::Row* rows, float* const* out, int64_t width) {
+  float* at[R];
+  int64_t k = 0;
+  auto shift = [&] {
+    for (int r = 0; r < R; ++r) at[r] = out[r] + k;
+  };
+  for (; k + 4 * W <= width; k += 4 * W) shift(), tile<R, 4, kList>(u + k, ld, rows, at);
+  for (; k + 2 * W <= width; k += 2 * W) shift(), tile<R, 2, kList>(u + k, ld, rows, at);
+  for (; k < width; k += W) shift(), tile<R, 1, kList>(u + k, ld, rows, at);
+}
+
+template <int R>
+inline void columns(const float* u, int64_t ld, const Plan::Row* rows, float* const* out, int64_t width) {
+  if (rows->list)
+    columns<R, true>(u, ld, rows, out, width);
+  else
+    columns<R, false>(u, ld, rows, out, width);
+}
+
+inline void columns(int64_t n, const float* u, int64_t ld, const Plan::Row* rows, float* const* out,
+                    int64_t width) {
+  switch (n) {
+    case 1:
+      return columns<1>(u, ld, rows, out, width);
+    case 2:
+      return columns<2>(u, ld, rows, out, width);
+    case 3:
+      return columns<3>(u, ld, rows, out, width);
+#if defined(__AVX512F__)
+    case 4:
+      return columns<4>(u, ld, rows, out, width);
+    case 5:
+      return columns<5>(u, ld, rows, out, width);
+    case 6:
+      return columns<6>(u, ld, rows, out, width);
+#endif
+  }
+}
+
+// Positions p with alive[p], without a branch that would be mispredicted.
+inline int64_t compact(const unsigned char* alive, int64_t P, int32_t* list) {
+  int64_t count = 0;
+  for (int64_t p = 0; p < P; ++p) {
+    list[count] = static_cast<int32_t>(p);
+    count += alive[p];
+  }
+  return count;
+}
+
+// Find a team's live positions; row(r) is row r's P values. Returns the multiply-adds per column of D.
+template <class RowOf>
+int64_t gather(const Plan& plan, const Plan::Team& team, const Scratch& s, RowOf row) {
+  int64_t P = plan.positions, live[kMaxRows], alone = 0, shared = 0;
+  std::memset(s.alive, 0, P);
+  for (int64_t r = 0; r < team.rows; ++r) {
+    const float* v = row(team.first + r);
+    int32_t count = 0;
+    for (int64_t p = 0; p < P; ++p) {
+      unsigned char on = v[p] != 0.f;
+      s.alive[p] |= on;
+      count += on;
+    }
+    live[r] = count;
+    alone += count;
+  }
+  for (int64_t p = 0; p < P; ++p) shared += s.alive[p];
+  Plan::Row* rows = s.rows + team.first;
+  // few columns: finding the zeros costs more than multiplying by them
+  bool dense = plan.ld <= kTile ? shared > 0 : 10 * shared >= 9 * P && 2 * alone >= shared * team.rows;
+  if (dense) {
+    for (int64_t r = 0; r < team.rows; ++r) rows[r] = {row(team.first + r), nullptr, P};
+    return P * team.rows;
+  }
+  // a row by itself does one multiply-add a load, in a team one load serves all rows
+  bool split = team.rows > 1 && 2 * alone < shared * team.rows;
+  if (!split) compact(s.alive, P, s.lists + team.first * P);
+  for (int64_t r = 0; r < team.rows; ++r) {
+    const float* v = row(team.first + r);
+    int32_t* list = s.lists + (team.first + (split ? r : 0)) * P;
+    if (split) {
+      for (int64_t p = 0; p < P; ++p) s.alive[p] = v[p] != 0.f;
+      compact(s.alive, P, list);
+    }
+    float* to = s.values + (team.first + r) * P;
+    rows[r] = {to, list, split ? live[r] : shared};
+    for (int64_t j = 0; j < rows[r].count; ++j) to[j] = v[list[j]];
+  }
+  return split ? alone : shared * team.rows;
+}
+
+void multiply(const Plan& plan, const Plan::Team& team, const Scratch& s, float* D, int64_t begin,
+              int64_t end) {
+  const float* u = s.u + team.group * plan.positions * plan.ld + begin;
+  const Plan::Row* rows = s.rows + team.first;
+  float* out[kMaxRows];
+  for (int64_t r = 0; r < team.rows; ++r) out[r] = D + (team.first + r) / plan.factors * plan.ld + begin;
+  if (team.rows == 1 || rows[1].list == rows[0].list) {
+    if (rows->count) columns(team.rows, u, plan.ld, rows, out, end - begin);
+    return;
+  }
+  for (int64_t r = 0; r < team.rows; ++r)
+    if (rows[r].count) columns(1, u, plan.ld, rows + r, out + r, end - begin);
+}
+
+// fill(sample, scratch) makes u; row(sample, scratch, r) is a row of d. D is [outputs, ld] at scratch's
+// beginning.
+template <class Fill, class RowOf>
+int64_t accumulate(const Plan& plan, int64_t samples, float* scratch, int threads, Fill fill, RowOf row) {
+  float* D = scratch;
+  float* blocks = D + plan.outputs * plan.ld;
+  std::memset(D, 0, sizeof(float) * plan.outputs * plan.ld);
+  int64_t size = plan.block(samples, threads), tiles = (plan.ld + kTile - 1) / kTile,
+          items = tiles * plan.owners;
+  int64_t ran = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : ran) if (threads > 1)
+  {
+    int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    for (int64_t from = 0; from < samples; from += size) {
+      int64_t to = least(samples, from + size);
+#pragma omp for schedule(static)
+      for (int64_t n = from; n < to; ++n) {
+        Scratch s(blocks + (n - from) * plan.sample_floats(), plan);
+        fill(n, s);
+        for (int64_t t = 0; t < plan.teams(); ++t)
+          ran += gather(plan, plan.team(t), s, [&](int64_t r) { return row(n, s, r); });
+      }
+      // not `omp for`: a thread keeps its tiles of D and walks the samples outside, so patches stay in its
+      // cache
+      for (int64_t n = from; n < to; ++n) {
+        Scratch s(blocks + (n - from) * plan.sample_floats(), plan);
+        for (int64_t i = items * me / all; i < items * (me + 1) / all; ++i) {
+          int64_t begin = i / plan.owners * kTile, end = least(plan.ld, begin + kTile),
+                  owner = i % plan.owners;
+          for (int64_t part = 0; part < plan.parts; ++part)
+            multiply(plan, plan.team(owner * plan.parts + part), s, D, begin, end);
+        }
+      }
+#pragma omp barrier
+    }
+  }
+  return ran * plan.columns;
+}
+
+inline float* aligned(float* p) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
+}
+
+inline Plan plan_of(const SquaresShape& c) {
+  int64_t pixels = c.channels * (c.height + 2 * c.pad_h) * (c.width + 2 * c.pad_w);
+  return Plan(c.factors, c.outputs, c.groups, c.positions(), c.columns(), pixels);
+}
+
+// One group's image as [H + 2 pad, W + 2 pad, C], then rows u[p, (i, j, c)]: copies of kernel_width * C
+// floats.
+void patches(const float* x, const SquaresShape& c, const Plan& plan, float* image, float* u) {
+  int64_t C = c.channels / c.groups, H = c.height, Wd = c.width, wide = Wd + 2 * c.pad_w;
+  if (c.pad_h || c.pad_w) std::memset(image, 0, sizeof(float) * (H + 2 * c.pad_h) * wide * C);
+  for (int64_t i = 0; i < H; ++i)
+    for (int64_t ch = 0; ch < C; ++ch) {
+      const float* from = x + (ch * H + i) * Wd;
+      float* to = image + ((i + c.pad_h) * wide + c.pad_w) * C + ch;
+      for (int64_t j = 0; j < Wd; ++j) to[j * C] = from[j];
+    }
+  int64_t run = c.dilation_w == 1 ? c.kernel_width * C : C;
+  for (int64_t p = 0; p < plan.positions; ++p) {
+    int64_t top = p / c.out_width * c.stride_h, left = p % c.out_width * c.stride_w;
+    float* to = u + p * plan.ld;
+    for (int64_t i = 0; i < c.kernel_height; ++i)
+      for (int64_t j = 0; j < c.kernel_width; j += c.dilation_w == 1 ? c.kernel_width : 1) {
+        const float* from = image + ((top + i * c.dilation_h) * wide + left + j * c.dilation_w) * C;
+        // whole vectors: what runs over is overwritten by the next copy, or zeroed below
+        for (int64_t k = 0; k < run; k += W) store(to + k, load(from + k));
+        to += run;
+      }
+    for (float* end = u + (p + 1) * plan.ld; to < end; ++to) *to = 0.f;
+  }
+}
+
+int64_t squares(const float* d, const float* x, float* out, float* scratch, const SquaresShape& c,
+                bool given_rows, int threads) {
+  Plan plan = plan_of(c);
+  scratch = aligned(scratch);
+  int64_t P = plan.positions, K = plan.columns, C = c.channels / c.groups, pixels = c.height * c.width;
+  auto fill = [&](int64_t n, const Scratch& s) {
+    if (given_rows) {
+      for (int64_t p = 0; p < P; ++p) {
+        std::memcpy(s.u + p * plan.ld, x + (n * P + p) * K, sizeof(float) * K);
+        for (int64_t k = K; k < plan.ld; ++k) s.u[p * plan.ld + k] = 0.f;
+      }
+    } else {
+      for (int64_t g = 0; g < c.groups; ++g)
+        patches(x + (n * c.channels + g * C) * pixels, c, plan, s.image, s.u + g * P * plan.ld);
+    }
+  };
+  auto row = [&](int64_t n, const Scratch&, int64_t r) {
+    return d + ((r % c.factors * c.samples + n) * c.outputs + r / c.factors) * P;
+  };
+  int64_t ran = accumulate(plan, c.samples, scratch, threads, fill, row);
+  int64_t taps = c.kernel_height * c.kernel_width;  // D's columns are (i, j, c), the weight's (c, i, j)
+  for (int64_t o = 0; o < c.outputs; ++o)
+    for (int64_t k = 0; k < K; ++k) out[o * K + k % C * taps + k / C] = scratch[o * plan.ld + k];
+  return ran;
+}
+
+int64_t squares_scratch(const SquaresShape& c, int threads) {
+  return plan_of(c).scratch(c.samples, threads) + kAlign;
+}
+
+inline uint64_t mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+void rademacher(uint64_t seed, uint64_t stream, float* out, int64_t count, int threads) {
+  uint64_t start = mix(mix(seed) ^ stream);
+  int64_t words = (count + 63) / 64;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t w = 0; w < words; ++w) {
+    uint64_t bits = mix(start + static_cast<uint64_t>(w + 1) * 0x9E3779B97F4A7C15ull);
+    int64_t n = least(64, count - w * 64);
+    for (int64_t i = 0; i < n; ++i) out[w * 64 + i] = 1.f - 2.f * static_cast<float>(bits >> i & 1);
+  }
+}
+
+}  // namespace

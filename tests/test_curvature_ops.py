@@ -1,0 +1,185 @@
+"""Kernels of the Gauss-Newton diagonal against float64, at every instruction set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoflip import ops
+from autoflip.ops import backend, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+EPS = torch.finfo(torch.float32).eps
+# Q, N, O, C, H, W, kernel, stride, padding, dilation, groups
+CONVS = [
+    (1, 1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    (1, 3, 4, 2, 8, 7, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (4, 5, 6, 3, 9, 9, (3, 2), (2, 1), (1, 0), (1, 1), 3),
+    (9, 2, 7, 1, 28, 28, (5, 5), (1, 1), (2, 2), (1, 1), 1),
+    (2, 3, 10, 16, 7, 7, (3, 3), (1, 1), (2, 2), (2, 2), 2),
+    (13, 1, 5, 32, 6, 6, (5, 5), (1, 1), (0, 0), (1, 1), 1),
+]
+
+
+def conv(q, n, o, c, h, w, kernel, stride, padding, dilation, groups, density=1.0):
+    g = torch.Generator().manual_seed(0)
+    size = [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in zip((h, w), kernel, stride, padding, dilation)]
+    d = torch.randn(q, n, o, *size, generator=g) * (torch.rand(q, n, o, *size, generator=g) < density)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return d, torch.randn(n, c, h, w, generator=g), kernel, options
+
+
+def check_conv(shape, density):
+    d, x, kernel, options = conv(*shape, density)
+    got = ops.conv_squares(d, x, kernel, **options)
+    want = reference.conv_squares(d.double(), x.double(), kernel, **options)
+    assert got.shape == want.shape
+    # float32 sums over positions, squared, then summed over samples (largest seen: 5 eps of the largest entry)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=32 * EPS * want.abs().max().item())
+
+
+@pytest.mark.parametrize("density", [1.0, 0.2, 0.02, 0.0])
+@pytest.mark.parametrize("shape", CONVS, ids=str)
+def test_conv_squares_equals_float64_reference(shape, density):
+    check_conv(shape, density)
+
+
+@pytest.mark.parametrize("shape", CONVS[1:4], ids=str)
+def test_conv_reference_equals_autograd(shape):
+    d, x, kernel, options = conv(*shape)
+    d, x = d.double(), x.double()
+    weight = torch.zeros(d.shape[2], x.shape[1] // options["groups"], *kernel).double().requires_grad_()
+    want = torch.zeros_like(weight)
+    for q in range(d.shape[0]):
+        for n in range(d.shape[1]):
+            y = torch.nn.functional.conv2d(x[n : n + 1], weight, **options)
+            want += torch.autograd.grad(y, weight, d[q, n : n + 1])[0].square()
+    torch.testing.assert_close(reference.conv_squares(d, x, kernel, **options), want.flatten(1))
+
+
+@pytest.mark.parametrize("Q, N, O, P, K", [(1, 1, 1, 1, 1), (3, 4, 33, 7, 65), (7, 2, 5, 80, 20)])
+def test_sequence_squares_equals_float64_reference(Q, N, O, P, K):
+    g = torch.Generator().manual_seed(0)
+    d, u = torch.randn(Q, N, O, P, generator=g), torch.randn(N, P, K, generator=g)
+    want = reference.sequence_squares(d.double(), u.double())
+    torch.testing.assert_close(ops.sequence_squares(d, u).double(), want, rtol=0, atol=32 * EPS * want.max().item())
+    loop = sum((d[q, n].double() @ u[n].double()).square() for q in range(Q) for n in range(N))
+    torch.testing.assert_close(want, loop)
+
+
+@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
+def test_each_instruction_set(level):
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from autoflip import _C; from tests import test_curvature_ops as t\n"
+        f"assert _C.isa() in ('base', {level!r}, 'avx2')\n"
+        "for shape in t.CONVS:\n    for density in (1.0, 0.2, 0.02): t.check_conv(shape, density)\n"
+        "t.test_signs_do_not_depend_on_who_draws_them()\n"
+    )
+    env = {**os.environ, "AUTOFLIP_CPU": level}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_do_not_change_a_bit():
+    d, x, kernel, options = conv(9, 5, 7, 4, 28, 28, (5, 5), (1, 1), (2, 2), (1, 1), 1)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ops.conv_squares(d, x, kernel, **options))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("N, O, K", [(1, 1, 1), (33, 65, 70)])
+def test_squared_matmul_in_triton_equals_float64_reference(N, O, K, dtype, monkeypatch):
+    pytest.importorskip("triton")
+    g = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    d, a = torch.randn(N, O, generator=g).to(device, dtype), torch.randn(N, K, generator=g).to(device, dtype)
+    monkeypatch.setenv("AUTOFLIP_BACKEND", "triton")
+    got = ops.squared_matmul(d, a)
+    assert got.dtype == dtype
+    want = reference.squared_matmul(d.double(), a.double())
+    # one rounding of the result, and float32 sums of N terms of one sign
+    tolerance = (torch.finfo(dtype).eps + 8 * EPS) * want.max().item()
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+
+
+def test_signs_do_not_depend_on_who_draws_them():
+    for shape in ((), (1,), (63,), (64,), (65,), (3, 1000)):
+        for seed, stream in ((0, 0), (-1, 5), (2**70 + 3, -2)):
+            signs = ops.rademacher(seed, stream, shape)
+            assert torch.equal(signs, reference.rademacher(seed, stream, shape))
+            assert (signs.abs() == 1).all()
+
+
+def test_signs_are_fair_and_streams_independent():
+    n = 1 << 16
+    streams = torch.stack([ops.rademacher(seed, stream, (n,)) for seed in (0, 1) for stream in range(8)])
+    products = (streams @ streams.T / n).fill_diagonal_(0)
+    # 120 pairs and 16 means, each with standard deviation 1/sqrt(n): 4.5 of them are passed once in 1000 runs
+    assert products.abs().max() < 4.5 / n**0.5
+    assert streams.mean(1).abs().max() < 4.5 / n**0.5
+    neighbours = (streams[:, 1:] * streams[:, :-1]).mean(1)
+    assert neighbours.abs().max() < 4.5 / n**0.5
+
+
+def test_registered_ops():
+    d, x, kernel, o = conv(*CONVS[4])
+    arguments = (d, x, [*kernel], [*o["stride"]], [*o["padding"]], [*o["dilation"]], o["groups"])
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.autoflip.conv_squares.default, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.autoflip.squared_matmul.default, (x[0, 0], x[1, 1]), test_utils=tests)
+    sequence = (d[..., 0].contiguous(), torch.randn(d.shape[1], d.shape[3], 4))
+    torch.library.opcheck(torch.ops.autoflip.sequence_squares.default, sequence, test_utils=tests)
+
+
+def test_flops_are_those_that_ran():
+    d, x, kernel, options = conv(1, 3, 12, 8, 9, 9, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    full = 2 * d.numel() * 8 * 9
+
+    def count(d):
+        with FlopCounterMode(display=False) as counter:
+            ops.conv_squares(d, x, kernel, **options)
+        return counter.get_total_flops()
+
+    assert count(d) == full
+    live = d * (torch.arange(81).view(9, 9) % 4 == 0)  # 21 of 81 positions
+    served = backend.serve("conv_squares", x.device)
+    assert count(live) == (full * 21 // 81 if served == "cpp" else full)
+    with FlopCounterMode(display=False) as counter:
+        ops.squared_matmul(x[0, 0], x[1, 1])
+        ops.sequence_squares(d.flatten(3), x[:, 0].flatten(1)[:, :, None])
+    assert counter.get_total_flops() == 2 * 9 * 9 * 9 + 2 * d.numel()
+
+
+def test_compiles_without_a_graph_break():
+    d, x, kernel, options = conv(*CONVS[1])
+
+    def squares(d, x):
+        return ops.conv_squares(d, x, kernel, **options) + 1
+
+    compiled = torch.compile(squares, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(d, x), squares(d, x))
+
+
+def test_wrong_shapes_are_named():
+    d, x, kernel, options = conv(*CONVS[1])
+    with pytest.raises(ValueError, match="own stride, padding and dilation"):
+        ops.conv_squares(d, x, kernel)
+    with pytest.raises(ValueError, match="3 groups must divide"):
+        ops.conv_squares(d, x, kernel, padding=(1, 1), groups=3)
+    with pytest.raises(ValueError, match="one floating dtype"):
+        ops.conv_squares(d.double(), x, kernel, **options)
+    with pytest.raises(ValueError, match="wanted 2 and 2 dimensions"):
+        ops.squared_matmul(d, x)
+    with pytest.raises(ValueError, match="use sequence_squares"):
+        ops.squared_matmul(torch.ones(2, 3), torch.ones(4, 3))
+    with pytest.raises(ValueError, match="transpose it"):
+        ops.sequence_squares(torch.ones(1, 2, 3, 4), torch.ones(2, 5, 4))
