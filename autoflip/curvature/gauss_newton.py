@@ -49,7 +49,6 @@ class GaussNewton:
         """
         with watch(problem.model, problem.samples, chunk) as ran:
             output = problem.output()
-        problem.loss(output.detach())
         graph = inspect(output, problem.params, {layer.edge.node for layer in ran})
         layers = [] if graph.coupled else [layer for layer in ran if _alone(layer, ran, graph, problem)]
         owned = {id(p) for layer in layers for p in layer.params.values()}
@@ -93,7 +92,8 @@ class GaussNewton:
         total = self._empty()
         for i in range(count):
             self._draw(i, total)
-        return {name: value / count for name, value in self._collect(total).items()}
+        mean = self._collect(total)
+        return mean if count == 1 else {name: value / count for name, value in mean.items()}
 
     def _draw(self, stream: int, total: Diagonal) -> None:
         v = self.output.detach()
@@ -101,7 +101,8 @@ class GaussNewton:
         self._backward(self.root.draw(signs.to(v.device)), self.rest, total)
 
     def _empty(self) -> Diagonal:
-        return {name: torch.zeros_like(p, requires_grad=False) for name, p in self.problem.params.items()}
+        """Return zeros for what the layers do not own."""
+        return {name: torch.zeros_like(self.problem.params[name], requires_grad=False) for name in self.rest}
 
     def _backward(self, v: Tensor, names: list[str], total: Diagonal | None = None, *, layers: bool = True) -> None:
         asked = self.layers if layers else []
@@ -122,9 +123,11 @@ class GaussNewton:
         names = {id(p): name for name, p in self.problem.params.items()}
         for layer in self.layers:
             own = layer.params
-            for short, value in layer.take().items():
-                total[names[id(own[short])]] += value
-        return self.problem.kept(total)
+            total.update({names[id(own[short])]: value for short, value in layer.take().items()})
+        params = self.problem.params
+        # a parameter that the output does not depend on has no curvature
+        whole = {n: total[n] if n in total else torch.zeros_like(p, requires_grad=False) for n, p in params.items()}
+        return self.problem.kept(whole)
 
 
 def _alone(layer: Layer, ran: list[Layer], graph: Graph, problem: Problem) -> bool:

@@ -62,7 +62,8 @@ class Layer:
     def flush(self) -> None:
         """Square what waits and add it up."""
         if self.waiting:
-            for name, value in self.squares(torch.stack(self.waiting)).items():
+            d = self.waiting[0].unsqueeze(0) if len(self.waiting) == 1 else torch.stack(self.waiting)
+            for name, value in self.squares(d).items():
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.waiting.clear()
 
@@ -79,19 +80,28 @@ class Layer:
 
 
 class _Linear(Layer):
+    squared: Tensor | None = None
+
     def add(self, d: Tensor) -> None:
-        if d.dim() == 2:
-            # all factors share the input's square, so theirs may be added first: one product for all of them
-            d = d.square()
-            d = self.waiting.pop() + d if self.waiting else d
-            self.waiting.append(d)
-        else:
+        # all factors share the input's square, so theirs are added first: one product serves all of them
+        if d.dim() > 2:
             super().add(d)
+        elif self.squared is not None:
+            self.squared.addcmul_(d, d)
+        elif self.waiting:
+            self.squared = self.waiting.pop().square().addcmul_(d, d)
+        else:
+            self.waiting.append(d)
+
+    def flush(self) -> None:
+        if self.squared is not None:
+            self.waiting, self.squared = [self.squared.sqrt()], None
+        super().flush()
 
     def squares(self, d: Tensor) -> dict[str, Tensor]:
         x = self.input()
         if x.dim() == 2:
-            return {"weight": ops.squared_matmul(d[0].sqrt(), x), "bias": d[0].sum(0)}
+            return {"weight": ops.squared_matmul(d[0], x), "bias": d[0].square().sum(0)}
         d = d.flatten(2, -2).transpose(2, 3)  # (Q, N, O, P)
         return {"weight": ops.sequence_squares(d, x.flatten(1, -2)), "bias": d.sum(3).square().sum((0, 1))}
 
