@@ -29,7 +29,7 @@ def batch(shape, n=3):
         ("mlp", (1, 28, 28), 10, 199_210),
         ("resnet8", (3, 32, 32), 10, 78_042),
         ("resnet8-group", (3, 32, 32), 10, 78_042),
-        ("digits-cnn", (1, 8, 8), 10, 151_306),
+        ("digits-cnn", (1, 8, 8), 10, 338_058),
     ],
 )
 def test_parameter_counts(name, shape, classes, count):
