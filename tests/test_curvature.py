@@ -231,6 +231,35 @@ def test_gauss_newton_of_curved_models_is_right_and_named(build):
     assert curvature.hessian_trace(model, F.cross_entropy, batch, 2).method == "hutchinson"
 
 
+@pytest.mark.parametrize(
+    "curve",
+    [nn.GroupNorm(1, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.Tanh(), nn.GELU(), nn.Softmax(1)],
+    ids=lambda m: type(m).__name__,
+)
+def test_whatever_is_not_piecewise_linear_is_noticed(curve):
+    model = nn.Sequential(nn.Linear(3, 4), curve, nn.ReLU(), nn.Linear(4, 3))
+    batch = torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
+    assert curvature.hessian_diagonal(model, F.cross_entropy, batch).matrix == "ggn"
+    assert curvature.hessian_trace(model, F.cross_entropy, batch, 2).method == "hutchinson"
+
+
+def test_functions_without_modules_are_noticed_too():
+    class Functional(nn.Module):
+        def __init__(self, act):
+            super().__init__()
+            self.layer, self.act = nn.Linear(3, 3), act
+
+        def forward(self, x):
+            return self.act(self.layer(x), self.layer.weight)
+
+    batch = torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
+    flat_ones = (lambda h, w: h.clamp(min=0) / 2 - 1, lambda h, w: torch.where(h > 0, h, 0.1 * h).abs())
+    curved_ones = (lambda h, w: h * h, lambda h, w: 1 / (2 + h * 0 + h.abs()), lambda h, w: h @ w, lambda h, w: h.exp())
+    for act in (*flat_ones, *curved_ones):
+        got = curvature.hessian_diagonal(Functional(act), F.cross_entropy, batch)
+        assert got.matrix == ("hessian" if act in flat_ones else "ggn")
+
+
 def test_sequences_are_squared_sample_by_sample():
     # with one draw, whole-batch squares would be off by order one; per-sample ones are exact here: one sample's
     # output is one number, so its sign squares away
