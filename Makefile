@@ -1,4 +1,4 @@
-# make run | make test | make check | make bench | make gpu-check | make setup | make which-python | make clean
+# make run | make test | make lint | make check | make bench | make gpu-check | make setup | make which-python | make clean
 # Each sets up first what is missing: a virtual environment, its packages, the compiled extension.
 
 PYTHON ?= python3
@@ -13,12 +13,13 @@ ENV = PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" PATH="$$(dirname $(INT
 PY = $(ENV) $(INTERPRETER)
 CXX_FILES = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup run test check format bench gpu-check which-python clean
+.PHONY: help setup run test lint check format bench gpu-check which-python clean
 help:
 	@echo "make run            set up, then train: AutoFLIP against dense FedAvg on scikit-learn's digits"
 	@echo "                    ARGS='--dataset mnist --data-root DIR' and so on; OUT=DIR names the run folder"
 	@echo "make test           set up, then run the tests (ARGS='tests/test_codec.py -k delta')"
-	@echo "make check          lint, formatting and types"
+	@echo "make lint           ruff, clang-format, mypy"
+	@echo "make check          lint, then the tests"
 	@echo "make format         reformat Python and C++"
 	@echo "make bench          run the benchmarks"
 	@echo "make gpu-check      on a GPU machine: build with CUDA, GPU tests, memory checker, benchmarks"
@@ -40,12 +41,14 @@ run: setup
 test: setup
 	$(PY) -m pytest $(ARGS)
 
-check:
+lint:
 	@sh tools/setup.sh lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(ENV) clang-format --dry-run -Werror $(CXX_FILES)
 	$(PY) -m mypy
+
+check: lint test
 
 format:
 	@sh tools/setup.sh lint

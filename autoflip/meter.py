@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -148,7 +148,7 @@ def _rnn_backward(x, w_ih, w_hh, *args, out_shape=None, **kwargs) -> int:  # typ
     return 2 * 2 * x[0] * x[1] * (w_ih[0] * w_ih[1] + w_hh[0] * w_hh[1])
 
 
-def _rnn_formulas() -> Mapping[Any, Any]:
+def _rnn_formulas() -> dict[Any, Any]:
     aten = torch.ops.aten
     return {
         getattr(aten, name): formula

@@ -88,9 +88,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     ext = backend.extension("_C")[0]
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, 1 thread, {ext.isa() if ext else 'no _C'}"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, torch {torch.__version__}, 1 thread, {ext.isa() if ext else 'no _C'}")
     for density in (0.5, 0.1, 0.05):
         g = torch.Generator().manual_seed(0)
         side = int(args.entries**0.5)

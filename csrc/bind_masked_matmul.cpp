@@ -67,6 +67,11 @@ void select(uintptr_t w, uintptr_t mask, int64_t n, uintptr_t out, int threads) 
                    useful_threads(n, threads));
 }
 
+bool is_clean(uintptr_t w, uintptr_t mask, int64_t n) {
+  py::gil_scoped_release release;
+  return kernels().is_clean(at<const float>(w), at<const uint8_t>(mask), n);
+}
+
 void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, uintptr_t bias, int64_t n, int64_t rows,
              int64_t cols, bool relu, uintptr_t y, int threads) {
   py::gil_scoped_release release;
@@ -111,6 +116,7 @@ void bind_masked_matmul(py::module_& m) {
   m.def("masked_matmul_layout", layout,
         "fills the layout of mask (rows, cols) or of its transpose; bytes written");
   m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
+  m.def("masked_matmul_is_clean", is_clean, "whether w is zero wherever mask is not set");
   m.def("masked_matmul_forward", forward, "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
   m.def("masked_matmul_dx", dx, "dx (n, cols) = dy (n, rows) @ (w * mask)");
   m.def("masked_matmul_dw", dw, "dw (rows, cols) = dy.T @ x where mask, untouched elsewhere");

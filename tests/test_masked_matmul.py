@@ -160,6 +160,30 @@ def test_dense_path_gives_exact_zeros_even_for_pruned_nan():
         assert not dw[~mask].any()
 
 
+def test_dense_path_does_not_trust_the_weight():
+    x, w, _, mask, _ = case(40, 30, 300, 0.5)
+    y = ops.masked_linear(x, w, None, Pack(mask, path="dense"))  # w is not zero where it is pruned
+    torch.testing.assert_close(y, x @ (w * mask).T)
+    clean = (w * mask).detach()
+    clean[0, 0] = float(mask[0, 0])
+    clean[~mask] *= -1  # minus zero is clean too
+    torch.testing.assert_close(ops.masked_linear(x, clean, None, Pack(mask, path="dense")), x @ clean.T)
+    before = clean.clone()
+    clean[-1][~mask[-1]] = 1.0
+    torch.testing.assert_close(ops.masked_linear(x, clean, None, Pack(mask, path="dense")), x @ before.T)
+
+
+def test_masked_weight_equals_where():
+    for shape in [(), (5,), (3, 4, 5, 6), (0, 3)]:
+        w = torch.randn(shape, requires_grad=True)
+        mask = torch.rand(shape) < 0.5
+        assert torch.equal(ops.masked_weight(w, mask), torch.where(mask, w, 0))
+        (g,) = torch.autograd.grad(ops.masked_weight(w, mask).pow(2).sum(), w)
+        assert torch.equal(g, torch.where(mask, 2 * w, 0))
+    with pytest.raises(ValueError, match="entry by entry"):
+        ops.masked_weight(torch.ones(3), torch.ones(2, dtype=torch.bool))
+
+
 def test_changed_mask_is_seen():
     x, w, _, mask, _ = case(3, 4, 5, 1.0)
     ops.masked_matmul(x, w, mask)

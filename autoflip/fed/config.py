@@ -189,11 +189,11 @@ class Config:
     @classmethod
     def from_dict(cls, given: Mapping[str, Mapping[str, Any]]) -> Config:
         """Build from nested mappings ``{"fed": {"rounds": 3}}``; raises ConfigError as :meth:`load` does."""
-        sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}  # type: ignore[misc]
+        sections = get_type_hints(cls)
         for section, values in given.items():
             if section not in sections:
                 raise ConfigError(f"unknown config section {section!r}{_nearest(section, sections)}")
-            known = {f.name for f in dataclasses.fields(sections[section])}  # type: ignore[arg-type]
+            known = {f.name for f in dataclasses.fields(sections[section])}
             for key in values:
                 if key not in known:
                     near = _nearest(f"{section}.{key}", [f"{s}.{k}" for s, k in _keys(cls)])
@@ -204,7 +204,7 @@ class Config:
         for section, kind in sections.items():
             merged = {**preset.get(section, {}), **given.get(section, {})}
             hints = get_type_hints(kind)
-            built[section] = kind(**{k: _typed(f"{section}.{k}", v, hints[k]) for k, v in merged.items()})  # type: ignore[misc]
+            built[section] = kind(**{k: _typed(f"{section}.{k}", v, hints[k]) for k, v in merged.items()})
         config = cls(**built)
         config._check()
         return config
@@ -254,7 +254,7 @@ class Config:
 
 
 def _keys(cls: type) -> list[tuple[str, str]]:
-    return [(f.name, k.name) for f in dataclasses.fields(cls) for k in dataclasses.fields(f.default_factory)]  # type: ignore
+    return [(name, f.name) for name, kind in get_type_hints(cls).items() for f in dataclasses.fields(kind)]
 
 
 def _nearest(word: object, names: Iterable[str]) -> str:

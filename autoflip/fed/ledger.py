@@ -158,7 +158,7 @@ def summarise(records: Sequence[Record], method: str, against: str | None, about
     target = (theirs or mine)[-1].accuracy
     ours = _method(mine, target)
     other = _method(theirs, target) if theirs else None
-    ratios = None
+    ratios: dict[str, Any] | None = None
     if other is not None:
         ratios = {
             v: _ratio(ours[v]["total"], other[v]["total"]) for v in ("flops", "bytes_up", "bytes_down", "seconds")

@@ -106,7 +106,7 @@ class AutoFlip(Strategy):
             scores,
             density=self.target_density(state.round),
             channels=cfg.channels,
-            block=cfg.block or None,
+            block=(cfg.block[0], cfg.block[1]) if cfg.block else None,
             groups=self._groups,
         )
 

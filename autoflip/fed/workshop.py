@@ -16,6 +16,7 @@ from autoflip import meter
 from autoflip.groups import find_groups
 from autoflip.masks import MaskSet
 from autoflip.nn import compact, sparsify
+from autoflip.nn.plan import Plan
 
 __all__ = ["Prepared", "Workshop"]
 
@@ -31,13 +32,13 @@ class Prepared:
     """
 
     model: nn.Module
-    plan: object | None
+    plan: Plan | None
     seconds: float
     _flops: dict[tuple, int] = field(default_factory=dict)
 
     def load(self, params: Mapping[str, Tensor]) -> None:
         """Copy full-size ``params`` in."""
-        small = self.plan.shrink(params) if self.plan is not None else params  # type: ignore[attr-defined]
+        small = self.plan.shrink(params) if self.plan is not None else params
         with torch.no_grad():
             for name, tensor in self.model.state_dict(keep_vars=True).items():
                 if name in small:
@@ -51,7 +52,7 @@ class Prepared:
 
     def expand(self, small: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``small`` in full coordinates, zero where a channel is gone."""
-        return self.plan.expand(small) if self.plan is not None else dict(small)  # type: ignore[attr-defined]
+        return self.plan.expand(small) if self.plan is not None else dict(small)
 
     def step_flops(self, x: Tensor, y: Tensor) -> int:
         """Return the FLOPs of a training step on a batch of this shape, counted once on a copy."""
@@ -86,7 +87,9 @@ class Workshop:
                 prepared = Prepared(copy.deepcopy(self.full), None, 0.0)
             else:
                 small = compact(self.full, masks=masks, groups=self._groups)
-                prepared = Prepared(sparsify(small, small.plan.shrink_masks(masks)), small.plan, 0.0)
+                plan = small.plan
+                assert isinstance(plan, Plan)
+                prepared = Prepared(sparsify(small, plan.shrink_masks(masks)), plan, 0.0)
             prepared.seconds = time.perf_counter() - start
             self._kept[key] = prepared
         self._kept.move_to_end(key)

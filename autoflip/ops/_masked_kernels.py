@@ -22,15 +22,15 @@ PATHS = ("auto", "sparse", "dense")
 TILE = 32  # of kernels/masked_matmul.py and csrc/cuda/masked_matmul.cu
 # (least rows of x, density below which the kernel runs), last fitting row counts: there it was at least 10 % faster
 # than torch 2.13's dense float32 product (MKL) at every weight of bench/bench_masked_matmul.py with at least
-# LEAST_WORK multiply-adds. Intel Xeon (Sapphire Rapids), 1 thread, 2026-11-22; the two lower sets were measured
-# there too, against MKL at AVX-512, so they err on the side of dense.
+# LEAST_WORK multiply-adds. Intel Xeon (Sapphire Rapids), 1 thread, CPU time, machine under load, 2026-11-22;
+# "avx2" against MKL_ENABLE_INSTRUCTIONS=AVX2. "base" was not measured: it never runs unless a Pack forces it.
 CROSSOVER: dict[str, dict[str, tuple[tuple[int, float], ...]]] = {
     "avx512": {
         "forward": ((16, 0.12), (32, 0.22)),
         "dx": ((32, 0.06), (64, 0.12)),
         "dw": ((64, 0.06), (256, 0.07)),
     },
-    "avx2": {"forward": ((16, 0.06),), "dx": (), "dw": ()},
+    "avx2": {"forward": ((16, 0.12),), "dx": ((32, 0.06),), "dw": ((64, 0.06),)},
     "base": {"forward": (), "dx": (), "dw": ()},
 }
 LEAST_WORK = 1_500_000
@@ -130,23 +130,49 @@ class _Select(torch.autograd.Function):
         return select(g, ctx.mask), None
 
 
-def _select_kernel(weight: Tensor, mask: Tensor) -> Tensor:
-    out = torch.empty(weight.shape)
+def _select_kernel(weight: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
     mask, weight = mask.contiguous(), weight.contiguous()
+    out = torch.empty(weight.shape) if out is None else out
     backend.extension("_C")[0].masked_matmul_select(  # type: ignore[union-attr]
         weight.data_ptr(), mask.data_ptr(), mask.numel(), out.data_ptr(), torch.get_num_threads()
     )
     return out
 
 
+def _select_here(weight: Tensor) -> bool:
+    return (
+        weight.dtype is torch.float32
+        and weight.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and has_memory(weight)
+        and not transformed(weight)
+        and backend.serve("masked_matmul", weight.device) == "cpp"
+    )
+
+
+def _operand(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return what the dense path multiplies by: ``weight`` itself where its pruned entries are zero already.
+
+    Layers keep them at zero, and to look (read only) costs a third of a masked copy or less; a copy of a 784x200
+    weight costs half of its product with 32 rows.
+    """
+    if _select_here(weight) and weight.is_contiguous() and mask.is_contiguous():
+        clean = backend.extension("_C")[0].masked_matmul_is_clean  # type: ignore[union-attr]
+        if clean(weight.data_ptr(), mask.data_ptr(), mask.numel()):
+            return weight
+    return select(weight, mask)
+
+
+def _select_own(a: Tensor, mask: Tensor) -> Tensor:
+    """Select in place where that is possible: ``a`` is contiguous, was made by the caller and has no history."""
+    if _select_here(a) and not a.requires_grad:
+        return _select_kernel(a, mask, out=a)
+    return torch.where(mask, a, 0)
+
+
 def select(weight: Tensor, mask: Tensor) -> Tensor:
     """Return ``torch.where(mask, weight, 0)``, on the CPU about 20 times as fast; equal shapes, any number of dims."""
-    if (
-        torch.compiler.is_compiling()
-        or not (weight.dtype is torch.float32 and weight.device.type == "cpu" and has_memory(weight))
-        or transformed(weight)
-        or backend.serve("masked_matmul", weight.device) != "cpp"
-    ):
+    if not _select_here(weight):
         return torch.where(mask, weight, 0)
     if weight.requires_grad and torch.is_grad_enabled():
         return _Select.apply(weight, mask)
@@ -160,7 +186,7 @@ def linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *r
     parts = Parts(*rest)
     name = serves(x, parts, "forward")
     if name == "dense":
-        y = F.linear(x, select(weight, parts.mask), bias)
+        y = F.linear(x, _operand(weight, parts.mask), bias)
         return y.relu_() if relu else y
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(len(x), len(parts.mask))
@@ -176,7 +202,7 @@ def dx_kernel(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     name = serves(dy, parts, "dx")
     if name == "dense":
-        return dy @ select(weight, parts.mask)
+        return dy @ _operand(weight, parts.mask)
     dy, weight = dy.contiguous(), weight.contiguous()
     out = dy.new_empty(len(dy), parts.mask.shape[1])
     if name == "triton":
@@ -190,7 +216,7 @@ def dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     name = serves(dy, parts, "dw")
     if name == "dense":
-        return select(dy.T @ x, parts.mask)
+        return _select_own(dy.T @ x, parts.mask)
     dy, x = dy.contiguous(), x.contiguous()
     out = dy.new_zeros(parts.mask.shape)
     if name == "triton":

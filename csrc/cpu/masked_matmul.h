@@ -44,6 +44,8 @@ struct MaskedMatmul {
                    float* y, int threads);
   // out[i] = mask[i] ? w[i] : 0, the weight of the dense path (torch.where takes 20 times as long)
   void (*select)(const float* w, const uint8_t* mask, int64_t n, float* out, int threads);
+  // whether w is zero wherever the mask is not set; reads only
+  bool (*is_clean)(const float* w, const uint8_t* mask, int64_t n);
   // dw[row * cols + column] = sum over samples of dy[row] * x[column], written only where the mask is set
   void (*sample)(Layout layout, const float* dy_panels, const float* x_panels, int64_t n, float* dw,
                  int threads);

@@ -1,5 +1,6 @@
 #include "cpu/masked_matmul_impl.h"
 
 namespace autoflip {
-extern const MaskedMatmul masked_matmul_base = {kLanes, kVector, to_panels, multiply, select, sample};
+extern const MaskedMatmul masked_matmul_base = {kLanes, kVector,  to_panels, multiply,
+                                                select, is_clean, sample};
 }

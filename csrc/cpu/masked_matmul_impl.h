@@ -205,6 +205,18 @@ void select(const float* w, const uint8_t* mask, int64_t n, float* out, int thre
   for (int64_t i = 0; i < n; ++i) to[i] = in[i] & (0u - uint32_t(mask[i]));
 }
 
+bool is_clean(const float* w, const uint8_t* mask, int64_t n) {
+  const uint32_t* in = reinterpret_cast<const uint32_t*>(w);
+  for (int64_t begin = 0; begin < n; begin += 4096) {
+    const int64_t end = n - begin < 4096 ? n : begin + 4096;
+    uint32_t stray = 0;
+#pragma omp simd reduction(| : stray)
+    for (int64_t i = begin; i < end; ++i) stray |= (in[i] << 1) & (uint32_t(mask[i]) - 1u);  // -0 is zero too
+    if (stray) return false;
+  }
+  return true;
+}
+
 // the sums of the lanes of four vectors
 AF_INLINE void sum_lanes(const vec* v, float* out) {
 #if defined(__AVX512F__)
