@@ -6,87 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from curvature_nets import EPS, LOSSES, cnn, conv1d, flat, make, mlp, residual, sequence, true_hessian
 from torch import nn
 
 import autoflip
 from autoflip import curvature
-
-EPS = torch.finfo(torch.float64).eps
-
-
-class Residual(nn.Module):
-    """Convolutions (one grouped), eval-mode BatchNorm, a skip connection, in-place ReLU."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(4)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        x = F.relu(x + self.norm2(self.conv2(x)))
-        return self.head(x.mean((2, 3)))
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), (4,)
-
-
-def cnn():
-    conv = nn.Conv2d(2, 3, 3, stride=2, padding=2, dilation=2)
-    return nn.Sequential(
-        conv, nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3)
-    ), (2, 8, 8)
-
-
-def residual():
-    model = Residual()
-    for norm in (model.norm1, model.norm2):
-        nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.running_mean), norm.running_var.uniform_(0.5, 2)
-    return model.eval(), (2, 5, 5)
-
-
-def sequence():
-    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(15, 3)), (3, 4)
-
-
-def conv1d():
-    conv = nn.Conv1d(2, 4, 3, padding="same", padding_mode="circular")
-    return nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(28, 3)), (2, 7)
-
-
-LOSSES = {
-    "cross_entropy": F.cross_entropy,
-    "weighted": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3]).double(), label_smoothing=0.1, reduction="sum"),
-    "mse": lambda out, y: F.mse_loss(out, F.one_hot(y, 3).to(out)),
-    "bce": lambda out, y: F.binary_cross_entropy_with_logits(out, F.one_hot(y, 3).to(out)),
-    "other": lambda out, y: (out.exp().sum(1) * (1 + y)).mean() + out.logsumexp(1).sum(),
-}
-
-
-def make(build, samples=6):
-    torch.manual_seed(1)
-    model, shape = build()
-    g = torch.Generator().manual_seed(2)
-    batch = torch.randn(samples, *shape, generator=g).double(), torch.randint(3, (samples,), generator=g)
-    return model.double(), batch
-
-
-def true_hessian(model, loss_fn, batch):
-    """Return (names, the full Hessian in all parameters)."""
-    params = dict(model.named_parameters())
-    sizes = [p.numel() for p in params.values()]
-
-    def loss(flat):
-        parts = {n: v.view_as(p) for (n, p), v in zip(params.items(), flat.split(sizes))}
-        return loss_fn(torch.func.functional_call(model, parts, batch[0]), batch[1])
-
-    return torch.autograd.functional.hessian(loss, torch.cat([p.detach().flatten() for p in params.values()]))
-
-
-def flat(entries):
-    return torch.cat([v.flatten() for v in entries.values()])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -231,6 +155,35 @@ def test_gauss_newton_of_curved_models_is_right_and_named(build):
     assert curvature.hessian_trace(model, F.cross_entropy, batch, 2).method == "hutchinson"
 
 
+@pytest.mark.parametrize(
+    "curve",
+    [nn.GroupNorm(1, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.Tanh(), nn.GELU(), nn.Softmax(1)],
+    ids=lambda m: type(m).__name__,
+)
+def test_whatever_is_not_piecewise_linear_is_noticed(curve):
+    model = nn.Sequential(nn.Linear(3, 4), curve, nn.ReLU(), nn.Linear(4, 3))
+    batch = torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
+    assert curvature.hessian_diagonal(model, F.cross_entropy, batch).matrix == "ggn"
+    assert curvature.hessian_trace(model, F.cross_entropy, batch, 2).method == "hutchinson"
+
+
+def test_functions_without_modules_are_noticed_too():
+    class Functional(nn.Module):
+        def __init__(self, act):
+            super().__init__()
+            self.layer, self.act = nn.Linear(3, 3), act
+
+        def forward(self, x):
+            return self.act(self.layer(x), self.layer.weight)
+
+    batch = torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
+    flat_ones = (lambda h, w: h.clamp(min=0) / 2 - 1, lambda h, w: torch.where(h > 0, h, 0.1 * h).abs())
+    curved_ones = (lambda h, w: h * h, lambda h, w: 1 / (2 + h * 0 + h.abs()), lambda h, w: h @ w, lambda h, w: h.exp())
+    for act in (*flat_ones, *curved_ones):
+        got = curvature.hessian_diagonal(Functional(act), F.cross_entropy, batch)
+        assert got.matrix == ("hessian" if act in flat_ones else "ggn")
+
+
 def test_sequences_are_squared_sample_by_sample():
     # with one draw, whole-batch squares would be off by order one; per-sample ones are exact here: one sample's
     # output is one number, so its sign squares away
@@ -273,135 +226,3 @@ def test_masked_models_curve_only_where_they_are_kept(method):
     if method == "ggn-exact":
         assert trace.matrix == "hessian"
         torch.testing.assert_close(diagonal[kept], h.diag()[kept], rtol=1e-9, atol=1e-12)
-
-
-def test_auto_draws_for_many_classes_and_falls_back_where_gauss_newton_is_zero():
-    torch.manual_seed(0)
-    model, x, y = nn.Linear(3, 40).double(), torch.randn(5, 3).double(), torch.arange(5)
-    assert curvature.hessian_diagonal(model, F.cross_entropy, (x, y)).method == "ggn-mc"
-    assert curvature.hessian_trace(model, F.cross_entropy, (x, y), 1).stderr < math.inf
-    model = nn.Sequential(nn.Linear(3, 4), nn.LogSoftmax(1)).double()
-    assert curvature.hessian_diagonal(model, F.nll_loss, (x, y % 4)).method == "hutchinson"
-    with pytest.raises(curvature.NotDescribedError, match="log_softmax"):
-        curvature.hessian_diagonal(model, F.nll_loss, (x, y % 4), method="ggn-mc")
-
-
-def test_saturated_and_half_precision_outputs_are_recognised():
-    model = nn.Linear(2, 3)
-    with torch.no_grad():
-        model.weight.copy_(torch.tensor([[30.0, 0], [0, 30], [0, 0]]))
-    batch = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([0, 1])
-    for dtype in (torch.float32, torch.bfloat16):
-        got = curvature.hessian_diagonal(model.to(dtype), F.cross_entropy, (batch[0].to(dtype), batch[1]))
-        assert got.method == "ggn-exact"
-        assert got["weight"].dtype == dtype
-        assert (got["weight"] >= 0).all()
-
-
-def test_one_draw_admits_that_it_knows_no_error():
-    model, batch = make(mlp)
-    assert curvature.hessian_trace(model, F.cross_entropy, batch, 1, method="ggn-mc").stderr == math.inf
-
-
-def test_seed_decides_every_bit_and_nothing_else_does():
-    model, batch = make(cnn)
-    model, batch = model.float(), (batch[0].float(), batch[1])
-    runs = []
-    for threads, seed in ((1, 7), (2, 7), (1, 8)):
-        torch.set_num_threads(threads)
-        torch.manual_seed(threads)
-        runs.append(flat(curvature.hessian_diagonal(model, F.cross_entropy, batch, seed=seed, method="ggn-mc")))
-    assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
-
-
-@pytest.mark.parametrize("method", ["ggn-mc", "ggn-exact", "hutchinson"])
-def test_nothing_is_left_behind(method):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3)).train()
-    batch = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    state = torch.get_rng_state()
-    one = curvature.hessian_diagonal(model, F.cross_entropy, batch, 2, method=method)
-    with torch.no_grad():
-        two = curvature.hessian_diagonal(model, F.cross_entropy, batch, 2, method=method)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    assert model.training
-    assert all(p.grad is None for p in model.parameters())
-    torch.testing.assert_close(flat(one), flat(two), rtol=0, atol=0)  # dropout drew the same
-    assert not flat(one).requires_grad
-
-
-def test_hooks_are_gone_after_a_failure():
-    model, (x, y) = make(mlp)
-    with pytest.raises(IndexError):
-        curvature.hessian_diagonal(model, F.cross_entropy, (x, y + 5))
-    with pytest.raises(RuntimeError):
-        curvature.hessian_diagonal(model, F.cross_entropy, (x[:, :2], y))
-    assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_wrong_input_is_named():
-    model, (x, y) = make(mlp)
-    diagonal = curvature.hessian_diagonal
-    with pytest.raises(ValueError, match="reduction='none'"):
-        diagonal(model, nn.CrossEntropyLoss(reduction="none"), (x, y))
-    with pytest.raises(ValueError, match="no method 'hutch'; there are auto, ggn-mc"):
-        diagonal(model, F.cross_entropy, (x, y), method="hutch")
-    spoiled = x.clone()
-    spoiled[0, 0] = math.nan
-    with pytest.raises(ValueError, match="inputs holds 1 NaN"):
-        diagonal(model, F.cross_entropy, (spoiled, y))
-    with pytest.raises(ValueError, match="the loss is nan"):
-        diagonal(model, lambda out, y: out.sum() * math.nan, (x, y))
-    with pytest.raises(ValueError, match="pair of tensors"):
-        diagonal(model, F.cross_entropy, x)
-    with pytest.raises(ValueError, match="at least one sample"):
-        diagonal(model, F.cross_entropy, (x[:0], y[:0]))
-    with pytest.raises(ValueError, match="at least 1"):
-        diagonal(model, F.cross_entropy, (x, y), num_probes=0)
-    with pytest.raises(ValueError, match="per='layer'"):
-        curvature.hessian_trace(model, F.cross_entropy, (x, y), per="layer")
-    with pytest.raises(ValueError, match="no parameter that requires grad"):
-        curvature.hvp(model, F.cross_entropy, (x, y), {"nobody": x})
-    with pytest.raises(ValueError, match="leading axis of probes"):
-        curvature.hvp(model, F.cross_entropy, (x, y), {"0.weight": model[0].weight})
-    with pytest.raises(ValueError, match="couples the samples"):
-        diagonal(model, lambda out, y: out.sum(0).square().sum(), (x, y), method="ggn-mc")
-    with pytest.raises(ValueError, match="not convex"):
-        diagonal(model, lambda out, y: out.sin().sum(), (x, y), method="ggn-mc")
-    frozen = nn.Linear(4, 3).double().requires_grad_(False)
-    with pytest.raises(ValueError, match="requires_grad_"):
-        diagonal(frozen, F.cross_entropy, (x, y))
-    with torch.no_grad():
-        model[0].weight[0, 0] = math.inf
-    with pytest.raises(ValueError, match=r"'0\.weight' holds 1 NaN or Inf"):
-        diagonal(model, F.cross_entropy, (x, y))
-
-
-def test_a_layer_input_changed_in_place_is_named():
-    class Late(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 3)
-
-        def forward(self, x):
-            h = self.one(x)
-            out = self.two(h.detach())
-            h.detach().mul_(2)
-            return out + h.sum()
-
-    model, (x, y) = make(lambda: (Late(), (4,)))
-    with pytest.raises(ValueError, match="changed in place"):
-        curvature.hessian_diagonal(model, F.cross_entropy, (x, y), method="ggn-mc")
-
-
-def test_frozen_parameters_are_left_out():
-    model, batch = make(cnn)
-    model[0].requires_grad_(False)
-    got = curvature.hessian_diagonal(model, F.cross_entropy, batch)
-    assert set(got) == {n for n, p in model.named_parameters() if p.requires_grad}
-    full = curvature.hessian_diagonal(model.requires_grad_(True), F.cross_entropy, batch)
-    for name, value in got.items():
-        torch.testing.assert_close(value, full[name], rtol=1e-12, atol=0)

@@ -51,7 +51,7 @@ class Graph:
 
 
 def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any]) -> Graph:
-    """Walk the graph behind ``output``; nodes in ``layer_nodes`` are outputs of layers known to be linear."""
+    """Walk the graph behind ``output``, looking out for ``layer_nodes`` on the way."""
     bits = {id(p): 1 << i for i, p in enumerate(params.values())}
     names = {id(p): name for name, p in params.items()}
     behind: dict[Any, int] = {}  # node -> bit set of the parameters it depends on
@@ -79,7 +79,7 @@ def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any])
             coupled |= batch_statistics
             if batch_statistics or clash:
                 curved.add(node.name())
-        elif kind in _PRODUCTS or node in layer_nodes:
+        elif kind in _PRODUCTS:
             if clash:
                 curved.add(node.name())
         elif kind == "Div":

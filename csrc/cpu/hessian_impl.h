@@ -17,91 +17,11 @@
 #include <cstring>
 
 #include "cpu/hessian.h"
-#include "cpu/hessian_simd.h"
+#include "cpu/hessian_plan.h"
 
 namespace {
 
 using autoflip::SquaresShape;
-
-constexpr int64_t kAlign = 16;    // floats; rows of u and D are padded to it
-constexpr int64_t kTile = 4 * W;  // columns of D in registers
-constexpr int64_t kBlockFloats =
-    1 << 18;  // patches held at once, 1 MiB, unless one sample a thread needs more
-
-inline int64_t padded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// How rows of d (row = output * factors + factor) are grouped into teams that share registers: the factors of
-// one output in `parts` teams, or `together` outputs with all their factors. An owner is what one thread adds
-// to D.
-struct Plan {
-  int64_t factors, outputs, groups, positions, columns, ld;
-  int64_t parts, together, owners;
-  int64_t image;  // floats that a sample's preparation needs
-
-  Plan(int64_t q, int64_t o, int64_t g, int64_t p, int64_t k, int64_t preparation)
-      : factors(q),
-        outputs(o),
-        groups(g),
-        positions(p),
-        columns(k),
-        ld(padded(k)),
-        image(padded(preparation) + kAlign) {
-    parts = (q + kMaxRows - 1) / kMaxRows;
-    together = most(1, kMaxRows / q);
-    owners = g * owners_per_group();
-  }
-  int64_t owners_per_group() const { return (outputs / groups + together - 1) / together; }
-  int64_t teams() const { return owners * parts; }
-  int64_t patch_floats() const { return padded(groups * positions * ld + kAlign); }
-  int64_t value_floats() const { return padded(outputs * factors * positions); }
-  int64_t list_floats() const {
-    return padded(outputs * factors * positions);
-  }  // int32, at most one list a row
-  int64_t row_bytes() const { return outputs * factors * static_cast<int64_t>(sizeof(Row)); }
-  int64_t sample_floats() const {
-    return patch_floats() + value_floats() + list_floats() + image + padded(row_bytes() / 4 + 1) +
-           padded(positions / 4 + 1);
-  }
-  int64_t block(int64_t samples, int threads) const {
-    return least(samples, most(threads, kBlockFloats / sample_floats()));
-  }
-  int64_t scratch(int64_t samples, int threads) const {
-    return outputs * ld + block(samples, threads) * sample_floats() + kAlign;
-  }
-
-  struct Row {
-    const float* values;  // at the live positions
-    const int32_t* list;  // which these are; null: all
-    int64_t count;
-  };
-  struct Team {
-    int64_t first, rows, group;
-  };
-  Team team(int64_t t) const {
-    int64_t owner = t / parts, part = t % parts, size = outputs / groups;
-    int64_t g = owner / owners_per_group(), o = owner % owners_per_group() * together;
-    int64_t rows = least(together, size - o) * factors, begin = part * rows / parts;
-    return {(g * size + o) * factors + begin, (part + 1) * rows / parts - begin, g};
-  }
-};
-
-struct Scratch {  // of one sample
-  float *u, *values, *image;
-  int32_t* lists;
-  Plan::Row* rows;
-  unsigned char* alive;
-
-  Scratch(float* base, const Plan& plan)
-      : u(base),
-        values(u + plan.patch_floats()),
-        image(values + plan.value_floats()),
-        lists(reinterpret_cast<int32_t*>(image + plan.image)),
-        rows(reinterpret_cast<Plan::Row*>(lists + plan.list_floats())),
-        alive(reinterpret_cast<unsigned char*>(lists + plan.list_floats() +
-                                               padded(plan.row_bytes() / 4 + 1))) {}
-};
 
 // sums[r][v] = sum_j row r's value j * u[list[j]], then D_r += sums^2
 template <int R, int V, bool kList>
