@@ -109,11 +109,10 @@ class NinjaBuild(build_ext):
         # read by `autoflip info`, so that a missing part says why long after the build
         self.notes = outputs["autoflip._C"].parent / "_build.txt"
         self.notes.write_text("\n".join(notes) + "\n")
+        self.built = {name for name, path in outputs.items() if path.exists()}
 
     def copy_extensions_to_source(self) -> None:
-        for extension in list(self.extensions):
-            if not Path(self.get_ext_fullpath(extension.name)).exists() and extension.optional:
-                self.extensions.remove(extension)
+        self.extensions = [e for e in self.extensions if e.name in self.built]
         super().copy_extensions_to_source()
         shutil.copy(self.notes, ROOT / "autoflip" / "_build.txt")
 

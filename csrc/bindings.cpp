@@ -6,7 +6,9 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "autoflip's CPU kernels; use autoflip.ops, which checks what these functions take on trust";
-  m.def("isa", [] { return autoflip::isa_name(autoflip::cpu_isa()); }, "instruction set that serves this process");
+  m.def(
+      "isa", [] { return autoflip::isa_name(autoflip::cpu_isa()); },
+      "instruction set that serves this process");
   autoflip::bind_masked_matmul(m);
   autoflip::bind_delta(m);
   autoflip::bind_hessian(m);
