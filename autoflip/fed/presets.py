@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+_IMAGES = {"data": {"samples_per_client": 500}, "train": {"lr": 0.05, "batch_size": 32}}
+_NATURAL = {"partition": "natural", "samples_per_client": 300}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {},
-    "fashion-mnist": {
-        "fed": {"rounds": 40},
-        "data": {"samples_per_client": 500},
-    },
+    "mnist": _IMAGES,
+    "fashion-mnist": _IMAGES,
+    "usps": _IMAGES,
+    "cifar10": _IMAGES,
+    "cifar100": _IMAGES,
+    "qmnist": {"data": _NATURAL, "train": {"lr": 0.05, "batch_size": 32}},
+    "femnist": {"data": _NATURAL, "train": {"lr": 0.05, "batch_size": 32}},
+    "har": {"data": _NATURAL, "train": {"lr": 0.05, "batch_size": 32}},
+    "shakespeare": {"data": _NATURAL, "train": {"lr": 1.0, "clip_norm": 5.0, "batch_size": 32, "epochs": 1}},
 }
