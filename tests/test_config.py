@@ -64,3 +64,10 @@ def test_broken_files_are_named(tmp_path):
         fed.Config.load(path)
     with pytest.raises(FileNotFoundError):
         fed.Config.load(tmp_path / "none.toml")
+
+
+def test_every_method_that_the_configuration_names_exists():
+    from autoflip.fed.config import METHOD_NAMES
+    from autoflip.fed.strategies import METHODS
+
+    assert set(METHOD_NAMES) == set(METHODS)

@@ -6,15 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from autoflip.cli.errors import Stopped, UsageMistake
+
 __all__ = ["Stopped", "UsageMistake", "main"]
-
-
-class UsageMistake(ValueError):
-    """An option or a configuration is wrong: exit code 2."""
-
-
-class Stopped(Exception):  # noqa: N818  (it is no error)
-    """The user pressed Ctrl-C; the message says how to go on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from autoflip.cli import Stopped, UsageMistake
+from autoflip.cli.errors import Stopped, UsageMistake
+from autoflip.cli.overrides import load_config, overrides_of
 
 __all__ = ["app"]
 
@@ -49,27 +50,6 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
-
-
-def overrides_of(**options: Any) -> list[str]:
-    """Turn options into ``section.key=value`` overrides; keys are written ``section__key``, None is left out."""
-    return [
-        f"{key.replace('__', '.')}={json.dumps(str(value)) if isinstance(value, (str, Path)) else value}"
-        for key, value in options.items()
-        if value is not None
-    ]
-
-
-def load_config(path: Path | None, overrides: list[str]) -> Any:
-    """Return the checked configuration; whatever is wrong with it is a mistake of usage."""
-    from autoflip import fed
-
-    try:
-        return fed.Config.load(path, overrides=overrides)
-    except FileNotFoundError as error:
-        raise UsageMistake(f"there is no configuration file {path}") from error
-    except (ValueError, OSError) as error:
-        raise UsageMistake(str(error)) from error
 
 
 @contextmanager

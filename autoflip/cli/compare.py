@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from autoflip.cli import UsageMistake
+from autoflip.cli.errors import UsageMistake
+from autoflip.cli.overrides import load_config
 
 __all__ = ["run_all"]
 
@@ -29,7 +30,6 @@ def run_all(path: Path | None, overrides: list[str], methods: str, seeds: int, o
     from rich.console import Console
 
     from autoflip import report
-    from autoflip.cli.commands import load_config
     from autoflip.report.runs import put_text
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))

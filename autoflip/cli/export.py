@@ -8,7 +8,8 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-from autoflip.cli import UsageMistake
+from autoflip.cli.errors import UsageMistake
+from autoflip.cli.overrides import load_config
 
 __all__ = ["to_onnx"]
 
@@ -31,7 +32,6 @@ def to_onnx(run_dir: Path, target: Path) -> Path:
     from safetensors.torch import load
 
     from autoflip import nn
-    from autoflip.cli.commands import load_config
     from autoflip.fed import data, models
     from autoflip.masks import MaskSet
 

@@ -16,6 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from autoflip.explore import SIGNALS
 from autoflip.fed import presets
 
 __all__ = ["Config", "ConfigError"]
@@ -101,6 +102,7 @@ class Wire:
     downlink: str = "bf16"  # bf16 (as XOR against what the client holds) | fp32
 
 
+METHOD_NAMES = ("autoflip", "autoflip-paper", "fedavg")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "data.partition": ("iid", "dirichlet", "pathological", "natural"),
     "wire.values": ("fp32", "bf16", "int8", "int4"),
@@ -220,13 +222,10 @@ class Config:
                 raise ConfigError(f"{path}={value!r} is out of range; wanted a number in {wanted}")
         if self.prune.block and (len(self.prune.block) != 2 or min(self.prune.block) < 1):
             raise ConfigError(f"prune.block={list(self.prune.block)}; wanted [rows, columns], or [] for single weights")
-        from autoflip.explore import SIGNALS
-        from autoflip.fed.strategies import METHODS
-
         for path, value, names in (
-            ("fed.method", self.fed.method, [*METHODS]),
-            ("fed.against", self.fed.against, [*METHODS, "none"]),
-            ("explore.signal", self.explore.signal, [*SIGNALS]),
+            ("fed.method", self.fed.method, METHOD_NAMES),
+            ("fed.against", self.fed.against, (*METHOD_NAMES, "none")),
+            ("explore.signal", self.explore.signal, SIGNALS),
         ):
             if value not in names:
                 raise ConfigError(f"{path}={value!r}; wanted one of {', '.join(names)}{_nearest(value, names)}")

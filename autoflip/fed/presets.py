@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-_IMAGES = {"data": {"samples_per_client": 500}, "train": {"lr": 0.05, "batch_size": 32}}
-_NATURAL = {"partition": "natural", "samples_per_client": 300}
+_Preset = dict[str, dict[str, Any]]
+_IMAGES: _Preset = {"data": {"samples_per_client": 500}, "train": {"lr": 0.05, "batch_size": 32}}
+_NATURAL: dict[str, Any] = {"partition": "natural", "samples_per_client": 300}
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+PRESETS: dict[str, _Preset] = {
     "digits": {},
     "mnist": _IMAGES,
     "fashion-mnist": _IMAGES,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autoflip.groups import Axis, Groups
+from autoflip.groups.units import Axis, Groups
 
 __all__ = ["Flow", "Size", "Value", "graphs_of"]
 
@@ -181,26 +181,6 @@ class Flow:
         if key in self.axes:
             self.freeze_ids(self.axes.pop(key)[1], f"{path} also reads something else")
         self.axes[key] = (False, ())
-
-    # ---- walking
-    def run(self, graph: fx.Graph) -> None:
-        """Walk one graph; several graphs of the same model add up."""
-        from autoflip.groups.layers import call_module
-        from autoflip.groups.rules import call_function
-
-        values: dict[fx.Node, Any] = {}
-        for node in graph.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op == "output":
-                self.freeze(args, "output of the model")
-            elif node.op == "call_module":
-                path = "" if self.bare else node.target
-                module = self.model if self.bare else self.model.get_submodule(node.target)
-                values[node] = call_module(self, module, path, args, kwargs)
-            elif node.op in ("call_function", "call_method"):
-                values[node] = call_function(self, node.target, args, kwargs)
-            else:
-                values[node] = Value(batch=node.op == "placeholder")
 
     def groups(self) -> Groups:
         """Return what was found, units numbered in the order of the forward pass."""

@@ -1,0 +1,80 @@
+"""Write README's tables out of the committed result files: ``python tools/readme.py`` (--check: only compare).
+
+Everything between ``<!-- results -->`` and ``<!-- /results -->`` is made here; no figure is typed by hand.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = {"digits": "scikit-learn digits, Dirichlet 0.5", "fashion-mnist": "Fashion-MNIST, 2 classes a client"}
+
+
+def _case(name: str, content: dict) -> list[str]:
+    mean, seeds = content["mean"], content["mean"]["seeds"]
+    ours, dense, ratio = mean["method"], mean["against"], mean["ratios"]
+    gap, stderr = 100 * mean["accuracy_difference"], 100 * (mean["accuracy_difference_stderr"] or 0)
+    target = mean["ratios_to_target"]
+    reach = (
+        f"{target['flops']:.2f}x FLOPs, {target['bytes']:.2f}x bytes, {target['seconds']:.2f}x seconds"
+        f" ({mean['reached_target']} of {seeds} seeds got there)"
+        if target
+        else "not reached"
+    )
+
+    def row(what: str, value: str, scale: float, unit: str, rate: str) -> str:
+        return f"| {what} | {dense[value] / scale:,.1f} {unit} | {ours[value] / scale:,.1f} {unit} | {rate} |"
+
+    both = {
+        side: {**mean[side], "bytes": mean[side]["bytes_up"] + mean[side]["bytes_down"]}
+        for side in ("method", "against")
+    }
+    ours, dense = both["method"], both["against"]
+    return [
+        f"| **{NAMES[name]}** | dense FedAvg | AutoFLIP | |",
+        f"| final accuracy | {100 * dense['final_accuracy']:.2f} % | {100 * ours['final_accuracy']:.2f} % "
+        f"| {gap:+.2f} ± {stderr:.2f} points |",
+        row("client FLOPs", "flops", 1e12, "TFLOP", f"**{ratio['flops']:.2f}x**"),
+        row("bytes, up + down", "bytes", 1e6, "MB", f"**{ratio['bytes']:.3f}x**"),
+        row("seconds", "seconds", 1, "s", f"**{ratio['seconds']:.2f}x**"),
+        f"| to FedAvg's final accuracy | 1x | {reach} | |",
+    ]
+
+
+def tables() -> str:
+    """Return the generated part of README."""
+    lines, machine, parts = ["| | | | |", "|---|---|---|---|"], {}, []
+    for name in NAMES:
+        path = ROOT / "bench" / "results" / f"round-{name}.json"
+        content = json.loads(path.read_text())
+        lines += _case(name, content)
+        first = content["runs"][0]["summary"]
+        machine = first["machine"]
+        parts.append(f"{name}: {first['rounds']} rounds, {first['parameters']:,} parameters")
+    seeds = content["mean"]["seeds"]
+    lines += [
+        "",
+        f"Means of {seeds} seeds, whole runs, the exploration round included; {'; '.join(parts)}; 20 clients, "
+        f"a quarter a round. Accuracy: mean difference ± its standard error, paired by seed. Seconds: clients and "
+        f"server, without evaluation. Machine: {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['threads']} thread used, torch {machine['torch']}. "
+        "Files: `bench/results/round-*.json`, made by `bench/bench_round.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    head, rest = text.split("<!-- results -->\n", 1)
+    tail = rest.split("<!-- /results -->", 1)[1]
+    new = f"{head}<!-- results -->\n{tables()}\n<!-- /results -->{tail}"
+    if "--check" in sys.argv:
+        return int(new != text)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
