@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from autoflip.fed.state import ServerState, View
+from autoflip.fed.state import Guidance, ServerState, View
 from autoflip.masks import MaskSet
 
 __all__ = ["CheckpointError", "load", "save", "write_atomically"]
@@ -44,8 +44,9 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int) -> None:
     about: dict[str, object] = {"records": records, "methods": {}}
     for method, state in states.items():
         _put(tensors, f"{method}/params/", state.params)
-        if state.deviation is not None:
-            _put(tensors, f"{method}/deviation/", state.deviation)
+        if state.guidance is not None:
+            _put(tensors, f"{method}/importance/", state.guidance.importance)
+            _put(tensors, f"{method}/agreement/", state.guidance.agreement)
         masks = {view.masks.fingerprint(): view.masks for view in state.views.values() if view.masks is not None}
         if state.masks is not None:
             masks[state.masks.fingerprint()] = state.masks
@@ -58,7 +59,7 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int) -> None:
             "masks": state.masks.fingerprint() if state.masks is not None else None,
             "views": {v.id.hex(): v.masks.fingerprint() if v.masks is not None else None for v in state.views.values()},
             "held": {str(client): view.hex() for client, view in state.held.items()},
-            "deviation": state.deviation is not None,
+            "guidance": state.guidance is not None,
         }
     body = to_bytes(tensors, metadata={"autoflip": json.dumps(about)})
     write_atomically(folder / NAME, _MAGIC + hashlib.sha256(body).digest() + body)
@@ -119,5 +120,7 @@ def _state(tensors: Mapping[str, Tensor], method: str, entry: dict) -> ServerSta
         round=int(entry["round"]),
         views=views,
         held={int(client): bytes.fromhex(name) for client, name in entry["held"].items()},
-        deviation=_take(tensors, f"{method}/deviation/") if entry["deviation"] else None,
+        guidance=Guidance(_take(tensors, f"{method}/importance/"), _take(tensors, f"{method}/agreement/"))
+        if entry["guidance"]
+        else None,
     )

@@ -79,6 +79,7 @@ class Explore:
     fraction: float = 1.0  # share of the clients that explore
     epochs: int = 1
     signal: str = "fisher"  # what ranks a weight, see explore.SIGNALS
+    agreement: float = 0.5  # exponent of the clients' agreement in a weight's score; 0: it does not count
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ _RANGES = {
     "train.clip_norm": _range(0, 1e9),
     "explore.fraction": _SHARE,
     "explore.epochs": _COUNT,
+    "explore.agreement": _range(0, 100),
     "prune.density": _SHARE,
     "prune.channels": _SHARE,
     "prune.until": _COUNT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -192,11 +192,8 @@ class _Round:
         state, strategy = self.state, self.server.strategy
         mean = self.aggregator.mean()
         params = {name: value + mean[name] for name, value in state.params.items()}
-        deviation = state.deviation
-        if self.sums is not None:
-            deviation = strategy.deviation(state, self.sums)
-        between = ServerState(params, state.masks, state.round, deviation=deviation)
-        masks = strategy.masks(between, params)
+        guidance = strategy.guidance(state, self.sums) if self.sums is not None else state.guidance
+        masks = strategy.masks(ServerState(params, state.masks, state.round, guidance=guidance))
         if masks is not None and masks is not state.masks:
             params = strategy.settle(params, masks)
         held, views = dict(state.held), dict(state.views)
@@ -204,4 +201,5 @@ class _Round:
             held.update(dict.fromkeys(self.holders, self.view.id))
             views[self.view.id] = self.view
             views = {name: view for name, view in views.items() if name in set(held.values())}
-        return ServerState(params, masks, state.round + 1, views, held, deviation)
+        following = ServerState(params, masks, state.round + 1, views, held)
+        return replace(following, guidance=guidance) if strategy.prunes_again(following) else following

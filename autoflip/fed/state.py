@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoflip.masks import MaskSet
 
-__all__ = ["ServerState", "View", "make_view"]
+__all__ = ["Guidance", "ServerState", "View", "make_view"]
 
 Params = Mapping[str, Tensor]
 
@@ -32,6 +32,19 @@ class View:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """What pruning ranks by, per weight.
+
+    Attributes:
+        importance: name -> ``S2 / n`` (or the Gauss-Newton diagonal, when explorers upload it).
+        agreement: name -> ``S1^2 / (n S2)`` in [0, 1], refreshed from ordinary training deltas.
+    """
+
+    importance: Params
+    agreement: Params
+
+
+@dataclass(frozen=True)
 class ServerState:
     """State of one method after a round.
 
@@ -41,7 +54,7 @@ class ServerState:
         round: number of the next round.
         views: id -> view, those that some client still holds.
         held: client -> id of the view that it holds.
-        deviation: name -> ``S2 / n`` per weight, the guidance; None until someone explored.
+        guidance: what the exploration found; None before it, and again when no mask is to change any more.
     """
 
     params: Params
@@ -49,7 +62,7 @@ class ServerState:
     round: int = 0
     views: Mapping[bytes, View] = field(default_factory=dict)
     held: Mapping[int, bytes] = field(default_factory=dict)
-    deviation: Params | None = None
+    guidance: Guidance | None = None
 
 
 def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype) -> View:

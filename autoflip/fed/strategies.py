@@ -15,7 +15,7 @@ from torch import Tensor
 from autoflip import prune
 from autoflip.explore import Sums
 from autoflip.fed.config import Config
-from autoflip.fed.state import ServerState
+from autoflip.fed.state import Guidance, ServerState
 from autoflip.groups import find_groups
 from autoflip.masks import MaskSet
 
@@ -45,12 +45,16 @@ class Strategy:
         """Whether this round's updates also feed the guidance (sums of squares, at no extra bytes)."""
         return False
 
-    def deviation(self, state: ServerState, sums: Sums) -> dict[str, Tensor] | None:
+    def guidance(self, state: ServerState, sums: Sums) -> Guidance | None:
         """Return the guidance after a round whose updates are in ``sums``."""
-        return None
+        return state.guidance
 
-    def masks(self, state: ServerState, params: dict[str, Tensor]) -> MaskSet | None:
-        """Return what is kept from the next round on, given this round's guidance and new parameters."""
+    def prunes_again(self, state: ServerState) -> bool:
+        """Whether masks may change after the round that ``state`` is about to run, or a later one."""
+        return False
+
+    def masks(self, state: ServerState) -> MaskSet | None:
+        """Return what is kept from the next round on, given the new parameters and guidance of this one."""
         return state.masks
 
     def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
@@ -73,19 +77,36 @@ class AutoFlip(Strategy):
         self.values = config.wire.values
         self.downlink = config.wire.downlink
         self.curvature = config.explore.signal == "curvature"
-        self._weights = {name for name, _ in model.named_parameters()}
+        self._weights = [name for name, _ in model.named_parameters()]
         self._groups = find_groups(model)
 
     def wants_sums(self, state: ServerState) -> bool:
-        """In the exploration round."""
-        return state.round == 0
+        """In the exploration round, and while masks may still change."""
+        return state.round == 0 or self.prunes_again(state)
 
-    def deviation(self, state: ServerState, sums: Sums) -> dict[str, Tensor] | None:
-        """The exploration's guidance, kept for later mask changes."""
-        if state.round:
-            return dict(state.deviation) if state.deviation is not None else None
-        source = sums.curved if sums.curved is not None else sums.second
-        return {name: source[name] / sums.weight for name in self._weights}
+    def prunes_again(self, state: ServerState) -> bool:
+        """Until the schedule has reached its end."""
+        return state.round < self.config.prune.until
+
+    def guidance(self, state: ServerState, sums: Sums) -> Guidance | None:
+        """The exploration's importance, and an agreement that follows the clients' later updates.
+
+        A later round is one more voice of half the weight; what it did not train keeps its agreement.
+        """
+        found = sums.scores("deviation")
+        if state.round == 0:
+            source = sums.curved if sums.curved is not None else sums.second
+            return Guidance(
+                {name: source[name] / sums.weight for name in self._weights},
+                {name: found.agreement[name] for name in self._weights},
+            )
+        if state.guidance is None:
+            return None
+        agreement = {}
+        for name, old in state.guidance.agreement.items():
+            trained = found.deviation[name] > 0
+            agreement[name] = torch.where(trained, (old + found.agreement[name]) / 2, old)
+        return Guidance(state.guidance.importance, agreement)
 
     def target_density(self, round_number: int) -> float:
         """Return the density after a round: falls from 1 to its target along a cubic (Zhu and Gupta 2017)."""
@@ -93,17 +114,15 @@ class AutoFlip(Strategy):
         progress = min(1.0, (round_number + 1) / cfg.until)
         return cfg.density + (1 - cfg.density) * (1 - progress) ** 3
 
-    def masks(self, state: ServerState, params: dict[str, Tensor]) -> MaskSet | None:
+    def masks(self, state: ServerState) -> MaskSet | None:
         """Hybrid pruning after the exploration round and at each step of the schedule."""
         cfg = self.config.prune
-        last = state.round + 1 >= cfg.until
-        due = state.round == 0 or (state.round + 1 <= cfg.until and (last or state.round % cfg.every == 0))
-        if not due or state.deviation is None:
+        last = state.round + 1 == cfg.until
+        if state.guidance is None or not (state.round == 0 or last or state.round % cfg.every == 0):
             return state.masks
-        scores = {name: self._score(params[name], d) for name, d in state.deviation.items()}
         return prune.hybrid(
             self.model,
-            scores,
+            {name: self._score(name, state.params[name], state.guidance) for name in self._weights},
             density=self.target_density(state.round),
             channels=cfg.channels,
             block=(cfg.block[0], cfg.block[1]) if cfg.block else None,
@@ -118,16 +137,17 @@ class AutoFlip(Strategy):
         """
         settled = super().settle(params, masks)
         most = self.config.prune.rescale
-        for name in self._weights & set(masks):
+        for name in (n for n in self._weights if n in masks):
             if params[name].ndim >= 2 and (norm := float(settled[name].norm())) > 0:
                 settled[name] = settled[name] * min(most, float(params[name].norm()) / norm)
         return settled
 
-    def _score(self, weight: Tensor, deviation: Tensor) -> Tensor:
-        signal = self.config.explore.signal
-        if signal == "deviation":
-            return deviation
-        return weight**2 if signal == "magnitude" else weight**2 * deviation
+    def _score(self, name: str, weight: Tensor, guidance: Guidance) -> Tensor:
+        signal, exponent = self.config.explore.signal, self.config.explore.agreement
+        score = torch.ones_like(weight) if signal == "deviation" else weight**2
+        if signal != "magnitude":
+            score = score * guidance.importance[name]
+        return score * guidance.agreement[name] ** exponent if exponent else score
 
 
 class AutoFlipPaper(AutoFlip):
@@ -144,11 +164,15 @@ class AutoFlipPaper(AutoFlip):
         """Zero pruned entries and nothing else."""
         return Strategy.settle(self, params, masks)
 
-    def masks(self, state: ServerState, params: dict[str, Tensor]) -> MaskSet | None:
+    def prunes_again(self, state: ServerState) -> bool:
+        """Never after the exploration round."""
+        return state.round == 0
+
+    def masks(self, state: ServerState) -> MaskSet | None:
         """Once, after the exploration round."""
-        if state.round or state.deviation is None:
+        if state.round or state.guidance is None:
             return state.masks
-        return prune.paper(state.deviation, self.config.prune.paper_quantile)
+        return prune.paper(state.guidance.importance, self.config.prune.paper_quantile)
 
 
 METHODS: dict[str, Callable[[Config, torch.nn.Module], Strategy]] = {
