@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 
+import pytest
 import safetensors.torch
 import torch
 import zstandard
@@ -81,6 +82,29 @@ def seconds(call):
     return time.perf_counter() - start, result
 
 
+@pytest.mark.parametrize("name", ["memcpy", "pickle", "safetensors", "mask int8", "mask bf16", "explicit int8"])
+@pytest.mark.parametrize("density", [0.1, 0.05])
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_codec(benchmark, gate, way, density, name):
+    benchmark.group = f"codec {way}, density {density}"
+    delta, masks = example(2_000_000, density)
+    encode, decode = methods(delta, masks)[name]
+    blob = encode()
+    if name.startswith(("mask", "explicit")):
+        # a block's int8 step is its largest value over 127; bf16 keeps 8 bits
+        gate(decode(blob)["w"], delta["w"] * masks["w"], atol=float(delta["w"].abs().max()) / 100)
+    benchmark.extra_info.update(bytes=len(blob), dense_bytes=delta["w"].numel() * 4)
+    benchmark(encode if way == "encode" else lambda: decode(blob))
+
+
+def example(entries, density):
+    """Return a square normal delta of about ``entries`` and a random mask."""
+    g = torch.Generator().manual_seed(0)
+    side = int(entries**0.5)
+    delta = {"w": torch.randn(side, side, generator=g) * 1e-3}
+    return delta, MaskSet({"w": torch.rand(side, side, generator=g) < density})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--entries", type=int, default=4_000_000)
@@ -91,10 +115,7 @@ def main():
     machine = platform.processor() or platform.machine()
     print(f"{machine}, torch {torch.__version__}, 1 thread, {ext.isa() if ext else 'no _C'}")
     for density in (0.5, 0.1, 0.05):
-        g = torch.Generator().manual_seed(0)
-        side = int(args.entries**0.5)
-        delta = {"w": torch.randn(side, side, generator=g) * 1e-3}
-        masks = MaskSet({"w": torch.rand(side, side, generator=g) < density})
+        delta, masks = example(args.entries, density)
         dense = delta["w"].numel() * 4
         all_methods = methods(delta, masks)
         times = {name: ([], []) for name in all_methods}

@@ -11,6 +11,8 @@ import json
 import statistics
 from pathlib import Path
 
+import pytest
+
 from autoflip import fed
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +66,15 @@ def means(summaries: list[dict]) -> dict:
         for value in ("flops", "bytes_up", "bytes_down", "seconds"):
             mean[side][value] = statistics.mean(s[side][value]["total"] for s in summaries)
     return mean
+
+
+@pytest.mark.parametrize("method", ["fedavg", "autoflip"])
+def test_round(benchmark, method):
+    """One short run on digits: five rounds, the exploration round included."""
+    benchmark.group = "five rounds on digits"
+    config = fed.Config.load(overrides=[f"fed.method={method}", "fed.against=none", "fed.rounds=5"])
+    result = benchmark.pedantic(lambda: fed.run(config), rounds=2, warmup_rounds=1)
+    benchmark.extra_info.update(result.cost.as_dict())
 
 
 if __name__ == "__main__":
