@@ -24,6 +24,7 @@ CASES = {
 
 def run_case(name: str, seeds: int, root: str, settings: list[str]) -> dict:
     path = RESULTS / f"round-{name}.json"
+    RESULTS.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text())["runs"] if path.exists() else []
     runs = []
     for seed in range(seeds):
