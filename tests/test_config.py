@@ -43,6 +43,7 @@ def test_file_then_overrides(tmp_path):
         ("fed.against=autoflip", "is the method itself"),
         ("wire.values=int7", "wanted one of fp32, bf16, int8, int4"),
         ("prune.block=[4]", "rows, columns"),
+        ("prune.block=[1, true]", "list of whole numbers"),
         ("prune.block=4", "list of whole numbers"),
         ("rounds=3", "section.key=value"),
         ("fed.rounds", "section.key=value"),
@@ -52,6 +53,14 @@ def test_file_then_overrides(tmp_path):
 def test_mistakes_are_named(override, message):
     with pytest.raises(fed.ConfigError, match=message):
         fed.Config.load(overrides=[override])
+
+
+def test_a_configuration_built_by_hand_is_checked_too():
+    import dataclasses
+
+    config = fed.Config.load()
+    with pytest.raises(fed.ConfigError, match="fed.rounds=0 is out of range"):
+        fed.run(dataclasses.replace(config, fed=dataclasses.replace(config.fed, rounds=0)))
 
 
 def test_broken_files_are_named(tmp_path):

@@ -75,6 +75,23 @@ def test_scout_brings_curvature_when_asked():
     assert set(explore.guide([found], signal="curvature")) == {"weight", "bias"}
 
 
+def test_equal_seeds_explore_alike_dropout_included():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3))
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    deltas = [explore.scout(model, (x, y), F.cross_entropy, seed=s).delta["0.weight"] for s in (1, 1, 2)]
+    assert torch.equal(deltas[0], deltas[1])
+    assert not torch.equal(deltas[0], deltas[2])
+
+
+def test_batches_of_vectors_as_targets_and_a_left_over_example():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    batches = [(torch.randn(8, 4), torch.randn(8, 3)), (torch.randn(1, 4), torch.randn(1, 3))]
+    found = explore.scout(model, batches, F.mse_loss, batch_size=8)  # 9 examples: the last joins the others
+    assert found.num_examples == 9
+
+
 def test_mistakes_are_named():
     scouts = _scouts()
     with pytest.raises(ValueError, match="at least one client"):
@@ -83,6 +100,8 @@ def test_mistakes_are_named():
         explore.guide(scouts, [1.0, 2.0])
     with pytest.raises(ValueError, match="above 0"):
         explore.guide(scouts, [0.0] * 4)
+    with pytest.raises(ValueError, match="epochs=0; wanted a whole number"):
+        explore.scout(torch.nn.Linear(4, 3), (torch.zeros(2, 4), torch.zeros(2).long()), F.cross_entropy, epochs=0)
     with pytest.raises(ValueError, match="unknown signal 'x'"):
         explore.guide(scouts, signal="x")
     with pytest.raises(ValueError, match="curvature=True"):

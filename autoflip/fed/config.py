@@ -210,10 +210,11 @@ class Config:
             hints = get_type_hints(kind)
             built[section] = kind(**{k: _typed(f"{section}.{k}", v, hints[k]) for k, v in merged.items()})
         config = cls(**built)
-        config._check()
+        config.check()
         return config
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise ConfigError unless every value is in its range; :meth:`load` and ``fed.run`` call this."""
         for path, choices in _CHOICES.items():
             value = self._at(path)
             if value not in choices:
@@ -281,7 +282,7 @@ def _typed(path: str, value: Any, kind: Any) -> Any:
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if kind == tuple[int, ...]:
-        if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
+        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
             return tuple(value)
         raise ConfigError(f"{path}={value!r}; wanted a list of whole numbers such as [4, 1]")
     if not isinstance(value, kind) or isinstance(value, bool) or value != value:

@@ -81,6 +81,7 @@ def run(config: Config | None = None, *, out: str | Path | None = None, sinks: I
         RoundError: a round had too few usable updates.
     """
     config = config or Config.load()
+    config.check()
     folder = Path(out) if out is not None else None
     if folder is not None:
         if (folder / "records.jsonl").exists():

@@ -1,0 +1,128 @@
+"""The server's side of exploration: sums over clients, and what pruning makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["SIGNALS", "Scores", "Sums"]
+
+SIGNALS = {
+    "deviation": "S2 / n: the paper's mean squared deviation, without its normalisation",
+    "fisher": "w^2 S2 / n at the explored weights w: squared deviations stand for the Fisher diagonal (no extra bytes)",
+    "curvature": "w^2 h at the explored weights w: Gauss-Newton diagonal h, one more upload per explorer (OBD)",
+    "magnitude": "w^2 at the explored weights w",
+}
+
+
+class Scores(Mapping[str, Tensor]):
+    """Name -> score per weight, higher = keep; ``prune.hybrid`` takes it as it is.
+
+    Attributes:
+        guidance: ``S2 / n`` divided by its tensor's maximum, in [0, 1].
+        agreement: ``S1^2 / (n S2)``, in [0, 1].
+        deviation: ``S2 / n``, not normalised (what the paper's rule starts from).
+        signal: name of the signal that the scores rank by.
+    """
+
+    def __init__(
+        self,
+        ranking: Mapping[str, Tensor],
+        deviation: Mapping[str, Tensor],
+        agreement: Mapping[str, Tensor],
+        signal: str,
+    ) -> None:
+        self._ranking = dict(ranking)
+        self.deviation = dict(deviation)
+        self.agreement = dict(agreement)
+        self.signal = signal
+
+    @property
+    def guidance(self) -> dict[str, Tensor]:
+        """``S2 / n`` divided by its tensor's maximum (a tensor that nothing moved is all zero)."""
+        return {name: d / d.max() if d.numel() and d.max() > 0 else d for name, d in self.deviation.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._ranking[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ranking)
+
+    def __len__(self) -> int:
+        return len(self._ranking)
+
+
+class Sums:
+    """The server's side: adds scouts up as they land; memory does not grow with their number.
+
+    Args:
+        start: the common start, name -> float tensor.
+    """
+
+    def __init__(self, start: Mapping[str, Tensor]) -> None:
+        self.start = dict(start)
+        self.weight = 0.0
+        self.first = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in start.items()}
+        self.second = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in start.items()}
+        self.curved: dict[str, Tensor] | None = None
+
+    def add(self, delta: Mapping[str, Tensor], weight: float, curvature: Mapping[str, Tensor] | None = None) -> None:
+        """Add one client's deviation (and curvature), weighted by its number of examples.
+
+        Raises:
+            ValueError: ``weight`` is not positive, or a tensor is missing or has another shape.
+        """
+        if not weight > 0:
+            raise ValueError(f"explore: weight {weight!r} of a scout; wanted its number of examples, above 0")
+        for name, start in self.start.items():
+            if name not in delta or delta[name].shape != start.shape:
+                got = tuple(delta[name].shape) if name in delta else "nothing"
+                raise ValueError(
+                    f"explore: deviation {name!r} has {got}, wanted shape {tuple(start.shape)}; "
+                    "did all scouts leave from the same model?"
+                )
+        for name in self.start:
+            self.first[name].add_(delta[name], alpha=weight)
+            self.second[name].addcmul_(delta[name], delta[name], value=weight)
+        if curvature is not None:
+            if self.curved is None:
+                self.curved = {name: torch.zeros_like(h) for name, h in curvature.items()}
+            for name, h in curvature.items():
+                self.curved[name].add_(h, alpha=weight)
+        self.weight += weight
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the weighted mean deviation ``S1 / n``: one round of federated averaging."""
+        return {name: s / self.weight for name, s in self.first.items()}
+
+    def scores(self, signal: str = "fisher") -> Scores:
+        """Return the fused guidance.
+
+        Raises:
+            ValueError: no scout was added, the signal is unknown, or it needs curvature that nobody sent.
+        """
+        if not self.weight:
+            raise ValueError("explore: no scout was added; guidance needs at least one")
+        if signal not in SIGNALS:
+            raise ValueError(f"explore: unknown signal {signal!r}; wanted one of {', '.join(SIGNALS)}")
+        if signal == "curvature" and self.curved is None:
+            raise ValueError("explore: signal 'curvature' needs scouts made with curvature=True")
+        deviation = {name: s / self.weight for name, s in self.second.items()}
+        agreement = {
+            name: (self.first[name] ** 2 / (self.weight * s).clamp_min(1e-38)).clamp_(0, 1)
+            for name, s in self.second.items()
+        }
+        ranking = {}
+        for name, start in self.start.items():
+            explored = start + self.first[name] / self.weight
+            if signal == "deviation":
+                ranking[name] = deviation[name]
+            elif signal == "fisher":
+                ranking[name] = explored**2 * deviation[name]
+            elif signal == "magnitude":
+                ranking[name] = explored**2
+            elif self.curved is not None and name in self.curved:
+                ranking[name] = explored**2 * self.curved[name] / self.weight
+        return Scores(ranking, deviation, agreement, signal)
