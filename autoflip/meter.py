@@ -59,9 +59,10 @@ def count_flops(work: Callable[[], Any]) -> int:
     """Run ``work`` once and return the FLOPs that its matrix products, convolutions and RNNs executed.
 
     Counts with torch's FlopCounterMode, to which autoflip's kernels report their own work and to which the
-    CPU's fused LSTM, unknown to torch's table, is added here.
+    CPU's fused LSTM and attention, unknown to torch's table, are added here. Transformer layers in evaluation
+    mode run without torch's fast path meanwhile: it hides a layer's products in one operation.
     """
-    with FlopCounterMode(display=False, custom_mapping=_rnn_formulas()) as counter:
+    with _counter() as counter:
         work()
     return int(counter.get_total_flops())
 
@@ -90,14 +91,14 @@ def measure(model: nn.Module | None = None) -> Iterator[Cost]:
     device = next((p.device for p in model.parameters()), None) if model is not None else None
     synchronise(device)
     start = time.perf_counter()
-    counter = FlopCounterMode(display=False, custom_mapping=_rnn_formulas())
+    counter = None
     try:
-        with counter:
+        with _counter() as counter:
             yield cost
     finally:
         synchronise(device)
         cost.seconds += time.perf_counter() - start
-        cost.flops += int(counter.get_total_flops())
+        cost.flops += int(counter.get_total_flops()) if counter is not None else 0
         _OPEN.reset(token)
 
 
@@ -136,6 +137,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _counter() -> Iterator[FlopCounterMode]:
+    """Count with all formulas, without the fused transformer layers that have none."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def _rnn_forward(  # type: ignore[no-untyped-def]
     x, w_ih, w_hh, b_ih, b_hh, hx, cx, reverse, batch_sizes, mode, hidden_size, *args, out_shape=None, **kwargs
 ) -> int:
@@ -148,10 +161,24 @@ def _rnn_backward(x, w_ih, w_hh, *args, out_shape=None, **kwargs) -> int:  # typ
     return 2 * 2 * x[0] * x[1] * (w_ih[0] * w_ih[1] + w_hh[0] * w_hh[1])
 
 
-def _rnn_formulas() -> dict[Any, Any]:
+def _attention_forward(q, k, v, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    # scores q k^T, then scores times v; shapes (batch, heads, positions, width)
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _attention_backward(dy, q, k, v, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    # the scores once more, dy v^T, and the gradients of q, k and v
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+
+
+def _formulas() -> dict[Any, Any]:
+    """Return formulas for what torch's own table lacks."""
     aten = torch.ops.aten
-    return {
-        getattr(aten, name): formula
-        for name, formula in (("mkldnn_rnn_layer", _rnn_forward), ("mkldnn_rnn_layer_backward", _rnn_backward))
-        if hasattr(aten, name)
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    formulas = {
+        "mkldnn_rnn_layer": _rnn_forward,
+        "mkldnn_rnn_layer_backward": _rnn_backward,
+        attention: _attention_forward,
+        f"{attention}_backward": _attention_backward,
     }
+    return {getattr(aten, name): formula for name, formula in formulas.items() if hasattr(aten, name)}

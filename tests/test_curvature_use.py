@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from curvature_nets import cnn, flat, make, mlp
+from curvature_nets import cnn, flat, make, mlp, true_hessian
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoflip import curvature
 
@@ -95,12 +96,17 @@ def test_wrong_input_is_named():
         diagonal(model, F.cross_entropy, x)
     with pytest.raises(ValueError, match="at least one sample"):
         diagonal(model, F.cross_entropy, (x[:0], y[:0]))
-    with pytest.raises(ValueError, match="at least 1"):
-        diagonal(model, F.cross_entropy, (x, y), num_probes=0)
+    for wrong in (0, 2.5, "2"):
+        with pytest.raises(ValueError, match="at least 1"):
+            diagonal(model, F.cross_entropy, (x, y), num_probes=wrong)
     with pytest.raises(ValueError, match="per='layer'"):
         curvature.hessian_trace(model, F.cross_entropy, (x, y), per="layer")
     with pytest.raises(ValueError, match="no parameter that requires grad"):
         curvature.hvp(model, F.cross_entropy, (x, y), {"nobody": x})
+    with pytest.raises(ValueError, match="vectors is list, wanted a dict"):
+        curvature.hvp(model, F.cross_entropy, (x, y), [x])
+    with pytest.raises(ValueError, match="vectors is dict of list, wanted a dict"):
+        curvature.hvp(model, F.cross_entropy, (x, y), {"0.weight": [1.0]})
     with pytest.raises(ValueError, match="leading axis of probes"):
         curvature.hvp(model, F.cross_entropy, (x, y), {"0.weight": model[0].weight})
     with pytest.raises(ValueError, match="couples the samples"):
@@ -141,3 +147,59 @@ def test_frozen_parameters_are_left_out():
     full = curvature.hessian_diagonal(model.requires_grad_(True), F.cross_entropy, batch)
     for name, value in got.items():
         torch.testing.assert_close(value, full[name], rtol=1e-12, atol=0)
+
+
+def penalty_problem():
+    torch.manual_seed(0)
+    net = nn.Linear(2, 1, bias=False).double()
+    batch = torch.tensor([[1.0, 2.0]]).double(), torch.zeros(1, 1).double()
+    return net, lambda out, y: F.mse_loss(out, y) + net.weight.pow(2).sum(), batch
+
+
+def test_a_weight_penalty_is_not_lost():
+    net, loss, batch = penalty_problem()
+    got = curvature.hessian_diagonal(net, loss, batch, 2000)
+    assert got.method == "hutchinson"
+    # H = [[4, 4], [4, 10]]: a draw of the diagonal has standard deviation 4
+    torch.testing.assert_close(got["weight"], torch.tensor([[4.0, 10.0]]).double(), rtol=0, atol=4 * 4 / 2000**0.5)
+    trace = curvature.hessian_trace(net, loss, batch, 2000)
+    assert trace.method == "hutchinson"
+    assert abs(trace.total - 14) < 4 * trace.stderr
+    # a penalty alone: the output does not matter at all
+    alone = curvature.hessian_diagonal(net, lambda out, y: net.weight.pow(2).sum(), batch)
+    assert alone["weight"].tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("method", ["ggn-exact", "ggn-mc"])
+def test_a_weight_penalty_is_named_where_gauss_newton_is_asked_for(method):
+    net, loss, batch = penalty_problem()
+    with pytest.raises(curvature.NotDescribedError, match="depends on weight other than through"):
+        curvature.hessian_diagonal(net, loss, batch, method=method)
+    with pytest.raises(curvature.NotDescribedError, match="depends on weight other than through"):
+        curvature.hessian_trace(net, loss, batch, method=method)
+
+
+def test_a_learnable_loss_of_somebody_else_is_no_penalty():
+    net, _, batch = penalty_problem()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    got = curvature.hessian_diagonal(net, lambda out, y: F.mse_loss(out, y) * scale, batch)
+    assert got.method == "ggn-exact"
+    torch.testing.assert_close(got["weight"], torch.tensor([[2.0, 8.0]]).double())
+
+
+def test_attention_is_differentiated_twice():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, dropout=0.0)
+    model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(12, 3)).double()
+    batch = torch.randn(5, 3, 4).double(), torch.arange(5) % 3
+    with sdpa_kernel(SDPBackend.MATH):
+        hessian = true_hessian(model, F.cross_entropy, batch)
+    g = torch.Generator().manual_seed(3)
+    vectors = {name: torch.randn(2, *p.shape, generator=g, dtype=p.dtype) for name, p in model.named_parameters()}
+    got = curvature.hvp(model, F.cross_entropy, batch, vectors)
+    for i in range(2):
+        want = hessian @ flat({name: v[i] for name, v in vectors.items()})
+        torch.testing.assert_close(flat({name: v[i] for name, v in got.items()}), want)
+    trace = curvature.hessian_trace(model, F.cross_entropy, batch)
+    assert abs(trace.total - float(hessian.trace())) < 4 * trace.stderr
+    assert torch.backends.cuda.flash_sdp_enabled()

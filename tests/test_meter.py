@@ -34,6 +34,54 @@ def test_fused_lstm_is_counted(layers):
     assert both == 3 * want
 
 
+def attention_flops(batch, positions, width, hidden):
+    rows = batch * positions
+    scores = 2 * 2 * batch * positions**2 * width
+    return 2 * rows * 4 * width**2 + scores + 2 * rows * 2 * width * hidden
+
+
+def test_a_transformer_costs_the_same_with_and_without_gradients():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(3, 5, 8)
+
+    @torch.no_grad()
+    def plain():
+        model(x)
+
+    assert torch.backends.mha.get_fastpath_enabled()
+    want = 2 * attention_flops(3, 5, 8, 16)
+    assert meter.count_flops(lambda: model(x)) == want
+    assert meter.count_flops(plain) == want
+    with meter.measure(model) as cost:
+        plain()
+        assert meter.count_flops(plain) == want  # ends without switching the fast path on again
+        plain()
+    assert cost.flops == 3 * want
+    assert torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(ZeroDivisionError), meter.measure():
+        _ = 1 / 0
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_alone_is_counted(need_weights):
+    layer, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(3, 5, 8)
+    want = attention_flops(3, 5, 8, 0)
+    assert meter.count_flops(lambda: layer(x, x, x, need_weights=need_weights)) == want
+    with torch.no_grad():
+        assert meter.count_flops(lambda: layer(x, x, x, need_weights=need_weights)) == want
+
+
+def test_fused_attention_costs_what_its_products_cost():
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
+    forward = 2 * 2 * 3 * 5 * 7 * (8 + 8)
+    attend = nn.functional.scaled_dot_product_attention
+    assert meter.count_flops(lambda: attend(q, k, v)) == forward
+    # backward makes the scores again, then two products for each of the two
+    assert meter.count_flops(lambda: attend(q, k, v).sum().backward()) == forward * 7 // 2
+
+
 def test_seconds_and_bytes_of_a_block():
     with meter.measure() as outer:
         with meter.measure() as inner:

@@ -9,6 +9,8 @@ from typing import Any
 
 __all__ = ["collect", "show"]
 
+_LEVELS = ("base", "avx2", "avx512")
+
 
 def collect() -> dict[str, Any]:
     """Return what this machine can do, as plain values."""
@@ -18,6 +20,7 @@ def collect() -> dict[str, Any]:
     from autoflip.ops import backend
 
     cpp, why_no_cpp = backend.extension("_C")
+    isa = cpp.isa() if cpp is not None else None
     cuda, why_no_cuda = backend.extension("_cuda")
     try:
         triton, why_no_triton = importlib.metadata.version("triton"), ""
@@ -31,9 +34,10 @@ def collect() -> dict[str, Any]:
         "autoflip": __version__,
         "python": platform.python_version(),
         "machine": meter.machine(),
-        "wish": os.environ.get("AUTOFLIP_BACKEND", "auto"),
+        "wish": backend.wish(),
+        "wish_error": backend.wish_error(),
         "extensions": {
-            "cpp": {"isa": cpp.isa() if cpp is not None else None, "why_not": why_no_cpp},
+            "cpp": {"isa": isa, "note": _isa_note(isa), "why_not": why_no_cpp},
             "cuda": {"built": cuda is not None, "why_not": why_no_cuda},
             "triton": {"version": triton or None, "why_not": why_no_triton},
         },
@@ -42,6 +46,16 @@ def collect() -> dict[str, Any]:
             for op, device, chosen, why in backend.table()
         ],
     }
+
+
+def _isa_note(isa: str | None) -> str:
+    """Say where ``AUTOFLIP_CPU`` asks for an instruction set that does not run."""
+    wish = os.environ.get("AUTOFLIP_CPU", "")
+    if not isa or wish in ("", isa):
+        return ""
+    if wish not in _LEVELS:
+        return f"; AUTOFLIP_CPU={wish!r} is ignored, wanted {', '.join(_LEVELS[:-1])} or {_LEVELS[-1]}"
+    return f"; AUTOFLIP_CPU={wish} is more than this CPU has"
 
 
 def show(facts: dict[str, Any]) -> None:
@@ -62,10 +76,11 @@ def show(facts: dict[str, Any]) -> None:
         if name != "autoflip":
             line(name, "-" if value is None else value)
     cpp, cuda, triton = (extensions[name] for name in ("cpp", "cuda", "triton"))
-    line("cpp", f"runs {cpp['isa']} code" if cpp["isa"] else f"no: {cpp['why_not']}")
+    line("cpp", f"runs {cpp['isa']} code{cpp['note']}" if cpp["isa"] else f"no: {cpp['why_not']}")
     line("cuda", f"no: {cuda['why_not'].removeprefix('_cuda: ')}" if cuda["why_not"] else "yes")
     line("triton", f"no: {triton['why_not']}" if triton["why_not"] else triton["version"])
-    line("backend", f"{facts['wish']} (AUTOFLIP_BACKEND)")
+    wrong = facts["wish_error"]
+    line("backend", f"none, every op will refuse: {wrong}" if wrong else f"{facts['wish']} (AUTOFLIP_BACKEND)")
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("op", "device", "served by", "the others"):
         grid.add_column(heading)

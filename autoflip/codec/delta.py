@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoflip.codec import arguments, index, layout, values
 from autoflip.codec import frame as frames
-from autoflip.codec import index, layout, values
 from autoflip.codec.layout import SHARED, Coding
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.schema import DTYPES, NUMPY, Entry, Limits, Schema
@@ -62,7 +62,8 @@ def encode(
         The frame; its length is what crosses the link.
 
     Raises:
-        ValueError: NaN or infinity in a tensor (named), masks or schema that do not fit, unknown options.
+        ValueError: NaN or infinity in a tensor (named), a tensor without data, masks or schema that do not fit, unknown
+            options.
 
     Source: fixed rounding and blocks as in QSGD (NeurIPS 2017); the format is docs/wire_format.md.
 
@@ -75,6 +76,9 @@ def encode(
     if values not in _VALUES:
         raise ValueError(f"encode: values={values!r}, wanted one of {', '.join(_VALUES)}")
     id = frames.check_options("encode", entropy, round, base_id)
+    seed, client = arguments.whole("encode", "seed", seed), arguments.whole("encode", "client", client)
+    arguments.check_tensors("encode", delta)
+    arguments.check_schema("encode", schema)
     inline = schema is None
     if schema is None:
         schema = Schema.of(delta)
@@ -190,8 +194,10 @@ def decode(
         in (float16 and bfloat16 lose nothing under ``values="fp32"``, float64 keeps 24 bits), integers as they were.
 
     Raises:
-        DecodeError: whatever is wrong; the message says what, and what to do.
+        DecodeError: whatever is wrong with the frame; the message says what, and what to do.
+        ValueError: another argument is of the wrong type.
     """
+    arguments.check_reader("decode", masks=masks, schema=schema, limits=limits, base_id=base_id)
     found, where, streams = _open(blob, masks, schema, limits, base_id)
     out: dict[str, Tensor] = {}
     for entry, mask, stream in zip(found.entries, where, streams, strict=True):
@@ -239,8 +245,11 @@ def accumulate(
 
     Raises:
         DecodeError: whatever is wrong with the frame, or it does not fit ``sums``.
-        ValueError: ``weight`` is not finite, or ``sums`` holds other than float32 or float64.
+        ValueError: ``weight`` is not finite, ``sums`` holds other than dense float32 or float64, or another
+            argument is of the wrong type.
     """
+    arguments.check_reader("accumulate", masks=masks, schema=schema, limits=limits, base_id=base_id)
+    arguments.check_tensors("accumulate: sums", sums)
     if not math.isfinite(weight):
         raise ValueError(f"accumulate: weight={weight}, wanted a finite number")
     for name, total in sums.items():

@@ -11,6 +11,7 @@ import zlib
 from dataclasses import dataclass
 from types import ModuleType
 
+from autoflip.codec import arguments
 from autoflip.codec.reader import DecodeError, Reader, varint
 from autoflip.codec.schema import Limits, Schema
 
@@ -72,10 +73,9 @@ def check_options(what: str, entropy: str, round: int, base_id: bytes) -> bytes:
     """Return ``base_id`` as 16 bytes; raise ValueError for options that a frame cannot hold."""
     if entropy not in ENTROPIES:
         raise ValueError(f"{what}: entropy={entropy!r}, wanted one of {ENTROPIES}")
-    if not 0 <= round < 1 << 32:
+    if not 0 <= arguments.whole(what, "round", round) < 1 << 32:
         raise ValueError(f"{what}: round={round}, wanted 0 to 2^32 - 1")
-    if len(base_id) not in (0, 16):
-        raise ValueError(f"{what}: base_id has {len(base_id)} bytes, wanted 16 (a truncated hash of the base) or none")
+    arguments.check_base_id(what, base_id)
     return bytes(base_id) or NO_ID
 
 
@@ -126,9 +126,13 @@ def open_frame(
     """
     if not isinstance(blob, (bytes, bytearray, memoryview)):
         raise DecodeError(f"blob is a {type(blob).__name__}, wanted bytes")
-    data = memoryview(blob).cast("B")
-    if len(data) > limits.max_bytes:
-        raise DecodeError(f"frame has {len(data)} bytes, Limits.max_bytes is {limits.max_bytes}; raise it if you trust")
+    data = memoryview(blob)
+    if data.nbytes > limits.max_bytes:
+        raise DecodeError(
+            f"frame has {data.nbytes} bytes, Limits.max_bytes is {limits.max_bytes}; raise it if you trust"
+        )
+    # a view with gaps (or of nothing) has no bytes in a row to look at
+    data = data.cast("B") if data.c_contiguous and data.nbytes else memoryview(data.tobytes())
     if len(data) < _HEADER.size:
         raise DecodeError(f"frame has {len(data)} bytes, a header alone has {_HEADER.size}; it is cut short")
     (magic, major, _, header_bytes, flags, kind, apply, spare, round, tensors, schema_id, base_id, mask_id,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from autoflip.codec import arguments, index, layout, values
 from autoflip.codec import frame as frames
-from autoflip.codec import index, layout, values
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.schema import NUMPY, Limits, Schema
 
@@ -34,12 +34,14 @@ def inspect(
 
     Raises:
         DecodeError: the bytes are no frame.
+        ValueError: another argument is of the wrong type.
     """
+    arguments.check_reader("inspect", schema=schema, limits=limits)
     frame = frames.open_frame(blob, limits, tuple(frames.KINDS), schema, need_schema=False)
     out: dict[str, Any] = {
         "kind": frames.KINDS[frame.kind],
         "round": frame.round,
-        "bytes": len(memoryview(blob).cast("B")),
+        "bytes": memoryview(blob).nbytes,
         "dense_bytes": frame.dense_bytes,
         "schema_id": frame.schema_id.hex(),
         "mask_id": frame.mask_id.hex() if any(frame.mask_id) else None,

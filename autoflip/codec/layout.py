@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from autoflip.codec import index, values
+from autoflip.codec import arguments, index, values
 from autoflip.codec.frame import Frame
 from autoflip.codec.reader import DecodeError, Reader, varint
 from autoflip.codec.schema import Entry, Schema
@@ -48,12 +48,11 @@ def packs_of(masks: MaskSet) -> dict[str, Pack]:
     return found
 
 
-def check_masks(masks: object, tensors: Mapping[str, Tensor], what: str) -> None:
+def check_masks(masks: MaskSet | None, tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise ValueError unless ``masks`` is a MaskSet (or None) that fits ``tensors`` and covers no integers."""
+    arguments.check_masks(what, masks)
     if masks is None:
         return
-    if not isinstance(masks, MaskSet):
-        raise ValueError(f"{what}: masks is a {type(masks).__name__}, wanted a MaskSet; write MaskSet(masks)")
     masks.check(tensors)
     for name in masks:
         if not tensors[name].dtype.is_floating_point:

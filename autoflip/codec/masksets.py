@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from autoflip.codec import arguments, index, layout
 from autoflip.codec import frame as frames
-from autoflip.codec import index, layout
 from autoflip.codec.reader import DecodeError, Reader, varint
 from autoflip.codec.schema import Limits, Schema
 from autoflip.masks import MaskSet
@@ -54,6 +54,11 @@ def encode_masks(
         ValueError: a mask does not fit the schema.
     """
     frames.check_options("encode_masks", entropy, round, b"")
+    if masks is None:
+        raise ValueError("encode_masks: masks is None, wanted a MaskSet")
+    arguments.check_masks("encode_masks", masks)
+    arguments.check_masks("encode_masks", base, "base")
+    arguments.check_schema("encode_masks", schema)
     inline = schema is None
     schema = Schema.of(masks) if schema is None else schema
     by_name = {e.name: e for e in schema.entries}
@@ -120,8 +125,11 @@ def decode_masks(
         The MaskSet.
 
     Raises:
-        DecodeError: whatever is wrong.
+        DecodeError: whatever is wrong with the frame.
+        ValueError: another argument is of the wrong type.
     """
+    arguments.check_reader("decode_masks", schema=schema, limits=limits)
+    arguments.check_masks("decode_masks", base, "base")
     frame = frames.open_frame(blob, limits, (frames.MASKS,), schema)
     assert frame.schema is not None
     old: dict[str, Pack] = {}

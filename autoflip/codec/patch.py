@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoflip.codec import arguments, index, layout, values
 from autoflip.codec import frame as frames
-from autoflip.codec import index, layout, values
 from autoflip.codec.delta import integers
 from autoflip.codec.layout import SHARED, Coding
 from autoflip.codec.reader import DecodeError, Reader
@@ -56,6 +56,8 @@ def encode_patch(
     Source: the idea is PULSE's (arXiv:2602.03839): most bf16 words do not change in a step.
     """
     id = frames.check_options("encode_patch", entropy, round, base_id)
+    arguments.check_tensors("encode_patch", new)
+    arguments.check_schema("encode_patch", schema)
     inline = schema is None
     if schema is None:
         schema = Schema.of(new)
@@ -63,6 +65,7 @@ def encode_patch(
         schema.check(new, "encode_patch")
     layout.check_masks(masks, new, "encode_patch")
     if base is not None:
+        arguments.check_tensors("encode_patch: base", base)
         schema.check({e.name: base[e.name] for e in schema.entries if e.name in base}, "encode_patch: base")
     packs = {} if masks is None else layout.packs_of(masks)
     rows: list[Coding] = []
@@ -128,13 +131,16 @@ def decode_patch(
     Raises:
         DecodeError: whatever is wrong; a base that differs from the sender's shows only through ``base_id`` or a
             NaN, so do name it.
+        ValueError: another argument is of the wrong type.
     """
+    arguments.check_reader("decode_patch", masks=masks, schema=schema, limits=limits, base_id=base_id)
     frame = frames.open_frame(blob, limits, (frames.PATCH,), schema)
     frames.check_base(frame, base_id)
     assert frame.schema is not None
     if frame.flags & frames.BASED:
         if base is None:
             raise DecodeError("frame is relative to a base; pass base=, or ask its sender for a complete one")
+        arguments.check_tensors("decode_patch: base", base)
         _check_base_tensors(frame.schema, base)
     else:
         base = None

@@ -87,6 +87,8 @@ class Schema:
         Raises:
             ValueError: a tensor is complex or quantised, has over 32 dimensions, or its name over 4096 bytes.
         """
+        if not isinstance(tensors, Mapping):
+            raise ValueError(f"codec: got a {type(tensors).__name__}, wanted a dict: name -> torch.Tensor")
         entries = []
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):

@@ -192,6 +192,11 @@ def hvp(
         ValueError: a name, shape or dtype is not that of a parameter that requires grad; or as hessian_diagonal.
     """
     problem = Problem.of(model, loss_fn, batch)
+    if not isinstance(vectors, Mapping) or not all(isinstance(v, Tensor) for v in vectors.values()):
+        got = type(vectors).__name__
+        if isinstance(vectors, Mapping):
+            got += " of " + ", ".join(sorted({type(v).__name__ for v in vectors.values()}))
+        raise ValueError(f"hvp: vectors is {got}, wanted a dict: parameter name -> tensor (probes, *parameter.shape)")
     names = list(vectors)
     if not names:
         raise ValueError("hvp: vectors is empty; wanted parameter name -> (probes, *parameter.shape)")
@@ -221,8 +226,8 @@ def _checked(
 ) -> Problem:
     if method not in METHODS:
         raise ValueError(f"curvature: there is no method {method!r}; there are {', '.join(METHODS)}")
-    if num_probes < 1 or chunk < 1:
-        raise ValueError(f"curvature: num_probes={num_probes}, chunk={chunk}; both must be at least 1")
+    if not all(isinstance(count, int) and count >= 1 for count in (num_probes, chunk)):
+        raise ValueError(f"curvature: num_probes={num_probes!r}, chunk={chunk!r}; both must be whole and at least 1")
     return Problem.of(model, loss_fn, batch)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -101,7 +102,9 @@ class Problem:
         """Leave buffers (running statistics), random state and grad mode as they were; dropout draws from ``seed``."""
         buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
         devices = sorted({p.device.index or 0 for p in self.params.values() if p.is_cuda})
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
+        # fused attention has a first derivative only
+        plain_attention = sdpa_kernel(SDPBackend.MATH)
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices), plain_attention:
             # not torch.manual_seed: it reseeds every device, and those that are not in use would not be restored
             torch.default_generator.manual_seed(seed % (1 << 63))
             for device in devices:

@@ -44,8 +44,8 @@ def output_root(problem: Problem, output: Tensor, seed: int) -> Root:
     """Factor the loss's second derivative at ``output``.
 
     Raises:
-        NotDescribedError: the loss is linear in the output, not convex, couples samples, or cannot be
-            differentiated twice.
+        NotDescribedError: the loss is linear in the output, not convex, couples samples, depends on the weights
+            other than through the output, or cannot be differentiated twice.
     """
     f = output.detach()
     f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
@@ -66,7 +66,17 @@ def _hvp(problem: Problem, f: Tensor) -> Callable[[Tensor], Tensor]:
     loss = problem.loss(f)
     if not loss.requires_grad:
         raise ValueError("curvature: the loss does not depend on the model's output")
-    (gradient,) = torch.autograd.grad(loss, f, create_graph=True)
+    wanted = [f, *problem.params.values()]
+    gradient, *direct = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+    penalised = [name for name, g in zip(problem.params, direct) if g is not None]
+    if penalised:
+        raise NotDescribedError(
+            f"curvature: the loss depends on {', '.join(penalised[:4])} other than through the model's output (a "
+            "weight penalty?), which Gauss-Newton does not see; leave that term out and add its own second derivative, "
+            "or use method='hutchinson'"
+        )
+    if gradient is None:
+        raise ValueError("curvature: the loss does not depend on the model's output")
 
     def product(r: Tensor) -> Tensor:
         if not gradient.requires_grad:

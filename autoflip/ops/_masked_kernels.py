@@ -5,7 +5,6 @@ Every tensor that arrives here was checked by autoflip.ops.masked_matmul: 2-d, o
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -83,7 +82,7 @@ def serves(a: Tensor, parts: Parts, step: str) -> str:
         fast = parts.path == "sparse" or path(len(a), rows, cols, density, step=step) == "sparse"
         return "cpp" if fast and parts.layout.numel() else "dense"
     # no GPU has measured the others against dense: they run when asked for by name
-    asked = parts.path == "sparse" or os.environ.get("AUTOFLIP_BACKEND", "auto") != "auto"
+    asked = parts.path == "sparse" or backend.wish() != "auto"
     return name if asked and name != "reference" else "dense"
 
 

@@ -1,8 +1,9 @@
 """Which backend serves an op on a device, and why the others do not.
 
 Backends: ``reference`` (torch), ``cpp`` (the CPU extension), ``cuda`` (the CUDA extension), ``triton``.
-The environment variable ``AUTOFLIP_BACKEND`` asks for one of them; asking for one that cannot run is an
-error that says why.
+The environment variable ``AUTOFLIP_BACKEND`` asks for one of them; unset, empty and ``auto`` leave the choice to
+us. Asking for one that cannot run is an error that says why, except for helper ops (``optional`` in
+:func:`register`) that have no such kernel for that kind of device: those run as ever.
 """
 
 from __future__ import annotations
@@ -20,15 +21,39 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 # first choice first; CUDA before Triton until a GPU has measured which of them wins
 _ORDER = {"cpu": ("cpp", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
 _SERVED: dict[str, tuple[str, ...]] = {}
+_OPTIONAL: set[str] = set()
+# a wish for one of these is about tensors of that device
+_HOME = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run here; the message says why."""
 
 
-def register(op: str, *backends: str) -> None:
-    """Declare that ``op`` has an implementation in each of ``backends`` beside its reference."""
+def register(op: str, *backends: str, optional: bool = False) -> None:
+    """Declare that ``op`` has an implementation in each of ``backends`` beside its reference.
+
+    Args:
+        op: name that :func:`serve` is asked for.
+        backends: any of BACKENDS.
+        optional: a wish for a backend in which ``op`` has no kernel, or for one of another device, does not apply
+            to it: torch's own products are as good there.
+    """
     _SERVED[op] = (*backends, "reference")
+    if optional:
+        _OPTIONAL.add(op)
+
+
+def wish() -> str:
+    """Return the backend that ``AUTOFLIP_BACKEND`` asks for, "auto" when it asks for none."""
+    return os.environ.get("AUTOFLIP_BACKEND") or "auto"
+
+
+def wish_error() -> str:
+    """Return what is wrong with :func:`wish` whatever the op; empty when nothing is."""
+    if wish() in ("auto", *BACKENDS):
+        return ""
+    return f"AUTOFLIP_BACKEND={wish()!r}; wanted auto or one of {', '.join(BACKENDS)}"
 
 
 def _build_note(module: str) -> str:
@@ -74,21 +99,22 @@ def serve(op: str, device: torch.device) -> str:
     Raises:
         BackendError: ``AUTOFLIP_BACKEND`` names a backend that does not exist or cannot serve this op here.
     """
-    return _serve(op, device.type, os.environ.get("AUTOFLIP_BACKEND", "auto"))
+    if error := wish_error():
+        raise BackendError(error)
+    return _serve(op, device.type, wish())
 
 
 @cache
-def _serve(op: str, device_type: str, wish: str) -> str:
+def _serve(op: str, device_type: str, wished: str) -> str:
     served = _SERVED[op]
-    if wish != "auto":
-        if wish not in BACKENDS:
-            raise BackendError(f"AUTOFLIP_BACKEND={wish!r}; wanted auto or one of {', '.join(BACKENDS)}")
-        reason = unavailable(wish, device_type)
-        if not reason and wish not in served:
-            reason = f"{op} has no {wish} kernel; it has {', '.join(served)}"
-        if reason:
-            raise BackendError(f"AUTOFLIP_BACKEND={wish} cannot serve {op} on {device_type}: {reason}")
-        return wish
+    if wished != "auto":
+        reason = unavailable(wished, device_type)
+        if not reason and wished not in served:
+            reason = f"{op} has no {wished} kernel; it has {', '.join(served)}"
+        if not reason:
+            return wished
+        if op not in _OPTIONAL or (wished in served and _HOME[wished] == device_type):
+            raise BackendError(f"AUTOFLIP_BACKEND={wished} cannot serve {op} on {device_type}: {reason}")
     for backend in _ORDER.get(device_type, ("reference",)):
         # the interpreter is for tests: it is never chosen, only asked for
         if backend == "triton" and device_type == "cpu":
@@ -99,7 +125,10 @@ def _serve(op: str, device_type: str, wish: str) -> str:
 
 
 def table() -> list[tuple[str, str, str, str]]:
-    """Return rows (op, device, backend that serves it, why each other backend does not) for ``autoflip info``."""
+    """Return rows (op, device, backend that serves it, why each other backend does not) for ``autoflip info``.
+
+    Where ``AUTOFLIP_BACKEND`` asks for what cannot be, the backend is "-" and the reason stands in their place.
+    """
     import_module("autoflip.ops")  # the families register themselves when they are imported
     rows = []
     for op, served in sorted(_SERVED.items()):
@@ -107,7 +136,12 @@ def table() -> list[tuple[str, str, str, str]]:
             if device_type == "cuda" and not torch.cuda.is_available():
                 rows.append((op, "cuda", "-", "torch sees no CUDA device"))
                 continue
-            chosen = _serve(op, device_type, os.environ.get("AUTOFLIP_BACKEND", "auto"))
+            try:
+                chosen = serve(op, torch.device(device_type))
+            except BackendError as error:
+                # a name that does not exist is said once, by who prints the table
+                rows.append((op, device_type, "-", "" if wish_error() else str(error)))
+                continue
             whys = []
             for backend in _ORDER[device_type]:
                 if backend != chosen:

@@ -5,7 +5,6 @@ They move data and take no part in autograd; :mod:`autoflip.ops.delta_coding` tu
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -33,18 +32,14 @@ _CHUNK = 1 << 18  # entries of a thread's range; Pack.offsets counts by it
 Array = np.ndarray[Any, Any]
 
 # there is no CUDA or Triton kernel: on a GPU torch gathers, so that only kept entries cross to the host
-backend.register("delta", "cpp")
+# (optional: a wish for a GPU backend is about GPU tensors; a frame is made on the host all the same)
+backend.register("delta", "cpp", optional=True)
 _HOST = torch.device("cpu")
 
 
 def cpp(device: torch.device = _HOST) -> ModuleType | None:
     """Return the extension when it serves ``device``."""
-    if device.type != "cpu":
-        return None
-    # a wish for a GPU backend is about GPU tensors; a frame is made on the host all the same
-    if os.environ.get("AUTOFLIP_BACKEND") not in ("cuda", "triton") and backend.serve("delta", device) != "cpp":
-        return None
-    return backend.extension("_C")[0]
+    return backend.extension("_C")[0] if backend.serve("delta", device) == "cpp" else None
 
 
 @dataclass(frozen=True, eq=False)
