@@ -194,13 +194,90 @@ def test_shared_parameter_is_masked_wherever_it_is_used():
     assert not model.embed.weight.grad[~mask].any()
 
 
-def test_momentum_from_before_the_mask_counts_for_nothing():
-    model, masks = net(), random_masks(net())
-    optimizer = OPTIMIZERS[0](model.parameters())
-    train(model, optimizer, 2)
+class Past(nn.Module):
+    """Reads its weights past the layers: by F.linear, and in the fast path of torch's encoder layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.encoder(nn.functional.linear(x.flatten(2), self.fc.weight, self.fc.bias))[:, 0]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("make", [Net, Past])
+def test_momentum_from_before_the_mask_counts_for_nothing(make, optimizer):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(5, 1, 8, 8)
+    masks = MaskSet({n: m for n, m in random_masks(model).items() if "running" not in n})
+    early = optimizer(model.parameters())
+    train(model, early, 3)
     sparse.sparsify(model, masks)
-    train(model, optimizer, 1)
-    assert all(not t[~masks[n]].any() for n, t in model.state_dict().items() if "running" not in n and n in masks)
+    train(model, early, 2)
+    assert any(p[~masks[n]].any() for n, p in model.named_parameters())  # the case is the one we mean
+    model.eval()
+    with torch.no_grad():
+        y = model(x)
+        assert not any(p[~masks[n]].any() for n, p in model.named_parameters())
+        model.state_dict()
+        assert torch.equal(model(x), y)
+        # another order of sums where the compact layers are smaller
+        torch.testing.assert_close(sparse.compact(model)(x), y, rtol=1e-4, atol=1e-5)
+    train(model, early, 1)
+    assert not any(t[~masks[n]].any() for n, t in model.state_dict().items() if n in masks)
+
+
+def test_clean_parameters_are_not_written():
+    model = net()
+    sparse.sparsify(model, random_masks(model))
+    versions = [p._version for p in model.parameters()]
+    x = torch.randn(5, 1, 8, 8)
+    loss = model(x).sum() + model(x).sum()
+    model.state_dict()
+    assert [p._version for p in model.parameters()] == versions
+    loss.backward()  # raises if what the graph saved was written
+
+
+def test_replaced_head_and_new_layer_mask_are_respected():
+    model = net()
+    sparse.sparsify(model, random_masks(model))
+    mask = torch.zeros(64, 288, dtype=torch.bool)
+    model.fc.set_mask(mask)
+    model.norm = nn.BatchNorm2d(8)
+    x = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        model.fc.weight += 1
+    model(x)
+    assert not model.fc.weight.any()
+    only_fc = sparse.sparsify(net(), {"fc.weight": mask})
+    only_fc.fc = nn.Linear(288, 64)
+    only_fc(x)
+    assert only_fc.fc.weight.all()
+
+
+@pytest.mark.parametrize("born_inside", [False, True])
+def test_inference_mode_at_the_start_does_not_matter_later(born_inside):
+    x = torch.randn(5, 1, 8, 8)
+    model = net()
+    with torch.inference_mode():
+        if born_inside:
+            model = net()
+        sparse.sparsify(model, random_masks(model))
+        y = model.eval()(x)
+        copy.deepcopy(model)(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+    if not born_inside:  # torch trains no parameter that was made in inference mode
+        model.bfloat16()(x.bfloat16()).sum().backward()
+
+
+def test_traced_model_passes_torchs_own_check():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8))
+    sparse.sparsify(model, random_masks(model))
+    x = torch.randn(5, 1, 8, 8)
+    torch.testing.assert_close(torch.jit.trace(model, torch.randn(2, 1, 8, 8))(x), model(x))
 
 
 def test_layer_compiles_in_one_graph():
