@@ -151,6 +151,9 @@ def test_density_repr_and_set_mask():
     h.sum().backward()
     assert not rnn.weight_hh_l0.grad.any()
     assert rnn.weight_ih_l0.grad.any()
+    rnn.set_mask(None)
+    assert rnn.density == 1
+    assert not rnn.masks()
 
 
 def test_copies_and_files_carry_the_masks():
@@ -255,6 +258,9 @@ def test_replaced_head_and_new_layer_mask_are_respected():
     only_fc.fc = nn.Linear(288, 64)
     only_fc(x)
     assert only_fc.fc.weight.all()
+    sparse.densify(model.fc)  # a part of the model
+    model(x)
+    assert type(model.fc) is nn.Linear
 
 
 @pytest.mark.parametrize("born_inside", [False, True])
@@ -300,3 +306,8 @@ def test_errors_name_what_does_not_fit():
         sparse.MaskedLinear(3, 2).set_mask(torch.ones(3, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="no mask fits 'weight'; wanted one of weight_ih_l0"):
         sparse.MaskedGRU(3, 2).set_mask({"weight": torch.ones(1, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="masks is a Tensor, wanted parameter name -> bool tensor.*'weight_ih_l0'"):
+        sparse.MaskedGRU(3, 2).set_mask(torch.ones(6, 3, dtype=torch.bool))
+    for wrong in (None, [mask := torch.ones(64, 288, dtype=torch.bool)], mask):
+        with pytest.raises(ValueError, match="MaskSet: masks is a .*, wanted a mapping from tensor name"):
+            sparse.sparsify(model, wrong)

@@ -13,7 +13,7 @@ from autoflip.nn.conv import MaskedConv2d
 from autoflip.nn.linear import MaskedLinear
 from autoflip.nn.masked import Masked
 from autoflip.nn.recurrent import MaskedGRU, MaskedLSTM
-from autoflip.ops import zero_pruned
+from autoflip.ops import version_of, zero_pruned
 
 __all__ = ["densify", "masks_of", "sparsify"]
 
@@ -61,7 +61,7 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
         by_module.setdefault(owner, {})[attribute] = mask
     shared = _shared(tensors)
     rest: dict[str, Tensor] = {}
-    layers: list[str] = []
+    layers: list[Masked] = []
     for owner, own in by_module.items():
         module = model.get_submodule(owner)
         prefix = f"{owner}." if owner else ""
@@ -77,7 +77,7 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
             assert kind is not None
             module.__class__ = kind
             module._set_masks(layer_masks)  # type: ignore[operator]
-            layers.append(owner)
+            layers.append(module)  # type: ignore[arg-type]
     if len(wanted):
         keeper = _Keeper(rest, layers)
         keeper.zero(model, buffers=True)
@@ -128,22 +128,26 @@ class _Keeper:
 
     Args:
         masks: name -> mask, of tensors that no masked layer looks after.
-        layers: names of the masked layers; their masks may change later.
+        layers: the masked layers; their masks may change later.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor], layers: Sequence[str]) -> None:
+    def __init__(self, masks: Mapping[str, Tensor], layers: Sequence[Masked]) -> None:
         with torch.inference_mode(False):
             self.masks = {name: mask.clone() for name, mask in masks.items()}
         self.layers = tuple(layers)
         self._hooked: dict[str, tuple[Tensor, Any]] = {}
+        self._seen: dict[tuple[int, str], tuple[Tensor, Tensor, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # handles belong to the original's parameters
-        return {"masks": self.masks, "layers": self.layers, "_hooked": {}}
+        # handles and versions belong to the original's parameters
+        return {"masks": self.masks, "layers": self.layers, "_hooked": {}, "_seen": {}}
 
     def __call__(self, model: nn.Module, _: Any) -> None:
         if not torch.compiler.is_compiling():
-            zero_pruned([*self._of_layers(model), *self._rest(model)])
+            written = self._written()
+            zero_pruned([*((tensor, mask) for _, tensor, mask in written), *self._rest(model)])
+            for key, tensor, mask in written:
+                self._seen[key] = (tensor, mask, version_of(tensor))
         for name, mask in self.masks.items():
             tensor = _tensor(model, name)
             known = self._hooked.get(name)
@@ -153,14 +157,20 @@ class _Keeper:
     def zero(self, model: nn.Module, *_: Any, buffers: bool = False) -> None:
         zero_pruned(self._rest(model, buffers=buffers))  # masked layers have their own way
 
-    def _of_layers(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        for path in self.layers:
-            try:
-                module = model.get_submodule(path)
-            except AttributeError:  # the user took it out
+    def _written(self) -> list[tuple[tuple[int, str], Tensor, Tensor]]:
+        """Return which parameters of masked layers were written since the last look (not through ``.data``, which
+        does not count as a write): the layers ignore what stands there, and a look at all costs more than it saves.
+        """
+        found = []
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, Masked):  # a part of the model was made dense again
                 continue
-            if isinstance(module, Masked):
-                yield from module._pairs()
+            for name, mask in layer.masks().items():
+                tensor = getattr(layer, name)
+                seen = self._seen.get((i, name))
+                if seen is None or seen[0] is not tensor or seen[1] is not mask or seen[2] != version_of(tensor):
+                    found.append(((i, name), tensor, mask))
+        return found
 
     def _rest(self, model: nn.Module, *, buffers: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         for name, mask in self.masks.items():
@@ -174,6 +184,7 @@ class _Keeper:
         for _, handle in self._hooked.values():
             handle.remove()
         self._hooked.clear()
+        self._seen.clear()
 
 
 class _GradientMask:

@@ -72,10 +72,7 @@ class Masked(nn.Module):
         self._drop_masks()
 
     def _zero(self) -> None:
-        zero_pruned(self._pairs())
-
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return [(getattr(self, name), mask) for name, mask in self.masks().items()]
+        zero_pruned((getattr(self, name), mask) for name, mask in self.masks().items())
 
     def _effective(self, name: str) -> Tensor:
         """Return the parameter with zeros where it is pruned."""
