@@ -21,8 +21,11 @@ class MaskSet(Mapping[str, Tensor]):
     Args:
         masks: name -> bool tensor, any shape; copied to the CPU.
 
+    Masks come out as copies, a byte per entry: to write into one changes nothing here. Take it out once, not in a
+    loop.
+
     Raises:
-        ValueError: a mask is not a bool tensor.
+        ValueError: ``masks`` is not a mapping from names, or a mask is not a bool tensor.
 
     Example:
         >>> masks = MaskSet({"fc.weight": torch.tensor([[True, False], [False, False]])})
@@ -31,18 +34,33 @@ class MaskSet(Mapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        for name, mask in masks.items():
+        if not isinstance(masks, Mapping):
+            raise ValueError(
+                f"MaskSet: masks is a {type(masks).__name__}, wanted a mapping from tensor name to bool mask, such "
+                "as {'fc.weight': mask}; an empty one keeps everything"
+            )
+        source: Mapping[str, Tensor] = masks._masks if isinstance(masks, MaskSet) else masks
+        for name, mask in source.items():
+            if not isinstance(name, str):
+                raise ValueError(f"MaskSet: {name!r} is no name, wanted names of model.state_dict() as str")
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(
                     f"MaskSet: {name!r} is {got}, wanted a torch.bool tensor (True = kept); for scores, "
                     "write scores > threshold"
                 )
-        self._masks = {name: mask.detach().to("cpu").contiguous().clone() for name, mask in masks.items()}
+        with torch.inference_mode(False):  # autograd could not save a mask that was made inside inference mode
+            self._masks: dict[str, Tensor] = {
+                name: mask.detach().to("cpu", copy=True).contiguous() for name, mask in source.items()
+            }
         self._fingerprint: str | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name]
+        with torch.inference_mode(False):
+            return self._masks[name].clone()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._masks  # Mapping's own would copy the mask
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)
@@ -61,8 +79,12 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __and__(self, other: MaskSet) -> MaskSet:
         """Keep what both keep; a tensor that only one of them names takes that one's mask."""
+        if not isinstance(other, MaskSet):
+            raise ValueError(
+                f"MaskSet: the right of & is a {type(other).__name__}, wanted a MaskSet; write & MaskSet(masks)"
+            )
         both = dict(self._masks)
-        for name, mask in other.items():
+        for name, mask in other._masks.items():
             if name in both and both[name].shape != mask.shape:
                 raise ValueError(
                     f"MaskSet: {name!r} has shape {tuple(both[name].shape)} on the left and "

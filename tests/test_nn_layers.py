@@ -151,6 +151,9 @@ def test_density_repr_and_set_mask():
     h.sum().backward()
     assert not rnn.weight_hh_l0.grad.any()
     assert rnn.weight_ih_l0.grad.any()
+    rnn.set_mask(None)
+    assert rnn.density == 1
+    assert not rnn.masks()
 
 
 def test_copies_and_files_carry_the_masks():
@@ -194,13 +197,39 @@ def test_shared_parameter_is_masked_wherever_it_is_used():
     assert not model.embed.weight.grad[~mask].any()
 
 
-def test_momentum_from_before_the_mask_counts_for_nothing():
-    model, masks = net(), random_masks(net())
-    optimizer = OPTIMIZERS[0](model.parameters())
-    train(model, optimizer, 2)
+class Past(nn.Module):
+    """Reads its weights past the layers: by F.linear, and in the fast path of torch's encoder layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.encoder(nn.functional.linear(x.flatten(2), self.fc.weight, self.fc.bias))[:, 0]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("make", [Net, Past])
+def test_momentum_from_before_the_mask_counts_for_nothing(make, optimizer):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(5, 1, 8, 8)
+    masks = MaskSet({n: m for n, m in random_masks(model).items() if "running" not in n})
+    early = optimizer(model.parameters())
+    train(model, early, 3)
     sparse.sparsify(model, masks)
-    train(model, optimizer, 1)
-    assert all(not t[~masks[n]].any() for n, t in model.state_dict().items() if "running" not in n and n in masks)
+    train(model, early, 2)
+    assert any(p[~masks[n]].any() for n, p in model.named_parameters())  # the case is the one we mean
+    model.eval()
+    with torch.no_grad():
+        y = model(x)
+        assert not any(p[~masks[n]].any() for n, p in model.named_parameters())
+        model.state_dict()
+        assert torch.equal(model(x), y)
+        # another order of sums where the compact layers are smaller
+        torch.testing.assert_close(sparse.compact(model)(x), y, rtol=1e-4, atol=1e-5)
+    train(model, early, 1)
+    assert not any(t[~masks[n]].any() for n, t in model.state_dict().items() if n in masks)
 
 
 def test_layer_compiles_in_one_graph():
@@ -223,3 +252,8 @@ def test_errors_name_what_does_not_fit():
         sparse.MaskedLinear(3, 2).set_mask(torch.ones(3, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="no mask fits 'weight'; wanted one of weight_ih_l0"):
         sparse.MaskedGRU(3, 2).set_mask({"weight": torch.ones(1, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="masks is a Tensor, wanted parameter name -> bool tensor.*'weight_ih_l0'"):
+        sparse.MaskedGRU(3, 2).set_mask(torch.ones(6, 3, dtype=torch.bool))
+    for wrong in (None, [mask := torch.ones(64, 288, dtype=torch.bool)], mask):
+        with pytest.raises(ValueError, match="MaskSet: masks is a .*, wanted a mapping from tensor name"):
+            sparse.sparsify(model, wrong)

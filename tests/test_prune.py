@@ -189,6 +189,19 @@ def test_errors_say_what_to_do():
     model, scores = TwoCnn(), scores_of(TwoCnn())
     with pytest.raises(ValueError, match="density is 0, wanted the kept share"):
         prune.magnitude(model, 0)
+    with pytest.raises(ValueError, match="density is '0.1', wanted the kept share"):
+        prune.magnitude(model, density="0.1")
+    for wrong, kind in ((None, "NoneType"), ([1], "list"), (torch.ones(2), "Tensor")):
+        for ask in (lambda s: prune.hybrid(model, s), prune.by_scores, prune.paper):
+            with pytest.raises(ValueError, match=f"scores are a {kind}, wanted a mapping"):
+                ask(wrong)
+    with pytest.raises(ValueError, match="scores of 'fc2.weight' are a float, wanted a tensor"):
+        prune.hybrid(model, {**scores, "fc2.weight": 1.0})
+    with pytest.raises(ValueError, match="threshold is '0.3'"):
+        prune.paper(scores, "0.3")
+    for block in (16, "16", (4,), (4.0, 1)):
+        with pytest.raises(ValueError, match="two positive counts"):
+            prune.hybrid(model, scores, block=block)
     with pytest.raises(ValueError, match="channels is 1.5"):
         prune.hybrid(model, scores, channels=1.5)
     with pytest.raises(ValueError, match="no scores for 'fc2.weight'"):

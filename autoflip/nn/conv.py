@@ -19,7 +19,8 @@ class MaskedConv2d(Masked, nn.Conv2d):
     go: :func:`autoflip.compact` removes them.
 
     Arguments, parameters and ``state_dict()`` are torch's. Pruned weights are zero, get exactly zero
-    gradients, and so stay zero under SGD with momentum and weight decay and under Adam(W).
+    gradients, and so stay zero under SGD with momentum and weight decay and under Adam(W). Momentum gathered
+    before the mask counts for nothing: ``forward`` ignores what it leaves, ``state_dict()`` sets it to zero.
     """
 
     def set_mask(self, mask: Tensor | None) -> None:

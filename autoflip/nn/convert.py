@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from autoflip.nn.conv import MaskedConv2d
 from autoflip.nn.linear import MaskedLinear
 from autoflip.nn.masked import Masked
 from autoflip.nn.recurrent import MaskedGRU, MaskedLSTM
+from autoflip.ops import version_of, zero_pruned
 
 __all__ = ["densify", "masks_of", "sparsify"]
 
@@ -35,8 +36,10 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
     its gradient is masked by a hook. A masked buffer (running statistics) is set to zero where it is pruned,
     once; what the layer writes there later stays.
 
-    Parameter objects stay the same, so optimizers made earlier stay valid; an optimizer with momentum from
-    before the call may move pruned entries, which the masked layers ignore and ``state_dict()`` sets to zero.
+    Parameter objects stay the same, so optimizers made earlier stay valid. Their momentum may move pruned
+    entries: these are zero again when the next ``model(...)`` or ``model.state_dict()`` begins, and only entries
+    that moved are written. Masked layers ignore them in any case; other parameters (the list above) are not set to
+    zero by a call of a part of the model alone, of a compiled forward pass, or under ``torch.func``.
 
     ``masks`` replaces what an earlier call applied: afterwards ``masks_of(model) == MaskSet(masks)``.
 
@@ -58,6 +61,7 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
         by_module.setdefault(owner, {})[attribute] = mask
     shared = _shared(tensors)
     rest: dict[str, Tensor] = {}
+    layers: list[Masked] = []
     for owner, own in by_module.items():
         module = model.get_submodule(owner)
         prefix = f"{owner}." if owner else ""
@@ -73,8 +77,9 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
             assert kind is not None
             module.__class__ = kind
             module._set_masks(layer_masks)  # type: ignore[operator]
-    if rest:
-        keeper = _Keeper(rest)
+            layers.append(module)  # type: ignore[arg-type]
+    if len(wanted):
+        keeper = _Keeper(rest, layers)
         keeper.zero(model, buffers=True)
         keeper(model, None)
         model.register_forward_pre_hook(keeper)
@@ -113,37 +118,73 @@ def masks_of(model: nn.Module) -> MaskSet:
 
 
 class _Keeper:
-    """Keeps entries of parameters at zero that no masked layer looks after, by hooks on their gradients.
+    """Keeps pruned entries at zero: by a look before each forward pass, and those of parameters that no masked layer
+    looks after by hooks on their gradients too.
 
     A forward pre-hook of the model: copies of a parameter (``deepcopy``, ``load_state_dict(assign=True)``)
-    come without the hooks of the original, so each forward pass gives them to those that lack them.
+    come without the hooks of the original, so each forward pass gives them to those that lack them. The masked
+    layers are looked at because a forward may read their weights past them: ``F.linear(x, self.fc.weight)``, or
+    the fast path of ``nn.TransformerEncoderLayer``.
+
+    Args:
+        masks: name -> mask, of tensors that no masked layer looks after.
+        layers: the masked layers; their masks may change later.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        self.masks = {name: mask.clone() for name, mask in masks.items()}
+    def __init__(self, masks: Mapping[str, Tensor], layers: Sequence[Masked]) -> None:
+        with torch.inference_mode(False):
+            self.masks = {name: mask.clone() for name, mask in masks.items()}
+        self.layers = tuple(layers)
         self._hooked: dict[str, tuple[Tensor, Any]] = {}
+        self._seen: dict[tuple[int, str], tuple[Tensor, Tensor, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"masks": self.masks, "_hooked": {}}  # handles belong to the original's parameters
+        # handles and versions belong to the original's parameters
+        return {"masks": self.masks, "layers": self.layers, "_hooked": {}, "_seen": {}}
 
     def __call__(self, model: nn.Module, _: Any) -> None:
+        if not torch.compiler.is_compiling():
+            written = self._written()
+            zero_pruned([*((tensor, mask) for _, tensor, mask in written), *self._rest(model)])
+            for key, tensor, mask in written:
+                self._seen[key] = (tensor, mask, version_of(tensor))
         for name, mask in self.masks.items():
             tensor = _tensor(model, name)
             known = self._hooked.get(name)
             if tensor.requires_grad and (known is None or known[0] is not tensor):
                 self._hooked[name] = (tensor, tensor.register_hook(_GradientMask(mask)))
 
-    @torch.no_grad()
     def zero(self, model: nn.Module, *_: Any, buffers: bool = False) -> None:
+        zero_pruned(self._rest(model, buffers=buffers))  # masked layers have their own way
+
+    def _written(self) -> list[tuple[tuple[int, str], Tensor, Tensor]]:
+        """Return which parameters of masked layers were written since the last look (not through ``.data``, which
+        does not count as a write): the layers ignore what stands there, and a look at all costs more than it saves.
+        """
+        found = []
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, Masked):  # a part of the model was made dense again
+                continue
+            for name, mask in layer.masks().items():
+                tensor = getattr(layer, name)
+                seen = self._seen.get((i, name))
+                if seen is None or seen[0] is not tensor or seen[1] is not mask or seen[2] != version_of(tensor):
+                    found.append(((i, name), tensor, mask))
+        return found
+
+    def _rest(self, model: nn.Module, *, buffers: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         for name, mask in self.masks.items():
             tensor = _tensor(model, name)
+            if mask.device != tensor.device:
+                mask = self.masks[name] = mask.to(tensor.device)
             if buffers or isinstance(tensor, nn.Parameter):
-                tensor.copy_(torch.where(mask.to(tensor.device), tensor, 0))
+                yield tensor, mask
 
     def release(self) -> None:
         for _, handle in self._hooked.values():
             handle.remove()
         self._hooked.clear()
+        self._seen.clear()
 
 
 class _GradientMask:

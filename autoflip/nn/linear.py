@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoflip.nn.masked import Masked
-from autoflip.ops import Pack, masked_linear
+from autoflip.ops import Pack, masked_linear, version_of
 
 __all__ = ["MaskedLinear"]
 
@@ -19,7 +19,8 @@ class MaskedLinear(Masked, nn.Linear):
     """``y = x @ (weight * mask).T + bias``; ``torch.nn.Linear`` until a mask is set.
 
     Arguments, parameters and ``state_dict()`` are torch's. Pruned weights are zero, get exactly zero
-    gradients, and so stay zero under SGD with momentum and weight decay and under Adam(W).
+    gradients, and so stay zero under SGD with momentum and weight decay and under Adam(W). Momentum gathered
+    before the mask counts for nothing: ``forward`` ignores what it leaves, ``state_dict()`` sets it to zero.
 
     Shapes: ``(..., in_features)`` -> ``(..., out_features)``.
     Cost: see :func:`autoflip.ops.masked_linear`, which chooses between the sparse kernel and the dense product.
@@ -54,7 +55,7 @@ class MaskedLinear(Masked, nn.Linear):
     def _repack(self) -> None:
         mask = self._buffers.get("weight_mask")
         self._pack = None if mask is None else Pack(mask)
-        self._packed_version = 0 if mask is None or mask.is_inference() else mask._version
+        self._packed_version = 0 if mask is None else version_of(mask)
 
     @property
     def density(self) -> float:
@@ -68,7 +69,7 @@ class MaskedLinear(Masked, nn.Linear):
         if mask is None:
             return F.linear(input, self.weight, self.bias)
         if not torch.compiler.is_compiling() and (
-            self._pack is None or self._pack.mask is not mask or self._packed_version != mask._version
+            self._pack is None or self._pack.mask is not mask or self._packed_version != version_of(mask)
         ):
             self._repack()  # the module moved to another device, or someone wrote into the buffer
         pack = self._pack

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.ops import masked_weight
+from autoflip.ops import masked_weight, zero_pruned
 
 __all__ = ["Masked"]
 
@@ -18,6 +18,8 @@ class Masked(nn.Module):
 
     The mask of parameter ``weight`` is the non-persistent buffer ``weight_mask``; a parameter without one is
     kept whole. ``state_dict()`` has torch's keys and shows pruned entries as zeros, and loading sets them to zero.
+    What an optimizer from before the mask (momentum) or a write into the parameter leaves at a pruned entry counts
+    for nothing in ``forward``, and ``state_dict()`` sets it to zero.
     """
 
     def masks(self) -> dict[str, Tensor]:
@@ -53,7 +55,9 @@ class Masked(nn.Module):
         self._drop_masks()
         for name, mask in masks.items():
             # a copy: whoever gave the mask may change it; contiguous: the kernels walk it row by row
-            own = mask.detach().to(getattr(self, name).device, copy=True).contiguous()
+            # inference_mode(False): autograd could not save a mask that was made inside inference mode
+            with torch.inference_mode(False):
+                own = mask.detach().to(getattr(self, name).device, copy=True).contiguous()
             # persistent=False: FL codebases average state_dict(); a bool mask must not be in it
             self.register_buffer(f"{name}_mask", own, persistent=False)
         self._zero()
@@ -67,11 +71,8 @@ class Masked(nn.Module):
         self._zero()
         self._drop_masks()
 
-    @torch.no_grad()
     def _zero(self) -> None:
-        for name, mask in self.masks().items():
-            parameter = getattr(self, name)
-            parameter.copy_(masked_weight(parameter, mask))
+        zero_pruned((getattr(self, name), mask) for name, mask in self.masks().items())
 
     def _effective(self, name: str) -> Tensor:
         """Return the parameter with zeros where it is pruned."""
@@ -79,7 +80,6 @@ class Masked(nn.Module):
         return parameter if mask is None else masked_weight(parameter, mask)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # momentum gathered before the mask was set may still move a pruned entry, which counts for nothing
         self._zero()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -19,17 +19,24 @@ class _MaskedRNN(Masked):
     def _maskable(self) -> tuple[str, ...]:
         return tuple(self._flat_weights_names)
 
-    def set_mask(self, masks: Mapping[str, Tensor]) -> None:
-        """Keep the entries where the masks are True; replaces all earlier masks.
+    def set_mask(self, masks: Mapping[str, Tensor] | None) -> None:
+        """Keep the entries where the masks are True, None = keep all; replaces all earlier masks.
 
         Args:
             masks: parameter name ("weight_ih_l0", "bias_hh_l1_reverse", ...) -> bool tensor of its shape;
                 parameters that are not named are kept whole.
 
         Raises:
-            ValueError: an unknown name, or a mask that is no bool tensor shaped like its parameter.
+            ValueError: ``masks`` is no mapping, an unknown name, or a mask that is no bool tensor shaped like its
+                parameter.
         """
-        self._set_masks(masks)
+        if masks is not None and not isinstance(masks, Mapping):
+            kind, name = type(self).__name__, self._flat_weights_names[0]
+            raise ValueError(
+                f"{kind}: masks is a {type(masks).__name__}, wanted parameter name -> bool tensor, such as "
+                f"{{{name!r}: mask}}: a recurrent layer has several weights"
+            )
+        self._set_masks({} if masks is None else masks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run torch's fused layer on the kept weights; arguments and results are torch's."""

@@ -14,3 +14,5 @@ from autoflip.ops.masked_matmul import Pack as Pack
 from autoflip.ops.masked_matmul import masked_linear as masked_linear
 from autoflip.ops.masked_matmul import masked_matmul as masked_matmul
 from autoflip.ops.masked_matmul import masked_weight as masked_weight
+from autoflip.ops.masked_matmul import version_of as version_of
+from autoflip.ops.masked_matmul import zero_pruned as zero_pruned

@@ -113,6 +113,11 @@ def transformed(*tensors: Tensor) -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or any(old_vmap(t) for t in tensors)
 
 
+def traced() -> bool:
+    """Tell whether ``torch.jit.trace`` is at work, to which a kernel's result would look like a constant."""
+    return not torch.compiler.is_compiling() and bool(torch._C._is_tracing())
+
+
 def has_memory(t: Tensor) -> bool:
     """Tell whether ``t`` is an ordinary tensor outside any dispatch mode, so that its address means something."""
     return type(t) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
@@ -143,6 +148,7 @@ def _select_here(weight: Tensor) -> bool:
         weight.dtype is torch.float32
         and weight.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not traced()
         and has_memory(weight)
         and not transformed(weight)
         and backend.serve("masked_matmul", weight.device) == "cpp"
@@ -155,11 +161,15 @@ def _operand(weight: Tensor, mask: Tensor) -> Tensor:
     Layers keep them at zero, and to look (read only) costs a third of a masked copy or less; a copy of a 784x200
     weight costs half of its product with 32 rows.
     """
-    if _select_here(weight) and weight.is_contiguous() and mask.is_contiguous():
-        clean = backend.extension("_C")[0].masked_matmul_is_clean  # type: ignore[union-attr]
-        if clean(weight.data_ptr(), mask.data_ptr(), mask.numel()):
-            return weight
-    return select(weight, mask)
+    return weight if reads_clean(weight, mask) else select(weight, mask)
+
+
+def reads_clean(weight: Tensor, mask: Tensor) -> bool | None:
+    """Tell whether all pruned entries are zero; None where the CPU kernel cannot look."""
+    if not (_select_here(weight) and weight.is_contiguous() and mask.is_contiguous()):
+        return None
+    clean = backend.extension("_C")[0].masked_matmul_is_clean  # type: ignore[union-attr]
+    return bool(clean(weight.data_ptr(), mask.data_ptr(), mask.numel()))
 
 
 def _select_own(a: Tensor, mask: Tensor) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_matmul as steps
 from autoflip.ops import backend
 from autoflip.ops._masked_kernels import path
 
-__all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "path"]
+__all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "path", "version_of", "zero_pruned"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -85,7 +88,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
     """
     if activation not in (None, "relu"):
         raise ValueError(f"masked_linear: activation={activation!r}; wanted None or 'relu'")
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) or kernels.traced():
         y = F.linear(x, torch.where(pack.mask, weight, 0), bias)
         return y.relu() if activation else y
     _check(x, weight, bias, pack.mask, "masked_linear")
@@ -152,6 +155,40 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
     return kernels.select(weight, mask)
 
 
+def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write zeros at the pruned entries, in place, of the tensors in which one of them is not zero.
+
+    The others are only read: a backward pass that saved them still works. Nothing is looked at or written under
+    ``torch.compile``, ``torch.jit.trace``, a function transform or CUDA graph capture, nor in tensors without data.
+
+    Args:
+        pairs: tensor and its mask: equal shapes and devices, bool, True = kept.
+
+    Cost: 0 FLOPs, 5 bytes read per float32 entry; one wait for each device that is not the CPU.
+    """
+    if torch.compiler.is_compiling() or kernels.traced():
+        return
+    if torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
+        return
+    with torch.no_grad():
+        looks: list[tuple[Tensor, Tensor, bool | Tensor]] = []
+        for tensor, mask in pairs:
+            if not _readable(tensor):
+                continue
+            clean = kernels.reads_clean(tensor, mask)
+            # not yet a bool: all looks are on their way to the device before the first is waited for
+            looks.append((tensor, mask, torch.where(mask, 0, tensor).any() if clean is None else not clean))
+        for tensor, mask, dirty in looks:
+            if dirty:
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(torch.where(mask, tensor, 0))
+
+
+def _readable(tensor: Tensor) -> bool:
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (capturing or tensor.is_meta or isinstance(tensor, FakeTensor) or kernels.transformed(tensor))
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, op: str) -> None:
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -180,11 +217,16 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, op: str
         )
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return the count of in-place writes to a tensor; 0 for inference tensors, which keep none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 _packs: dict[int, tuple[weakref.ref, int, Pack]] = {}
 
 
 def _pack_of(mask: Tensor) -> Pack:
-    key, version = id(mask), 0 if mask.is_inference() else mask._version
+    key, version = id(mask), version_of(mask)
     if (found := _packs.get(key)) and found[0]() is mask and found[1] == version:
         return found[2]
     # the Pack must not hold the key itself, or the mask would live for good

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,8 +163,8 @@ def paper(deviations: Mapping[str, Tensor], threshold: float = 0.3) -> MaskSet:
 
     Source: Internò et al., arXiv:2405.10271.
     """
-    if not 0 <= threshold < 1:
-        raise ValueError(f"paper: threshold is {threshold}, wanted a share in [0, 1); 0.3 prunes 30 % of all entries")
+    if not isinstance(threshold, Real) or not 0 <= threshold < 1:
+        raise ValueError(f"paper: threshold is {threshold!r}, wanted a share in [0, 1); 0.3 prunes 30 % of all entries")
     _finite(deviations)
     scaled = {}
     for name, tensor in deviations.items():
@@ -178,12 +180,24 @@ def paper(deviations: Mapping[str, Tensor], threshold: float = 0.3) -> MaskSet:
     )
 
 
-def _share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"prune: {name} is {value}, wanted the kept share, above 0 and at most 1 (1 keeps all)")
+def _share(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ValueError(f"prune: {name} is {value!r}, wanted the kept share, above 0 and at most 1 (1 keeps all)")
+
+
+def _mapping(scores: Any) -> None:
+    if not isinstance(scores, Mapping):
+        raise ValueError(
+            f"prune: scores are a {type(scores).__name__}, wanted a mapping from weight name to float tensor, such "
+            "as {name: w.abs() for name, w in prune.weights(model).items()}"
+        )
+    for name, tensor in scores.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"prune: scores of {name!r} are a {type(tensor).__name__}, wanted a tensor of numbers")
 
 
 def _finite(scores: Mapping[str, Tensor]) -> None:
+    _mapping(scores)
     for name, tensor in scores.items():
         if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -204,6 +218,7 @@ def _weights(model: nn.Module, what: str) -> dict[str, Tensor]:
 
 
 def _checked(covered: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    _mapping(scores)
     for name, weight in covered.items():
         if name not in scores:
             raise ValueError(
@@ -223,7 +238,8 @@ def _checked(covered: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dic
 def _check_block(block: tuple[int, int] | None, covered: Mapping[str, Tensor]) -> None:
     if block is None:
         return
-    if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+    pair = isinstance(block, (tuple, list)) and len(block) == 2
+    if not pair or not all(isinstance(n, int) and n > 0 for n in block):
         raise ValueError(f"hybrid: block is {block!r}, wanted two positive counts (rows, columns), such as (16, 1)")
     sizes = [(len(w), w[0].numel()) for w in covered.values()]
     if not any(block[0] <= rows and block[1] <= columns for rows, columns in sizes):
@@ -243,8 +259,8 @@ def _protected(covered: Mapping[str, Tensor], protect: Iterable[str]) -> set[str
 
 def _steps(model: nn.Module, groups: Groups, round_to: int | None) -> dict[str, int]:
     """Return layer -> the multiple its kept channels are rounded to."""
-    if round_to is not None and round_to < 1:
-        raise ValueError(f"hybrid: round_to is {round_to}, wanted a count of channels, at least 1 (1 does not round)")
+    if round_to is not None and not (isinstance(round_to, int) and round_to >= 1):
+        raise ValueError(f"hybrid: round_to is {round_to!r}, wanted a count of channels, at least 1 (1 does not round)")
     modules = dict(model.named_modules())
     steps = {}
     for layer, units in groups.by_layer().items():

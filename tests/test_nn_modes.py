@@ -1,0 +1,64 @@
+"""Sparse models between forward and backward, in inference mode, under a tracer, and with parts exchanged."""
+
+import copy
+
+import pytest
+import torch
+from test_nn_layers import net, random_masks
+from torch import nn
+
+from autoflip import nn as sparse
+
+
+def test_clean_parameters_are_not_written():
+    model = net()
+    sparse.sparsify(model, random_masks(model))
+    versions = [p._version for p in model.parameters()]
+    x = torch.randn(5, 1, 8, 8)
+    loss = model(x).sum() + model(x).sum()
+    model.state_dict()
+    assert [p._version for p in model.parameters()] == versions
+    loss.backward()  # raises if what the graph saved was written
+
+
+def test_replaced_head_and_new_layer_mask_are_respected():
+    model = net()
+    sparse.sparsify(model, random_masks(model))
+    mask = torch.zeros(64, 288, dtype=torch.bool)
+    model.fc.set_mask(mask)
+    model.norm = nn.BatchNorm2d(8)
+    x = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        model.fc.weight += 1
+    model(x)
+    assert not model.fc.weight.any()
+    only_fc = sparse.sparsify(net(), {"fc.weight": mask})
+    only_fc.fc = nn.Linear(288, 64)
+    only_fc(x)
+    assert only_fc.fc.weight.all()
+    sparse.densify(model.fc)  # a part of the model
+    model(x)
+    assert type(model.fc) is nn.Linear
+
+
+@pytest.mark.parametrize("born_inside", [False, True])
+def test_inference_mode_at_the_start_does_not_matter_later(born_inside):
+    x = torch.randn(5, 1, 8, 8)
+    model = net()
+    with torch.inference_mode():
+        if born_inside:
+            model = net()
+        sparse.sparsify(model, random_masks(model))
+        y = model.eval()(x)
+        copy.deepcopy(model)(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+    if not born_inside:  # torch trains no parameter that was made in inference mode
+        model.bfloat16()(x.bfloat16()).sum().backward()
+
+
+def test_traced_model_passes_torchs_own_check():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8))
+    sparse.sparsify(model, random_masks(model))
+    x = torch.randn(5, 1, 8, 8)
+    torch.testing.assert_close(torch.jit.trace(model, torch.randn(2, 1, 8, 8))(x), model(x))
