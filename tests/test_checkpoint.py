@@ -21,8 +21,8 @@ def _state():
 def test_round_trip(tmp_path):
     state = _state()
     dense = ServerState({"w": torch.ones(2)})
-    checkpoint.save(tmp_path, {"autoflip": state, "fedavg": dense}, 11)
-    states, records = checkpoint.load(tmp_path)
+    checkpoint.save(tmp_path, {"autoflip": state, "fedavg": dense}, 11, "c")
+    states, records = checkpoint.load(tmp_path, "c")
     assert records == 11
     back = states["autoflip"]
     assert (back.round, back.held, back.masks) == (5, state.held, state.masks)
@@ -38,16 +38,19 @@ def test_round_trip(tmp_path):
 
 
 def test_any_damage_is_refused(tmp_path):
-    checkpoint.save(tmp_path, {"autoflip": _state()}, 0)
+    checkpoint.save(tmp_path, {"autoflip": _state()}, 0, "c")
     path = tmp_path / checkpoint.NAME
     good = path.read_bytes()
     for bad in (b"", good[:20], good[:-1], good + b"x", good[:60] + bytes([good[60] ^ 1]) + good[61:], b"Z" + good[1:]):
         path.write_bytes(bad)
         with pytest.raises(checkpoint.CheckpointError, match="damaged"):
-            checkpoint.load(tmp_path)
+            checkpoint.load(tmp_path, "c")
+    path.write_bytes(good)
+    with pytest.raises(checkpoint.CheckpointError, match="not the configuration"):
+        checkpoint.load(tmp_path, "d")
     path.unlink()
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, "c")
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):

@@ -63,6 +63,12 @@ def test_a_configuration_built_by_hand_is_checked_too():
         fed.run(dataclasses.replace(config, fed=dataclasses.replace(config.fed, rounds=0)))
 
 
+@pytest.mark.parametrize("spelling", ["FEMNIST", "Fashion_MNIST", "cifar-10"])
+def test_presets_do_not_hang_on_how_a_data_set_is_spelt(spelling):
+    plain = {"FEMNIST": "femnist", "Fashion_MNIST": "fashion-mnist", "cifar-10": "cifar10"}[spelling]
+    assert fed.Config.load(overrides=[f"data.name={spelling}"]) == fed.Config.load(overrides=[f"data.name={plain}"])
+
+
 def test_broken_files_are_named(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("[fed\n")

@@ -169,6 +169,6 @@ def test_wrong_specs(own, spec, message):
         own(spec)
 
 
-def test_an_import_error_inside_the_users_module_stays_itself(own):
-    with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
+def test_an_import_error_inside_the_users_module_is_named(own):
+    with pytest.raises(ValueError, match="importing 'own_broken' failed: ModuleNotFoundError.*surely_not_installed"):
         own("own_broken:plain")

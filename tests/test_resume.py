@@ -101,6 +101,32 @@ def test_records_beyond_the_checkpoint_are_run_again(uninterrupted, tmp_path):
     assert _figures(tmp_path / "run") == _figures(uninterrupted)
 
 
+def test_another_configuration_is_refused_but_data_may_move(uninterrupted, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fed.run(fed.Config.load(overrides=SETTINGS), out=tmp_path / "run", sinks=[_stop_at(3)])
+    path = tmp_path / "run" / "config.toml"
+    text = path.read_text()
+    path.write_text(text.replace("lr = 0.1", "lr = 0.2"))
+    with pytest.raises(checkpoint.CheckpointError, match="not the configuration"):
+        fed.resume(tmp_path / "run")
+    path.write_text(text.replace('root = ""', 'root = "/elsewhere"'))
+    fed.resume(tmp_path / "run")
+    assert _figures(tmp_path / "run") == _figures(uninterrupted)
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_start_afresh(tmp_path, monkeypatch):
+    def crash(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "save", crash)
+        with pytest.raises(OSError, match="disk full"):
+            fed.run(fed.Config.load(overrides=SETTINGS), out=tmp_path / "run")
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
+        fed.resume(tmp_path / "run")
+    fed.run(fed.Config.load(overrides=[*SETTINGS, "fed.rounds=1"]), out=tmp_path / "run")
+
+
 def _stop_at(count):
     seen = []
 

@@ -96,7 +96,7 @@ def run(
 
     options = overrides_of(
         data__name=dataset,
-        data__root=data_root,
+        data__root=data_root and data_root.expanduser().resolve(),
         model__name=model,
         fed__method=method,
         fed__against=against,
@@ -152,7 +152,12 @@ def compare(
     """
     from autoflip.cli.compare import run_all
 
-    options = overrides_of(data__name=dataset, data__root=data_root, model__name=model, fed__rounds=rounds)
+    options = overrides_of(
+        data__name=dataset,
+        data__root=data_root and data_root.expanduser().resolve(),
+        model__name=model,
+        fed__rounds=rounds,
+    )
     with stoppable("the same command goes on from here"):
         run_all(config, options + (set_ or []), methods, seeds, out, quiet)
 

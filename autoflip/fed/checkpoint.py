@@ -36,12 +36,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(scratch, path)
 
 
-def save(folder: Path, states: Mapping[str, ServerState], records: int) -> None:
-    """Write the states of all methods, and how many records had been written by then."""
+def save(folder: Path, states: Mapping[str, ServerState], records: int, config: str) -> None:
+    """Write the states of all methods, how many records had been written by then, and the config's fingerprint."""
     from safetensors.torch import save as to_bytes
 
     tensors: dict[str, Tensor] = {}
-    about: dict[str, object] = {"records": records, "methods": {}}
+    about: dict[str, object] = {"records": records, "config": config, "methods": {}}
     for method, state in states.items():
         _put(tensors, f"{method}/params/", state.params)
         if state.guidance is not None:
@@ -65,11 +65,11 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int) -> None:
     write_atomically(folder / NAME, _MAGIC + hashlib.sha256(body).digest() + body)
 
 
-def load(folder: Path) -> tuple[dict[str, ServerState], int]:
+def load(folder: Path, config: str) -> tuple[dict[str, ServerState], int]:
     """Read what :func:`save` wrote: (states, number of records).
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or it was made under another configuration.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
@@ -85,8 +85,15 @@ def load(folder: Path) -> tuple[dict[str, ServerState], int]:
     try:
         tensors = from_bytes(data[head:])
         about = _metadata(data[head:])
+        if about["config"] != config:
+            raise CheckpointError(
+                f"{folder / 'config.toml'} is not the configuration that {path.name} was made under; "
+                "put the old one back, or start a new run"
+            )
         states = {method: _state(tensors, method, entry) for method, entry in about["methods"].items()}
         return states, int(about["records"])
+    except CheckpointError:
+        raise
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} is not one of this version ({error}); start the run again") from error
 

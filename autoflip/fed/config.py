@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +20,7 @@ else:
 
 from autoflip.explore import SIGNALS
 from autoflip.fed import presets
+from autoflip.fed.data import canonical
 
 __all__ = ["Config", "ConfigError"]
 
@@ -203,7 +206,11 @@ class Config:
                     near = _nearest(f"{section}.{key}", [f"{s}.{k}" for s, k in _keys(cls)])
                     raise ConfigError(f"unknown config key '{section}.{key}'{near}")
         name = given.get("data", {}).get("name", Data.name)
-        preset = presets.PRESETS.get(name, {}) if isinstance(name, str) else {}
+        preset = {}
+        if isinstance(name, str):  # a preset must not hang on how the name is spelt
+            name = canonical(name)
+            given = {**given, "data": {**given.get("data", {}), "name": name}}
+            preset = presets.PRESETS.get(name, {})
         built = {}
         for section, kind in sections.items():
             merged = {**preset.get(section, {}), **given.get(section, {})}
@@ -244,6 +251,12 @@ class Config:
         nested = dataclasses.asdict(self)
         nested["prune"]["block"] = list(self.prune.block)
         return nested
+
+    def fingerprint(self) -> str:
+        """Return 32 hex digits that change with every value but ``data.root``, where the data happens to lie."""
+        told = self.as_dict()
+        del told["data"]["root"]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
     def to_toml(self) -> str:
         """Return TOML text that :meth:`load` reads back to an equal configuration."""

@@ -94,11 +94,16 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:
     key = _KEYS.get(_key(name))
     if key is None:
         near = difflib.get_close_matches(_key(name), _KEYS, n=1, cutoff=0.4)
-        hint = f"; did you mean {_KEYS[near[0]]!r}?" if near else ""
+        hint = f"; did you mean {_KEYS[near[0]]!r}?" if near else "."
         raise ValueError(
             f"data: there is no data set {name!r}{hint} Known: {', '.join(NAMES)}, and idx:PREFIX for other IDX files."
         )
     return _digits() if key == "digits" else _LOADERS[key](_root(key, root))
+
+
+def canonical(name: str) -> str:
+    """Return how :data:`NAMES` spells ``name`` (case and dashes do not matter); unknown names as they are."""
+    return _KEYS.get(_key(name), name)
 
 
 def _key(name: str) -> str:

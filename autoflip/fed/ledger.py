@@ -45,7 +45,7 @@ class Record:
         client_seconds: decode, build, train, encode, summed over clients.
         server_seconds: encode, decode, aggregate, prune.
         eval_seconds: test-set evaluation, in no other sum.
-        density: kept share of the weights that may be pruned, 0 to 1, as the round's clients trained.
+        density: kept share of the weights after the round, 0 to 1: of the parameters that ``accuracy`` is of.
         channels: kept share of output channels and neurons.
         layers: density per weight tensor.
         clients: who took part.
@@ -75,7 +75,10 @@ class Record:
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> Record:
-        """Read what :meth:`as_dict` wrote."""
+        """Read what :meth:`as_dict` wrote; raises ValueError where a figure is no number."""
+        for name in ("accuracy", "flops", "bytes_up", "bytes_down", "seconds"):
+            if not isinstance(line[name], (int, float)):
+                raise ValueError(f"{name} is {line[name]!r}, wanted a number")
         return cls(**{**line, "clients": tuple(ClientRecord(**c) for c in line["clients"])})
 
 
@@ -86,9 +89,9 @@ def read_records(path: Path) -> list[Record]:
         ValueError: a line is damaged; the message gives its number.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            records.append(Record.from_dict(json.loads(line)))
+            records.append(Record.from_dict(json.loads(line.decode("utf-8"))))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: not a round record ({error})") from error
     return records

@@ -83,15 +83,16 @@ def run(config: Config | None = None, *, out: str | Path | None = None, sinks: I
     config = config or Config.load()
     config.check()
     folder = Path(out) if out is not None else None
-    if folder is not None:
-        if (folder / "records.jsonl").exists():
-            raise ValueError(f"{folder} already holds a run; continue it by `autoflip resume`, or name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None and (folder / "records.jsonl").exists():
+        raise ValueError(
+            f"{folder} already holds a run; continue it by `autoflip resume`, remove it, or name another folder"
+        )
     job = _Job(config)
     if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomically(folder / "config.toml", config.to_toml().encode())
-        (folder / "records.jsonl").touch()
-        checkpoint.save(folder, job.states, 0)
+        checkpoint.save(folder, job.states, 0, config.fingerprint())
+        (folder / "records.jsonl").touch()  # last: only a folder that can be resumed holds a run
     return job.finish(folder, [], list(sinks))
 
 
@@ -107,7 +108,7 @@ def resume(run_dir: str | Path, *, sinks: Iterable[Sink] = ()) -> Result:
     if not (folder / "config.toml").exists():
         raise ValueError(f"{folder} holds no run (there is no config.toml); wanted a folder that `autoflip run` made")
     config = Config.load(folder / "config.toml")
-    states, count = checkpoint.load(folder)
+    states, count = checkpoint.load(folder, config.fingerprint())
     path = folder / "records.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     if len(lines) < count:
@@ -124,12 +125,28 @@ def resume(run_dir: str | Path, *, sinks: Iterable[Sink] = ()) -> Result:
     return job.finish(folder, records, everything)
 
 
-def _warm_up(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Take one step on a copy: what torch loads at its first step belongs to no method's seconds."""
-    generator = torch.Generator().manual_seed(0)
+def _warm_up(model: nn.Module, name: str, dataset: data.Dataset) -> None:
+    """Take one step on a copy: what torch loads at its first step belongs to no method's seconds.
+
+    A model that cannot take that step is a mistake to name before any client is asked.
+    """
+    x, y = dataset.train.x[:2], dataset.train.y[:2]
+    twin = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
-        twin = copy.deepcopy(model)
-        local_steps(twin, x, y, F.cross_entropy, epochs=1, batch_size=2, lr=1e-3, generator=generator)
+        try:
+            shape = tuple(twin.eval()(x).shape)
+            if shape != (2, dataset.num_classes):
+                raise ValueError(f"its output for two samples has shape {shape}, wanted {(2, dataset.num_classes)}")
+            generator = torch.Generator().manual_seed(0)
+            local_steps(twin, x, y, F.cross_entropy, epochs=1, batch_size=2, lr=1e-3, generator=generator)
+        except Exception as error:
+            raise ValueError(
+                f"model {name!r} cannot take a training step on {dataset.name}, whose samples are {tuple(x.shape[1:])} "
+                f"{x.dtype}: {error}"
+            ) from error
+        names = [n for n, _ in twin.named_parameters(remove_duplicate=False)]
+        if len(names) != len(list(twin.parameters())):
+            raise ValueError(f"model {name!r} ties parameters ({len(names)} names share fewer); untie them first")
         codec.encode(twin.state_dict(), values="int8")
 
 
@@ -151,6 +168,7 @@ class _Job:
             samples_per_client=config.data.samples_per_client or None,
         )
         name = config.model.name if config.model.name != "auto" else models.default_for(self.dataset.name)
+        self.model_name = name
         seed = derive(config.fed.seed, "model")
         self.blank = models.build(
             name, input_shape=self.dataset.input_shape, num_classes=self.dataset.num_classes, seed=seed
@@ -162,7 +180,7 @@ class _Job:
             for s in self.states.values()
         ):
             raise checkpoint.CheckpointError("the checkpoint is of other methods or another model than config.toml")
-        _warm_up(self.blank, self.dataset.train.x[:2], self.dataset.train.y[:2])
+        _warm_up(self.blank, name, self.dataset)
         self.servers = {method: self._server(method, start, parts) for method in self.methods}
 
     def _server(self, method: str, start: dict[str, Tensor], parts: list[Tensor]) -> Server:
@@ -198,7 +216,7 @@ class _Job:
                 if folder is not None:
                     with (folder / "records.jsonl").open("a", encoding="utf-8") as file:
                         file.write(json.dumps(record.as_dict()) + "\n")
-                    checkpoint.save(folder, self.states, len(records))
+                    checkpoint.save(folder, self.states, len(records), self.config.fingerprint())
                 for sink in sinks:
                     sink(record)
         config, method = self.config, self.config.fed.method
@@ -206,7 +224,7 @@ class _Job:
         about = {
             "dataset": self.dataset.name,
             "partition": config.data.partition,
-            "model": config.model.name,
+            "model": self.model_name,
             "parameters": sum(p.numel() for p in self.blank.parameters()),
             "seed": config.fed.seed,
             "rounds": config.fed.rounds,

@@ -239,7 +239,10 @@ def build(name: str, *, input_shape: Shape, num_classes: int, seed: int = 0, **o
     with torch.random.fork_rng(devices=[]):
         # the default generator alone: torch.manual_seed would seed the GPUs' too
         torch.default_generator.manual_seed(seed)
-        model = make()
+        try:
+            model = make()
+        except Exception as error:
+            raise ValueError(f"models: making {name!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"models: {name} returned {type(model).__name__}; wanted a torch.nn.Module")
     return model
@@ -256,13 +259,14 @@ def _imported(spec: str, input_shape: Shape, num_classes: int, options: dict[str
         sys.path.append(here)
     try:
         found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise  # the module is there; something that it imports is not
-        raise ValueError(
-            f"models: {spec!r}: there is no module {error.name!r}; wanted one that can be imported from here ({here}) "
-            "or is installed"
-        ) from error
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and (module_name == missing or module_name.startswith(missing + ".")):
+            raise ValueError(
+                f"models: {spec!r}: there is no module {missing!r}; wanted one that can be imported from here ({here}) "
+                "or is installed"
+            ) from error
+        raise ValueError(f"models: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
     finally:
         if added:
             sys.path.remove(here)

@@ -90,7 +90,7 @@ class Server:
             client_seconds=client_seconds,
             server_seconds=server_seconds,
             eval_seconds=time.perf_counter() - start,
-            **self._kept(state.masks),
+            **self._kept(after.masks),
             clients=tuple(clients),
         )
         return after, record

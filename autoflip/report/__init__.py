@@ -27,7 +27,7 @@ def write(run_dir: str | os.PathLike[str]) -> Path:
     run = load_run(run_dir)
     try:
         text = render(run)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"report: {run.folder} lacks something that a run writes ({type(error).__name__}: {error}); "
             "were summary.json or records.jsonl edited?"

@@ -126,7 +126,7 @@ def compare_table(content: Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("")
+    grid.add_column("", no_wrap=True)
     columns = [column for column in _COLUMNS if column[0] not in ("best_accuracy", "bytes_up", "bytes_down")]
     for _, heading, _ in columns:
         grid.add_column(heading, justify="right")

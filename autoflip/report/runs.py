@@ -155,7 +155,10 @@ def rows_of(summary: Mapping[str, Any]) -> Iterator[Row]:
             ("seconds", "Seconds", "seconds"),
             ("round", "Round", "count"),
         ):
-            yield Row(f"to_target.{key}", f"{label} to target", kind, mine.get(key), theirs.get(key), shares.get(key))
+            counted = ", from 0" if key == "round" else ""
+            yield Row(
+                f"to_target.{key}", f"{label} to target{counted}", kind, mine.get(key), theirs.get(key), shares.get(key)
+            )
     both = [side["bytes_up"]["total"] + side["bytes_down"]["total"] if side else None for side in (method, against)]
     for key, label, kind in (
         ("flops", "FLOPs", "flops"),
