@@ -14,7 +14,7 @@ def _state():
     old, new = (MaskSet({"a.weight": torch.rand(4, 3, generator=g) < share}) for share in (0.8, 0.4))
     views = [make_view(params, old, torch.bfloat16), make_view(params, None, torch.bfloat16)]
     return ServerState(
-        params, new, 5, {v.id: v for v in views}, {0: views[0].id, 7: views[1].id}, Guidance(params, params)
+        params, new, 5, {v.id: v for v in views}, {0: views[0].id, 7: views[1].id}, Guidance(params, params, params)
     )
 
 
@@ -31,7 +31,7 @@ def test_round_trip(tmp_path):
         assert back.views[name].masks == view.masks
         for key, tensor in view.params.items():
             assert torch.equal(back.views[name].params[key], tensor)
-    for part in (back.params, back.guidance.importance, back.guidance.agreement):
+    for part in (back.params, back.guidance.importance, back.guidance.agreement, back.guidance.weights):
         assert all(torch.equal(part[key], tensor) for key, tensor in state.params.items())
     assert states["fedavg"].masks is None
     assert states["fedavg"].guidance is None

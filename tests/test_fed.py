@@ -9,11 +9,14 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoflip import codec, fed, meter, nn, prune
+from autoflip import MaskSet, codec, fed, meter, nn, prune
+from autoflip.explore import Sums
 from autoflip.fed import models
 from autoflip.fed.client import Client
 from autoflip.fed.loop import _Job
 from autoflip.fed.message import Message
+from autoflip.fed.state import Guidance, ServerState
+from autoflip.fed.strategies import METHODS
 from autoflip.fed.transport import InProcess
 
 SMALL = ["fed.rounds=4", "fed.clients=4", "fed.fraction=0.5", "train.epochs=1", "data.samples_per_client=40"]
@@ -243,6 +246,21 @@ def test_a_schedule_walks_down_to_the_density():
     assert all(a >= b - 1e-9 for a, b in zip(densities, densities[1:]))
     assert len(set(densities)) >= 4
     assert densities[-1] == pytest.approx(0.1, rel=0.03)
+
+
+def test_a_cut_weight_returns_when_it_is_worth_more_than_a_kept_one():
+    config = _config("prune.channels=1", "prune.density=0.5", "prune.until=4", "prune.every=1", "explore.agreement=1")
+    strategy = METHODS["autoflip"](config, torch.nn.Linear(4, 2))
+    ones = {"weight": torch.ones(2, 4), "bias": torch.ones(2)}
+    mask = MaskSet({"weight": torch.tensor([[True, True, False, False]] * 2)})
+    params = {"weight": torch.tensor([[1e-3, 5.0, 0, 0]] * 2), "bias": torch.ones(2)}
+    before = {"weight": torch.tensor([[4.0, 5.0, 3.0, 0.1]] * 2), "bias": torch.ones(2)}  # when last held
+    state = ServerState(params, mask, 3, guidance=Guidance(ones, ones, before))
+    sums = Sums({k: torch.zeros_like(v) for k, v in params.items()})
+    sums.add({"weight": mask["weight"].float(), "bias": torch.ones(2)}, 1.0)
+    guidance = strategy.guidance(state, params, sums)
+    kept = strategy.masks(ServerState(params, mask, 3, guidance=guidance))
+    assert kept["weight"].tolist() == [[False, True, True, False]] * 2
 
 
 def test_batch_norm_travels_and_trains():

@@ -47,6 +47,7 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int, config: 
         if state.guidance is not None:
             _put(tensors, f"{method}/importance/", state.guidance.importance)
             _put(tensors, f"{method}/agreement/", state.guidance.agreement)
+            _put(tensors, f"{method}/weights/", state.guidance.weights)
         masks = {view.masks.fingerprint(): view.masks for view in state.views.values() if view.masks is not None}
         if state.masks is not None:
             masks[state.masks.fingerprint()] = state.masks
@@ -127,7 +128,7 @@ def _state(tensors: Mapping[str, Tensor], method: str, entry: dict) -> ServerSta
         round=int(entry["round"]),
         views=views,
         held={int(client): bytes.fromhex(name) for client, name in entry["held"].items()},
-        guidance=Guidance(_take(tensors, f"{method}/importance/"), _take(tensors, f"{method}/agreement/"))
+        guidance=Guidance(*(_take(tensors, f"{method}/{part}/") for part in ("importance", "agreement", "weights")))
         if entry["guidance"]
         else None,
     )

@@ -192,7 +192,7 @@ class _Round:
         state, strategy = self.state, self.server.strategy
         mean = self.aggregator.mean()
         params = {name: value + mean[name] for name, value in state.params.items()}
-        guidance = strategy.guidance(state, self.sums) if self.sums is not None else state.guidance
+        guidance = strategy.guidance(state, params, self.sums) if self.sums is not None else state.guidance
         masks = strategy.masks(ServerState(params, state.masks, state.round, guidance=guidance))
         if masks is not None and masks is not state.masks:
             params = strategy.settle(params, masks)

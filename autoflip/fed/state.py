@@ -38,10 +38,13 @@ class Guidance:
     Attributes:
         importance: name -> ``S2 / n`` (or the Gauss-Newton diagonal, when explorers upload it).
         agreement: name -> ``S1^2 / (n S2)`` in [0, 1], refreshed from ordinary training deltas.
+        weights: name -> each weight as it was when it was last held, so that a cut one may be found worth more than
+            a kept one and return (at zero).
     """
 
     importance: Params
     agreement: Params
+    weights: Params
 
 
 @dataclass(frozen=True)

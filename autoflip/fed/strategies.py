@@ -7,7 +7,7 @@ masked inside, int8 deltas). ``autoflip-paper``: that paper's own rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ class Strategy:
         """Whether this round's updates also feed the guidance (sums of squares, at no extra bytes)."""
         return False
 
-    def guidance(self, state: ServerState, sums: Sums) -> Guidance | None:
-        """Return the guidance after a round whose updates are in ``sums``."""
+    def guidance(self, state: ServerState, params: Mapping[str, Tensor], sums: Sums) -> Guidance | None:
+        """Return the guidance after a round from ``state`` to ``params`` whose updates are in ``sums``."""
         return state.guidance
 
     def prunes_again(self, state: ServerState) -> bool:
@@ -88,7 +88,7 @@ class AutoFlip(Strategy):
         """Until the schedule has reached its end."""
         return state.round < self.config.prune.until
 
-    def guidance(self, state: ServerState, sums: Sums) -> Guidance | None:
+    def guidance(self, state: ServerState, params: Mapping[str, Tensor], sums: Sums) -> Guidance | None:
         """The exploration's importance, and an agreement that follows the clients' later updates.
 
         A later round is one more voice of half the weight; what it did not train keeps its agreement.
@@ -99,14 +99,17 @@ class AutoFlip(Strategy):
             return Guidance(
                 {name: source[name] / sums.weight for name in self._weights},
                 {name: found.agreement[name] for name in self._weights},
+                {name: params[name] for name in self._weights},
             )
         if state.guidance is None:
             return None
-        agreement = {}
+        agreement, weights = {}, {}
         for name, old in state.guidance.agreement.items():
             trained = found.deviation[name] > 0
             agreement[name] = torch.where(trained, (old + found.agreement[name]) / 2, old)
-        return Guidance(state.guidance.importance, agreement)
+            held = state.masks[name] if state.masks is not None and name in state.masks else torch.tensor(True)
+            weights[name] = torch.where(held, params[name], state.guidance.weights[name])
+        return Guidance(state.guidance.importance, agreement, weights)
 
     def target_density(self, round_number: int) -> float:
         """Return the density after a round: falls from 1 to its target along a cubic (Zhu and Gupta 2017)."""
@@ -122,7 +125,7 @@ class AutoFlip(Strategy):
             return state.masks
         return prune.hybrid(
             self.model,
-            {name: self._score(name, state.params[name], state.guidance) for name in self._weights},
+            {name: self._score(name, state.guidance) for name in self._weights},
             density=self.target_density(state.round),
             channels=cfg.channels,
             block=(cfg.block[0], cfg.block[1]) if cfg.block else None,
@@ -142,7 +145,8 @@ class AutoFlip(Strategy):
                 settled[name] = settled[name] * min(most, float(params[name].norm()) / norm)
         return settled
 
-    def _score(self, name: str, weight: Tensor, guidance: Guidance) -> Tensor:
+    def _score(self, name: str, guidance: Guidance) -> Tensor:
+        weight = guidance.weights[name]
         signal, exponent = self.config.explore.signal, self.config.explore.agreement
         score = torch.ones_like(weight) if signal == "deviation" else weight**2
         if signal != "magnitude":
