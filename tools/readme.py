@@ -35,7 +35,7 @@ def _case(name: str, content: dict) -> list[str]:
         f"| **{NAMES[name]}** | dense FedAvg | AutoFLIP | |",
         f"| final accuracy | {100 * dense['final_accuracy']:.2f} % | {100 * ours['final_accuracy']:.2f} % "
         f"| {gap:+.2f} ± {stderr:.2f} points |",
-        row("client FLOPs", "flops", 1e12, "TFLOP", f"**{ratio['flops']:.2f}x**"),
+        row("client FLOPs", "flops", 1e9, "GFLOP", f"**{ratio['flops']:.2f}x**"),
         row("bytes, up + down", "bytes", 1e6, "MB", f"**{ratio['bytes']:.3f}x**"),
         row("seconds", "seconds", 1, "s", f"**{ratio['seconds']:.2f}x**"),
         f"| to FedAvg's final accuracy | 1x | {reach} | |",
