@@ -82,7 +82,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_every_method_that_the_configuration_names_exists():
-    from autoflip.fed.config import METHOD_NAMES
+    from autoflip.fed.sections import METHOD_NAMES
     from autoflip.fed.strategies import METHODS
 
     assert set(METHOD_NAMES) == set(METHODS)

@@ -6,6 +6,7 @@ Known kinds: Linear (also on sequences), Conv1d/Conv2d, Embedding, and the affin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from autoflip import ops
 
 
-class Layer:
+class Layer(ABC):
     """One run of one layer: what it read, where its output stands in the graph, and its squares so far.
 
     Args:
@@ -74,9 +75,9 @@ class Layer:
         own = self.params
         return {name: value.reshape(own[name].shape) for name, value in sums.items() if name in own}
 
+    @abstractmethod
     def squares(self, d: Tensor) -> dict[str, Tensor]:
         """Return sums over factors and samples of squared gradients for ``d (Q, *output shape)``."""
-        raise NotImplementedError
 
 
 class _Linear(Layer):

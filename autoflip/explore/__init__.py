@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from autoflip import curvature as _curvature
 from autoflip import meter
-from autoflip.explore.guidance import SIGNALS, Scores, Sums
+from autoflip.explore.guidance import SIGNALS, Scores, Sums, rank
 from autoflip.explore.local import LossFn, local_steps
 
-__all__ = ["SIGNALS", "Scores", "Scout", "Sums", "curvature_diagonal", "guide", "local_steps", "scout"]
+__all__ = ["SIGNALS", "Scores", "Scout", "Sums", "curvature_diagonal", "guide", "local_steps", "rank", "scout"]
 
 
 @dataclass(frozen=True)

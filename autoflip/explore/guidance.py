@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["SIGNALS", "Scores", "Sums"]
+__all__ = ["SIGNALS", "Scores", "Sums", "rank"]
 
 SIGNALS = {
     "deviation": "S2 / n: the paper's mean squared deviation, without its normalisation",
@@ -15,6 +15,19 @@ SIGNALS = {
     "curvature": "w^2 h at the explored weights w: Gauss-Newton diagonal h, one more upload per explorer (OBD)",
     "magnitude": "w^2 at the explored weights w",
 }
+
+
+def rank(signal: str, weight: Tensor, importance: Tensor) -> Tensor:
+    """Return what a signal ranks each weight by.
+
+    Args:
+        signal: one of :data:`SIGNALS`.
+        weight: the explored weights.
+        importance: ``S2 / n``, or the Gauss-Newton diagonal for "curvature".
+    """
+    if signal == "deviation":
+        return importance
+    return weight**2 if signal == "magnitude" else weight**2 * importance
 
 
 class Scores(Mapping[str, Tensor]):
@@ -117,12 +130,8 @@ class Sums:
         ranking = {}
         for name, start in self.start.items():
             explored = start + self.first[name] / self.weight
-            if signal == "deviation":
-                ranking[name] = deviation[name]
-            elif signal == "fisher":
-                ranking[name] = explored**2 * deviation[name]
-            elif signal == "magnitude":
-                ranking[name] = explored**2
+            if signal != "curvature":
+                ranking[name] = rank(signal, explored, deviation[name])
             elif self.curved is not None and name in self.curved:
-                ranking[name] = explored**2 * self.curved[name] / self.weight
+                ranking[name] = rank(signal, explored, self.curved[name] / self.weight)
         return Scores(ranking, deviation, agreement, signal)

@@ -1,4 +1,6 @@
-"""Data sets as tensors, read from files that lie on this machine; nothing is downloaded, nothing is unpickled.
+"""Data sets as tensors, read from files that lie on this machine.
+
+Nothing is downloaded, and CIFAR's pickles are read without running what they ask for.
 
 Folders under the root are those of torchvision and LEAF::
 
@@ -18,7 +20,6 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from autoflip.fed import readers
+from autoflip.fed.dataset import Dataset, Split
 from autoflip.fed.readers import DataError
 
 __all__ = ["NAMES", "VOCABULARY", "DataError", "Dataset", "Split", "load"]
@@ -43,36 +45,6 @@ _MOMENTS = {
     "femnist": ((0.9612,), (0.1657,)),  # of the 8847 training samples in a 5 % LEAF sample
     "digits": ((0.3053,), (0.3760,)),
 }
-
-
-@dataclass(frozen=True)
-class Split:
-    """One side of a data set.
-
-    Args:
-        x: ``(N, ...)`` samples: images ``(N, C, H, W)`` float32 normalised, characters ``(N, 80)`` int64, or
-            HAR windows ``(N, 9, 128)`` float32.
-        y: ``(N,)`` int64, class of each sample.
-        group: ``(N,)`` int64, who made each sample (writer, role, subject), or None.
-    """
-
-    x: Tensor
-    y: Tensor
-    group: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set; ``input_shape`` is the shape of one sample, ``num_classes`` the number of labels."""
-
-    name: str
-    train: Split
-    test: Split
-    num_classes: int
-    input_shape: tuple[int, ...]
 
 
 def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset:

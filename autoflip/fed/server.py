@@ -117,7 +117,7 @@ class _Round:
         self.view = make_view(state.params, state.masks, downlink.DTYPES[server.strategy.downlink])
         shapes = {name: t.shape for name, t in state.params.items()}
         self.aggregator = Aggregator(shapes, server.schema)
-        sums = server.strategy.wants_sums(state)
+        sums = server.strategy.may_prune(state)
         self.sums = Sums({name: t.float() for name, t in self.view.params.items()}) if sums else None
         self.holders: set[int] = set()
         self.client_wall = 0.0
@@ -202,4 +202,4 @@ class _Round:
             views[self.view.id] = self.view
             views = {name: view for name, view in views.items() if name in set(held.values())}
         following = ServerState(params, masks, state.round + 1, views, held)
-        return replace(following, guidance=guidance) if strategy.prunes_again(following) else following
+        return replace(following, guidance=guidance) if strategy.may_prune(following) else following

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autoflip import prune
-from autoflip.explore import Sums
+from autoflip.explore import Sums, rank
 from autoflip.fed.config import Config
 from autoflip.fed.state import Guidance, ServerState
 from autoflip.groups import find_groups
@@ -41,16 +41,15 @@ class Strategy:
         self.values = "fp32"
         self.downlink = "fp32"
 
-    def wants_sums(self, state: ServerState) -> bool:
-        """Whether this round's updates also feed the guidance (sums of squares, at no extra bytes)."""
-        return False
-
     def guidance(self, state: ServerState, params: Mapping[str, Tensor], sums: Sums) -> Guidance | None:
         """Return the guidance after a round from ``state`` to ``params`` whose updates are in ``sums``."""
         return state.guidance
 
-    def prunes_again(self, state: ServerState) -> bool:
-        """Whether masks may change after the round that ``state`` is about to run, or a later one."""
+    def may_prune(self, state: ServerState) -> bool:
+        """Whether masks may change after the round that ``state`` is about to run, or a later one.
+
+        While they may, updates also feed the guidance (sums of squares, at no extra bytes).
+        """
         return False
 
     def masks(self, state: ServerState) -> MaskSet | None:
@@ -80,11 +79,7 @@ class AutoFlip(Strategy):
         self._weights = [name for name, _ in model.named_parameters()]
         self._groups = find_groups(model)
 
-    def wants_sums(self, state: ServerState) -> bool:
-        """In the exploration round, and while masks may still change."""
-        return state.round == 0 or self.prunes_again(state)
-
-    def prunes_again(self, state: ServerState) -> bool:
+    def may_prune(self, state: ServerState) -> bool:
         """Until the schedule has reached its end."""
         return state.round < self.config.prune.until
 
@@ -146,11 +141,8 @@ class AutoFlip(Strategy):
         return settled
 
     def _score(self, name: str, guidance: Guidance) -> Tensor:
-        weight = guidance.weights[name]
-        signal, exponent = self.config.explore.signal, self.config.explore.agreement
-        score = torch.ones_like(weight) if signal == "deviation" else weight**2
-        if signal != "magnitude":
-            score = score * guidance.importance[name]
+        score = rank(self.config.explore.signal, guidance.weights[name], guidance.importance[name])
+        exponent = self.config.explore.agreement
         return score * guidance.agreement[name] ** exponent if exponent else score
 
 
@@ -168,7 +160,7 @@ class AutoFlipPaper(AutoFlip):
         """Zero pruned entries and nothing else."""
         return Strategy.settle(self, params, masks)
 
-    def prunes_again(self, state: ServerState) -> bool:
+    def may_prune(self, state: ServerState) -> bool:
         """Never after the exploration round."""
         return state.round == 0
 

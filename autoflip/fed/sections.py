@@ -1,0 +1,130 @@
+"""The sections of a configuration, their defaults, and which values each key accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["CHOICES", "METHOD_NAMES", "RANGES", "Data", "Explore", "Fed", "Model", "Prune", "Train", "Wire"]
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Who takes part, how often, and by which method."""
+
+    method: str = "autoflip"
+    against: str = "fedavg"  # "none": no comparison
+    rounds: int = 40  # exploration round included
+    clients: int = 20
+    fraction: float = 0.25  # share of the clients that a training round calls
+    seed: int = 0
+    threads: int = 1  # 0: torch's own setting
+    quorum: float = 0.5  # a round fails below this share of usable updates
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which data, and how it is cut between the clients."""
+
+    name: str = "digits"
+    root: str = ""  # empty: the environment variable AUTOFLIP_DATA
+    partition: str = "dirichlet"
+    alpha: float = 0.5  # Dirichlet concentration
+    classes: int = 2  # classes per client (pathological)
+    samples_per_client: int = 0  # 0: all
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which network: a name of fed.models, or module:callable."""
+
+    name: str = "auto"
+
+
+@dataclass(frozen=True)
+class Train:
+    """Local SGD."""
+
+    epochs: int = 2
+    batch_size: int = 16
+    lr: float = 0.1
+    lr_decay: float = 1.0  # factor per round
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0  # 0: no clipping of the gradient's norm
+
+
+@dataclass(frozen=True)
+class Explore:
+    """The exploration round."""
+
+    fraction: float = 1.0  # share of the clients that explore
+    epochs: int = 1
+    signal: str = "fisher"  # what ranks a weight, see explore.SIGNALS
+    agreement: float = 0.5  # exponent of the clients' agreement in a weight's score; 0: it does not count
+
+
+@dataclass(frozen=True)
+class Prune:
+    """How much is kept."""
+
+    density: float = 0.15  # kept share of the weights
+    channels: float = 0.5  # kept share of channels and neurons
+    block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
+    until: int = 1  # rounds over which the density falls to its target; 1: at once
+    every: int = 5  # rounds between two mask changes while it falls
+    rescale: float = 3.0  # largest factor that restores a pruned layer's norm; 1: leave the weights alone
+    paper_quantile: float = 0.3  # T_p of method autoflip-paper: the pruned share
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What crosses the link. Applies to pruning methods; fedavg sends fp32 both ways."""
+
+    values: str = "int8"  # uplink: fp32 | bf16 | int8 | int4
+    downlink: str = "bf16"  # bf16 (as XOR against what the client holds) | fp32
+
+
+METHOD_NAMES = ("autoflip", "autoflip-paper", "fedavg")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "data.partition": ("iid", "dirichlet", "pathological", "natural"),
+    "wire.values": ("fp32", "bf16", "int8", "int4"),
+    "wire.downlink": ("fp32", "bf16"),
+}
+
+
+def _range(low: float, high: float, *, open_low: bool = False) -> tuple[Callable[[Any], bool], str]:
+    left = "(" if open_low else "["
+    return (lambda v: (v > low if open_low else v >= low) and v <= high), f"{left}{low:g}, {high:g}]"
+
+
+_SHARE = _range(0, 1, open_low=True)
+_COUNT = _range(1, 10**9)
+RANGES = {
+    "fed.rounds": _COUNT,
+    "fed.clients": _COUNT,
+    "fed.fraction": _SHARE,
+    "fed.seed": _range(0, 2**31 - 1),
+    "fed.threads": _range(0, 1024),
+    "fed.quorum": _range(0, 1),
+    "data.alpha": _range(0, 1e6, open_low=True),
+    "data.classes": _COUNT,
+    "data.samples_per_client": _range(0, 10**9),
+    "train.epochs": _COUNT,
+    "train.batch_size": _COUNT,
+    "train.lr": _range(0, 1e3, open_low=True),
+    "train.lr_decay": _SHARE,
+    "train.momentum": _range(0, 1),
+    "train.weight_decay": _range(0, 1e3),
+    "train.clip_norm": _range(0, 1e9),
+    "explore.fraction": _SHARE,
+    "explore.epochs": _COUNT,
+    "explore.agreement": _range(0, 100),
+    "prune.density": _SHARE,
+    "prune.channels": _SHARE,
+    "prune.until": _COUNT,
+    "prune.every": _COUNT,
+    "prune.rescale": _range(1, 100),
+    "prune.paper_quantile": _range(0, 0.999),
+}
