@@ -10,8 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip import ops
-from autoflip.ops import Pack, backend, reference
-from autoflip.ops.masked_matmul import path
+from autoflip.ops import Pack, backend, paths, reference
 
 SHAPES = [(1, 1, 1), (33, 65, 257), (70, 9, 530), (300, 21, 40)]  # ragged in rows, groups, chunks and panels
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -198,25 +197,22 @@ def test_flops_are_those_that_ran(want):
     pack = Pack(mask, path=want)
     with FlopCounterMode(display=False) as count:
         ops.masked_linear(x, w, b, pack).backward(dy)
-    executed = 0
-    for step in ("forward", "dx", "dw"):
-        sparse = want == "sparse" or (want == "auto" and path(N, O, K, pack.density, step=step) == "sparse")
-        executed += 2 * N * (int(mask.sum()) if sparse else O * K)
+    letters = {"sparse": "sss", "dense": "ddd", "auto": pack.parts(N).path}[want]
+    executed = sum(2 * N * (int(mask.sum()) if letter == "s" else O * K) for letter in letters)
     assert count.get_total_flops() == executed
 
 
-def test_path_is_a_rule():
+def test_rule_is_dense_where_nothing_can_be_gained():
     isa = backend.extension("_C")[0].isa()
-    assert path(1, 4, 4, 0.01) == "dense"  # too small to pay for a call
-    assert path(64, 512, 2304, 1.0) == "dense"
+    assert paths.rule(1, 4, 4, 0.01) == "dense"  # too small to pay for a call
+    assert paths.rule(64, 512, 2304, 1.0) == "dense"
     if isa != "base":
-        assert path(64, 512, 2304, 0.05) == "sparse"
-    assert {path(64, 512, 2304, 0.2) for _ in range(5)} == {path(64, 512, 2304, 0.2)}
+        assert paths.rule(64, 512, 2304, 0.05) == "sparse"
 
 
 def test_opcheck():
     x, w, b, mask, dy = case(9, 7, 11, 0.4)
-    parts = Pack(mask, path="sparse").parts()
+    parts = Pack(mask, path="sparse").parts(9)
     torch.library.opcheck(torch.ops.autoflip.masked_linear.default, (x, w, b, True, *parts))
     torch.library.opcheck(torch.ops.autoflip.masked_linear_dx.default, (dy.requires_grad_(), w, *parts))
     torch.library.opcheck(torch.ops.autoflip.masked_linear_dw.default, (dy, x, *parts))

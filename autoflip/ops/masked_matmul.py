@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,28 +14,27 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_matmul as steps
-from autoflip.ops import backend
-from autoflip.ops._masked_kernels import path
+from autoflip.ops import backend, paths
 
-__all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "path", "version_of", "zero_pruned"]
+__all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "version_of", "zero_pruned"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Pack:
-    """A mask and the order in which the CPU kernel visits its kept entries, built once per mask.
+    """A mask and the orders in which the kernels visit its kept entries, built once per mask, when first needed.
 
     Args:
         mask: ``(O, K)``, bool, True = kept. Copied nowhere: change it only by making another Pack.
-        path: "auto" lets :func:`path` decide call by call; "sparse" or "dense" force one.
+        path: "auto" chooses per batch size and step, see :mod:`autoflip.ops.paths`; "sparse" or "dense" force one.
 
     Attributes:
         mask: the mask, contiguous.
         kept: number of kept entries.
         density: kept share, 0 to 1 (1 for an empty mask).
-        layout: uint8, see csrc/cpu/masked_matmul.h; empty where only the dense path can be taken.
-        layout_t: the same for the transposed mask.
-        live: uint8, one flag per 32 x 32 tile for the GPU kernels; empty while the CPU kernel serves.
+
+    A Pack keeps the memory of the last weight gradient, ``4 * O * K`` bytes, and hands it out again once nobody
+    else holds it: fresh pages cost as much as a sparse gradient.
 
     Raises:
         ValueError: ``mask`` is not a 2-d bool tensor, or ``path`` is not one of the three.
@@ -44,27 +44,80 @@ class Pack:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"Pack: mask is {got}, wanted a 2-d torch.bool tensor (True = kept)")
-        if path not in kernels.PATHS:
-            raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(kernels.PATHS)}")
+        if path not in paths.PATHS:
+            raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(paths.PATHS)}")
         self.mask = mask.contiguous()
         self.path = path
         self.kept = int(mask.sum())
         self.density = self.kept / mask.numel() if mask.numel() else 1.0
-        self.layout = self.layout_t = self.live = torch.empty(0, dtype=torch.uint8, device=mask.device)
-        server = "reference" if path == "dense" else backend.serve("masked_matmul", mask.device)
-        if server in ("cuda", "triton"):
-            self.live = kernels.live_tiles(self.mask)
-        # where no batch size would take the sparse path, do not build what nothing reads
-        most = max(kernels.crossover(float("inf"), step) for step in ("forward", "dx", "dw"))
-        if server == "cpp" and (path == "sparse" or self.density < most):
-            self.layout, self.layout_t = (kernels.make_layout(self.mask, transposed=t) for t in (False, True))
+        self._forget()
 
-    def parts(self) -> kernels.Parts:
-        """Return what the ops take."""
-        return kernels.Parts(self.mask, self.layout, self.layout_t, self.live, self.kept, self.path)
+    def _forget(self) -> None:
+        self._layouts: dict[int, Tensor] = {}
+        self._live: Tensor | None = None
+        self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
+        self._gradient: Tensor | None = None
+        self._traced = self._make_parts(64, timed=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mask": self.mask, "path": self.path, "kept": self.kept, "density": self.density}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def parts(self, n_rows: int) -> kernels.Parts:
+        """Return what the ops take for ``n_rows`` rows of x."""
+        if torch.compiler.is_compiling():
+            return self._traced  # a graph serves all batch sizes, and nothing can be built while it is traced
+        key = (paths.bucket(n_rows), torch.get_num_threads(), backend.wish())
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = self._make_parts(key[0])
+        return found
+
+    def _make_parts(self, n_rows: int, *, timed: bool = True) -> kernels.Parts:
+        server = backend.serve("masked_matmul", self.mask.device)
+        nothing = torch.empty(0, dtype=torch.uint8, device=self.mask.device)
+        chunk = paths.chunk(n_rows)
+        if server == "reference" or self.path == "dense":
+            return kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, "ddd")
+        if server != "cpp":
+            # no GPU has measured these kernels against dense: they run when asked for by name
+            if self.path != "sparse" and backend.wish() == "auto":
+                return kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, "ddd")
+            if self._live is None:
+                self._live = kernels.live_tiles(self.mask)
+            return kernels.Parts(self.mask, nothing, chunk, self._live, self.kept, "sss")
+        layout = lambda: self._layout(chunk)
+        letters = "sss" if self.path == "sparse" else paths.letters(self.mask, self.kept, n_rows, layout, timed=timed)
+        return kernels.Parts(self.mask, layout() if "s" in letters else nothing, chunk, nothing, self.kept, letters)
+
+    def _layout(self, chunk: int) -> Tensor:
+        if chunk not in self._layouts:
+            self._layouts[chunk] = kernels.make_layout(self.mask, chunk)
+        return self._layouts[chunk]
+
+    def new_gradient(self) -> Tensor:
+        """Return float32 memory shaped like the mask that nobody else holds; what stands in it means nothing."""
+        own = self.__dict__.pop("_gradient", None)  # popped: another thread must not take it too
+        if own is None or _holders(own) > _ALONE:
+            own = torch.empty(self.mask.shape)
+        self._gradient = own
+        # another tensor on the same memory: autograd keeps a gradient as it is only where it is the one holder
+        return own.detach()
 
     def __repr__(self) -> str:
         return f"Pack({tuple(self.mask.shape)}, density {self.density:.4f}, path {self.path!r})"
+
+
+def _holders(tensor: Tensor) -> int:
+    """Return how many tensors and storages hold ``tensor``'s memory; a number above _ALONE where torch cannot tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return int(count(tensor.untyped_storage()._cdata)) if count else 1 << 30
+
+
+_ALONE = _holders(torch.empty(1))
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, activation: str | None = None) -> Tensor:
@@ -83,8 +136,8 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * N * pack.kept`` FLOPs on the sparse path (CPU, float32, see :func:`path`), the same for each
-    gradient; ``2 * N * O * K`` on the dense path.
+    Cost: ``2 * N * pack.kept`` FLOPs on the sparse path (CPU, float32, see :mod:`autoflip.ops.paths`), the same for
+    each gradient; ``2 * N * O * K`` on the dense path.
     """
     if activation not in (None, "relu"):
         raise ValueError(f"masked_linear: activation={activation!r}; wanted None or 'relu'")
@@ -92,9 +145,13 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
         y = F.linear(x, torch.where(pack.mask, weight, 0), bias)
         return y.relu() if activation else y
     _check(x, weight, bias, pack.mask, "masked_linear")
-    rows = x.reshape(x.shape[:-1].numel(), weight.shape[1])
-    y = steps.linear(rows, weight, bias, pack.parts(), relu=activation == "relu")
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), weight.shape[1])
+    parts = pack.parts(len(rows))
+    if kernels.kernel_here(rows) and kernels.kernel_here(weight):
+        y = steps.train(rows, weight, bias, parts, pack.new_gradient, relu=activation == "relu")
+    else:
+        y = steps.linear(rows, weight, bias, parts, relu=activation == "relu")
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
@@ -115,7 +172,7 @@ def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * N * mask.sum()`` FLOPs where :func:`path` says "sparse", else ``2 * N * O * K``.
+    Cost: ``2 * N * mask.sum()`` FLOPs on the sparse path, else ``2 * N * O * K``.
     Source: column buckets by row pattern are ours; row groups as in Gale et al., "Sparse GPU Kernels for Deep
     Learning", SC 2020.
 
