@@ -42,15 +42,20 @@ def test_replaced_head_and_new_layer_mask_are_respected():
     assert type(model.fc) is nn.Linear
 
 
-def test_masks_that_keep_everything_hook_nothing_until_one_prunes():
+@pytest.mark.parametrize("copied", [False, True])
+def test_masks_that_keep_everything_hook_nothing_until_one_prunes(copied):
     model = net()
     whole = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
     sparse.sparsify(model, whole)
     assert sparse.masks_of(model) == MaskSet(whole)
     assert not any(p._backward_hooks for p in model.parameters())
+    assert not model._forward_pre_hooks
     x = torch.randn(5, 1, 8, 8)
     model(x)
     mask = torch.rand(64, 288) < 0.5
+    if copied:
+        assert not hasattr(copy.deepcopy(model.fc), "_keeper")  # it would bring the whole model along
+        model = copy.deepcopy(model)
     model.fc.set_mask(mask)
     with torch.no_grad():
         model.fc.weight += 1

@@ -22,6 +22,12 @@ class Masked(nn.Module):
     for nothing in ``forward``, and ``state_dict()`` sets it to zero.
     """
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of this layer alone must not carry the whole model; in a copy of the model its keeper's copy joins
+        inherited = getattr(super(), "__getstate__", None)  # Python 3.10's object has none
+        state = self.__dict__ if inherited is None else inherited()
+        return {key: value for key, value in state.items() if key != "_keeper"}
+
     def masks(self) -> dict[str, Tensor]:
         """Return parameter name -> mask, for the parameters that have one."""
         return {n[: -len("_mask")]: b for n, b in self._buffers.items() if n.endswith("_mask") and b is not None}
@@ -61,6 +67,9 @@ class Masked(nn.Module):
             # persistent=False: FL codebases average state_dict(); a bool mask must not be in it
             self.register_buffer(f"{name}_mask", own, persistent=False)
         self._zero()
+        keeper = self.__dict__.get("_keeper")  # of sparsify: there may be something to keep now
+        if keeper is not None:
+            keeper.wake()
 
     def _drop_masks(self) -> None:
         for name in self.masks():
@@ -71,6 +80,7 @@ class Masked(nn.Module):
         """Undo everything that a masked layer has and torch's layer has not."""
         self._zero()
         self._drop_masks()
+        self.__dict__.pop("_keeper", None)
 
     def _zero(self) -> None:
         zero_pruned((getattr(self, name), mask) for name, mask in self.masks().items())
