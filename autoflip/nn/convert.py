@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from autoflip.masks import MaskSet
 from autoflip.nn.conv import MaskedConv2d
+from autoflip.nn.embedding import MaskedEmbedding
 from autoflip.nn.linear import MaskedLinear
 from autoflip.nn.masked import Masked
 from autoflip.nn.recurrent import MaskedGRU, MaskedLSTM
@@ -21,6 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _MASKED: dict[type[nn.Module], type[Masked]] = {
     nn.Linear: MaskedLinear,
     nn.Conv2d: MaskedConv2d,
+    nn.Embedding: MaskedEmbedding,
     nn.LSTM: MaskedLSTM,
     nn.GRU: MaskedGRU,
 }
@@ -30,10 +32,10 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {masked: plain for plain, maske
 def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
     """Turn the layers that ``masks`` names into their masked versions, in place; return ``model``.
 
-    ``nn.Linear``, ``nn.Conv2d``, ``nn.LSTM`` and ``nn.GRU`` become the masked layers of ``autoflip.nn`` (the
-    very same module objects, so hooks and references stay). Any other masked parameter (biases, norm weights,
-    embeddings, layers of other kinds, parameters shared between layers) is set to zero where it is pruned and
-    its gradient is masked by a hook. A masked buffer (running statistics) is set to zero where it is pruned,
+    ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding``, ``nn.LSTM`` and ``nn.GRU`` become the masked layers of
+    ``autoflip.nn`` (the very same module objects, so hooks and references stay). Any other masked parameter (biases,
+    norm weights, layers of other kinds, parameters shared between layers) is set to zero where it is pruned and its
+    gradient is masked by a hook. A masked buffer (running statistics) is set to zero where it is pruned,
     once; what the layer writes there later stays.
 
     Parameter objects stay the same, so optimizers made earlier stay valid. Their momentum may move pruned
@@ -169,7 +171,9 @@ class _Keeper:
         if not torch.compiler.is_compiling():
             if self._seen is None:
                 masked = [layer for layer in self.layers if isinstance(layer, Masked)]
-                self._seen = [_Seen(layer, name) for layer in masked for name in layer._maskable()]
+                # sparse=True: only its rows are ever read, and its table may be large
+                watched = [layer for layer in masked if not getattr(layer, "sparse", False)]
+                self._seen = [_Seen(layer, name) for layer in watched for name in layer._maskable()]
             written = [seen for seen in self._seen if seen.written()]
             if written or rest:
                 zero_pruned([*((s.tensor, s.mask) for s in written if not s.whole), *((t, m) for _, t, m in rest)])
