@@ -31,7 +31,7 @@ def pair(N, O, K, density, step):
     mask = torch.rand(O, K, generator=g) < density
     x, dy = torch.randn(N, K, generator=g), torch.randn(N, O, generator=g)
     w = torch.randn(O, K, generator=g) * mask
-    parts = Pack(mask, path="sparse").parts()
+    parts = Pack(mask, path="sparse").parts(N)
     ours, dense, terms = {
         "forward": (lambda: steps.linear(x, w, None, parts), lambda: F.linear(x, w), K),
         "dx": (lambda: steps.dx(dy, w, parts), lambda: dy @ w, O),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from autoflip.ops import backend, paths
 __all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "version_of", "zero_pruned"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CPU = torch.device("cpu")
 
 
 class Pack:
@@ -229,7 +230,12 @@ def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         return
     with torch.no_grad():
         looks: list[tuple[Tensor, Tensor, bool | Tensor]] = []
+        look = _look()
         for tensor, mask in pairs:
+            if look is not None and _is_plain(tensor) and mask.is_cpu and mask.is_contiguous():
+                if not look(tensor.data_ptr(), mask.data_ptr(), mask.numel()):
+                    looks.append((tensor, mask, True))
+                continue
             if not _readable(tensor):
                 continue
             clean = kernels.reads_clean(tensor, mask)
@@ -239,6 +245,23 @@ def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             if dirty:
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(torch.where(mask, tensor, 0))
+
+
+def _look() -> Callable[[int, int, int], bool] | None:
+    """Return the CPU kernel that tells whether all pruned entries are zero, None where it cannot be asked now.
+
+    What holds for all tensors is asked once: per tensor it costs more than the kernel needs for a small one.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    if backend.serve("masked_matmul", _CPU) != "cpp":
+        return None
+    return backend.extension("_C")[0].masked_matmul_is_clean  # type: ignore[union-attr]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    kind = type(tensor) is torch.nn.Parameter and tensor.is_cpu and tensor.dtype is torch.float32
+    return kind and tensor.is_contiguous()
 
 
 def _readable(tensor: Tensor) -> bool:
