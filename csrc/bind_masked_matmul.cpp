@@ -1,6 +1,7 @@
 // Addresses in; scratch panels live in this file, one buffer per calling thread, kept between calls because
 // fresh pages cost more than a small product.
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <stdexcept>
@@ -57,6 +58,12 @@ py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk) {
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
+// Whether AUTOFLIP_BACKEND leaves CPU tensors to this extension: os.environ takes ten times as long to ask.
+bool wanted() {
+  const char* wish = std::getenv("AUTOFLIP_BACKEND");
+  return !wish || !*wish || !std::strcmp(wish, "auto") || !std::strcmp(wish, "cpp");
+}
+
 Layout layout_at(uintptr_t address, int64_t rows, int64_t cols, int64_t chunk) {
   return masked_matmul_layout_at(at<const uint8_t>(address), rows, cols, chunk);
 }
@@ -111,14 +118,14 @@ void outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, i
 }  // namespace
 
 void bind_masked_matmul(py::module_& m) {
+  m.def("masked_matmul_wanted", wanted, "whether AUTOFLIP_BACKEND leaves CPU tensors to this extension");
   m.def("masked_matmul_layout", layout, "the layout of mask (rows, cols) with this many columns a chunk");
   m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
   m.def("masked_matmul_is_clean", is_clean, "whether w is zero wherever mask is not set");
   m.def("masked_matmul_forward", forward,
         "values = w at the layout; y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
-  m.def(
-      "masked_matmul_backward", backward,
-      "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = dy.T @ x where mask, untouched elsewhere");
+  m.def("masked_matmul_backward", backward,
+        "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0)");
   m.def("masked_matmul_outer", outer, "dw (rows, cols) = where(mask, dy.T @ x, 0), every product computed");
 }
 

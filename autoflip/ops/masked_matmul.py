@@ -20,6 +20,9 @@ __all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "version_o
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU = torch.device("cpu")
+# entries of a gradient from which its memory is kept: beyond 32 MB malloc asks the system for fresh pages each time,
+# below it hands out what is still in the cache
+_KEEP_FROM = 1 << 23
 
 
 class Pack:
@@ -34,8 +37,8 @@ class Pack:
         kept: number of kept entries.
         density: kept share, 0 to 1 (1 for an empty mask).
 
-    A Pack keeps the memory of the last weight gradient, ``4 * O * K`` bytes, and hands it out again once nobody
-    else holds it: fresh pages cost as much as a sparse gradient.
+    A Pack keeps the memory of the last weight gradient where that is 32 MB or more, and hands it out again once
+    nobody else holds it: fresh pages cost more than a sparse gradient.
 
     Raises:
         ValueError: ``mask`` is not a 2-d bool tensor, or ``path`` is not one of the three.
@@ -59,6 +62,7 @@ class Pack:
         self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
         self._gradient: Tensor | None = None
         self._traced = self._make_parts(64, timed=False)
+        self.recent = (-1, 0, self._traced)  # rows, threads, parts of the last call: what most calls need
 
     def __getstate__(self) -> dict[str, Any]:
         return {"mask": self.mask, "path": self.path, "kept": self.kept, "density": self.density}
@@ -101,6 +105,8 @@ class Pack:
 
     def new_gradient(self) -> Tensor:
         """Return float32 memory shaped like the mask that nobody else holds; what stands in it means nothing."""
+        if self.mask.numel() < _KEEP_FROM:
+            return torch.empty(self.mask.shape)
         own = self.__dict__.pop("_gradient", None)  # popped: another thread must not take it too
         if own is None or _holders(own) > _ALONE:
             own = torch.empty(self.mask.shape)
@@ -142,17 +148,34 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
     """
     if activation not in (None, "relu"):
         raise ValueError(f"masked_linear: activation={activation!r}; wanted None or 'relu'")
+    if (
+        x.dim() == 2
+        and kernels.kernel_here(x, weight)
+        and weight.shape == pack.mask.shape
+        and x.shape[1] == weight.shape[1]
+        and (bias is None or (bias.shape == weight.shape[:1] and kernels.kernel_here(bias)))
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return layer_linear(x, weight, bias, pack, activation == "relu")
     if torch.is_autocast_enabled(x.device.type) or kernels.traced():
         y = F.linear(x, torch.where(pack.mask, weight, 0), bias)
         return y.relu() if activation else y
     _check(x, weight, bias, pack.mask, "masked_linear")
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), weight.shape[1])
     parts = pack.parts(len(rows))
-    if kernels.kernel_here(rows) and kernels.kernel_here(weight):
+    if kernels.kernel_here(rows, weight):
         y = steps.train(rows, weight, bias, parts, pack.new_gradient, relu=activation == "relu")
     else:
         y = steps.linear(rows, weight, bias, parts, relu=activation == "relu")
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def layer_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, relu: bool) -> Tensor:
+    """Do what :func:`masked_linear` does where its caller has checked everything: 2-d, ``kernels.kernel_here``."""
+    n, threads = x.shape[0], torch.get_num_threads()
+    if pack.recent[0] != n or pack.recent[1] != threads:
+        pack.recent = (n, threads, pack.parts(n))
+    return steps.train(x, weight, bias, pack.recent[2], pack.new_gradient, relu)
 
 
 def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:

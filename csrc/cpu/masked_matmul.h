@@ -48,8 +48,8 @@ struct MaskedMatmul {
   // scratch: a panel of cols
   void (*multiply)(Layout layout, const float* values, const float* x, int64_t n, const float* bias,
                    bool relu, float* y, float* scratch, int threads);
-  // dx (n, cols) = dy (n, rows) @ weight, unless dx is null; dw[row * cols + column] = sum over samples of
-  // dy[row] * x[column], written only where the mask is set, unless dw is null. scratch: a panel of rows +
+  // dx (n, cols) = dy (n, rows) @ weight, unless dx is null; dw (rows, cols) = mask ? dy.T @ x : 0, unless
+  // dw is null. scratch: a panel of rows +
   // cols
   void (*backward)(Layout layout, const float* values, const float* dy, const float* x, int64_t n, float* dx,
                    float* dw, float* scratch, int threads);

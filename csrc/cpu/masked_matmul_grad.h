@@ -1,5 +1,7 @@
 // The weight's gradient at the mask, and the masks of the dense path.
 #pragma once
+#include <cstddef>
+
 #include "cpu/masked_matmul_impl.h"
 
 namespace autoflip {
@@ -99,6 +101,12 @@ constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cel
 constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>};
 #endif
 
+void clear_cell(const Layout& layout, int64_t row, int64_t col, float* dw) {
+  const int64_t cols = layout.cols - col < layout.chunk ? layout.cols - col : layout.chunk;
+  for (int64_t r = row; r < layout.rows && r < row + layout.block; ++r)
+    __builtin_memset(dw + r * layout.cols + col, 0, std::size_t(cols) * sizeof(float));
+}
+
 void backward(Layout layout, const float* values, const float* dy, const float* x, int64_t n, float* dx,
               float* dw, float* scratch, int threads) {
   const int64_t chunks = ceil_div(layout.cols, layout.chunk),
@@ -113,6 +121,7 @@ void backward(Layout layout, const float* values, const float* dy, const float* 
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < cells; ++t) {
       const int64_t row = t / chunks * layout.block, col = t % chunks * layout.chunk;
+      if (i == 0) clear_cell(layout, row, col, dw);
       kSampleCell[p.width / kVector - 1](layout, t,
                                          {scratch + row * p.width, x_panel + col * p.width,
                                           dw + row * layout.cols + col, layout.cols, i == 0});
