@@ -105,14 +105,16 @@ void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t lay, int64_
   scratch.settle();
 }
 
-void outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, int64_t cols, uintptr_t dw,
+bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, int64_t cols, uintptr_t dw,
            int threads) {
-  py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
+  if (!k.outer) return false;
+  py::gil_scoped_release release;
   threads = useful_threads(n * cols, threads);
   k.outer(at<const float>(dy), at<const float>(x), at<const uint8_t>(mask), n, rows, cols, at<float>(dw),
           scratch.take(k.outer_scratch(n, rows, threads)), threads);
   scratch.settle();
+  return true;
 }
 
 }  // namespace
@@ -126,7 +128,9 @@ void bind_masked_matmul(py::module_& m) {
         "values = w at the layout; y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
   m.def("masked_matmul_backward", backward,
         "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0)");
-  m.def("masked_matmul_outer", outer, "dw (rows, cols) = where(mask, dy.T @ x, 0), every product computed");
+  m.def("masked_matmul_outer", outer,
+        "dw (rows, cols) = where(mask, dy.T @ x, 0), every product computed; False: nothing done, a vendor "
+        "is faster");
 }
 
 }  // namespace autoflip

@@ -46,7 +46,7 @@ def serves(a: Tensor, parts: Parts, step: str) -> str:
 def make_layout(mask: Tensor, chunk: int) -> Tensor:
     """Return the CPU kernel's layout (uint8) of a contiguous 2-d CPU mask."""
     rows, cols = mask.shape
-    layout = extension().masked_matmul_layout(mask.data_ptr(), rows, cols, chunk)
+    layout = _C.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk)
     return torch.frombuffer(bytearray(layout), dtype=torch.uint8)
 
 
@@ -55,11 +55,6 @@ def live_tiles(mask: Tensor) -> Tensor:
     o, k = mask.shape
     padded = F.pad(mask.to(torch.uint8), (0, -k % TILE, 0, -o % TILE))
     return padded.view(padded.shape[0] // TILE, TILE, padded.shape[1] // TILE, TILE).amax((1, 3)).contiguous()
-
-
-def extension() -> Any:
-    """Return the CPU extension, which is there when "cpp" serves."""
-    return backend.extension("_C")[0]
 
 
 # --- where a tensor's address may be used
@@ -99,9 +94,7 @@ class _Select(torch.autograd.Function):
 def _select_kernel(weight: Tensor, mask: Tensor) -> Tensor:
     mask, weight = mask.contiguous(), weight.contiguous()
     out = torch.empty(weight.shape)
-    extension().masked_matmul_select(
-        weight.data_ptr(), mask.data_ptr(), mask.numel(), out.data_ptr(), torch.get_num_threads()
-    )
+    _C.masked_matmul_select(weight.data_ptr(), mask.data_ptr(), mask.numel(), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -154,7 +147,7 @@ def reads_clean(weight: Tensor, mask: Tensor) -> bool | None:
     """Tell whether all pruned entries are zero; None where the CPU kernel cannot look."""
     if not (kernel_here(weight) and weight.is_contiguous() and mask.is_contiguous()):
         return None
-    return bool(extension().masked_matmul_is_clean(weight.data_ptr(), mask.data_ptr(), mask.numel()))
+    return bool(_C.masked_matmul_is_clean(weight.data_ptr(), mask.data_ptr(), mask.numel()))
 
 
 def select(weight: Tensor, mask: Tensor) -> Tensor:
@@ -234,7 +227,7 @@ def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, part
     bias = None if bias is None else bias.contiguous()
     rows, cols = parts.mask.shape
     y, values = torch.empty(len(x), rows), torch.empty(parts.kept)
-    extension().masked_matmul_forward(
+    _C.masked_matmul_forward(
         x.data_ptr(),
         weight.data_ptr(),
         parts.layout.data_ptr(),
@@ -270,7 +263,7 @@ def cpu_backward(
     if pack:
         assert weight is not None
         values, weight = torch.empty(parts.kept), weight.contiguous()
-    extension().masked_matmul_backward(
+    _C.masked_matmul_backward(
         dy.data_ptr(),
         0 if x is None else x.data_ptr(),
         weight.data_ptr() if pack and weight is not None else 0,
@@ -290,15 +283,10 @@ def cpu_backward(
 def cpu_outer(dy: Tensor, x: Tensor, parts: Parts, out: Tensor) -> Tensor:
     """Write ``where(mask, dy.T @ x, 0)`` into ``out``, every product computed."""
     dy, x = dy.contiguous(), x.contiguous()
-    extension().masked_matmul_outer(
-        dy.data_ptr(),
-        x.data_ptr(),
-        parts.mask.data_ptr(),
-        len(dy),
-        *parts.mask.shape,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    threads, sizes = torch.get_num_threads(), (len(dy), *parts.mask.shape)
+    if not _C.masked_matmul_outer(dy.data_ptr(), x.data_ptr(), parts.mask.data_ptr(), *sizes, out.data_ptr(), threads):
+        torch.mm(dy.T, x, out=out)
+        _C.masked_matmul_select(out.data_ptr(), parts.mask.data_ptr(), out.numel(), out.data_ptr(), threads)
     return out
 
 

@@ -129,7 +129,10 @@ void backward(Layout layout, const float* values, const float* dy, const float* 
   }
 }
 
-// --- every product, masked where it is stored
+// --- every product, masked where it is stored: with half as wide vectors and half as many registers a
+// vendor's product and a pass over its result are twice as fast
+
+#if defined(__AVX512F__)
 
 constexpr int kTileRows = 6;  // 6 x kVectors sums
 
@@ -138,16 +141,10 @@ int64_t outer_scratch(int64_t n, int64_t rows, int threads) {
 }
 
 AF_INLINE void store_masked(float* to, vec v, const uint8_t* mask, int64_t live) {
-#if defined(__AVX512F__)
-  if (live >= kVector) {
-    const __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
-    _mm512_storeu_ps(to, _mm512_maskz_mov_ps(_mm_test_epi8_mask(m, m), v));
-    return;
-  }
-#endif
-  float out[kVector];
-  store(out, v);
-  for (int64_t j = 0; j < kVector && j < live; ++j) to[j] = mask[j] ? out[j] : 0;
+  if (live <= 0) return;
+  const __mmask16 some = live >= kVector ? __mmask16(0xffff) : __mmask16((1u << live) - 1);
+  const __m128i m = _mm_maskz_loadu_epi8(some, mask);
+  _mm512_mask_storeu_ps(to, some, _mm512_maskz_mov_ps(_mm_test_epi8_mask(m, m), v));
 }
 
 // dw (up to 6 rows, up to kLanes columns) = dy tile (n, 6) transposed @ x tile (n, kLanes)
@@ -210,6 +207,10 @@ void outer(const float* dy, const float* x, const uint8_t* mask, int64_t n, int6
     }
   }
 }
+#else
+constexpr auto outer = nullptr;
+constexpr auto outer_scratch = nullptr;
+#endif
 
 }  // namespace
 }  // namespace autoflip
