@@ -49,8 +49,24 @@ def clock(step: Step, calls: int) -> float:
     return (now() - start) / calls
 
 
+def gpu_clock(step: Step, calls: int) -> float:
+    """Return seconds a call on the current CUDA device, calls queued one after the other."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / calls
+
+
 def interleaved(
-    dense: Step, others: dict[str, Step], pairs: int = 15, seconds: float = 0.001, limit: float = 60.0
+    dense: Step,
+    others: dict[str, Step],
+    pairs: int = 15,
+    seconds: float = 0.001,
+    limit: float = 60.0,
+    clock: Callable[[Step, int], float] = clock,
 ) -> tuple[dict[str, list[float]], float]:
     """Return (name -> step / dense, one number a pair; median seconds of dense).
 
