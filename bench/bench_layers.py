@@ -5,7 +5,8 @@
 A step is the layer as a user calls it: ``.grad`` set to None, forward, backward, with dx and dw, through autograd.
 Every way runs in turns with the dense layer in one process; a figure is the median of paired ratios (its quartiles
 stand in the file), CPU time on one thread. Lower is better. A case already measured with these sources is not
-measured again, so a long bench may run in pieces. Writes bench/results/layers-cpu.json, prints what is in it.
+measured again, so a long bench may run in pieces. glibc is told to keep freed memory (timing.keep_memory). Writes
+bench/results/layers-cpu.json and prints what is in it.
 
 ``pytest bench/bench_layers.py --benchmark-enable`` runs a small subset.
 """
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import layer_marks
 import layer_peers
 from layer_marks import DENSITIES, NEVER_SLOWER
-from timing import fma_peak, interleaved, machine, quartiles
+from timing import fma_peak, interleaved, keep_memory, machine, quartiles
 
 from autoflip import nn
 
@@ -146,7 +147,7 @@ def measure(section: str, case: dict, peak: float | None) -> dict:
         return {**case, **threads(problem)}
     pairs, seconds = (7, 0.002) if section == "peers" else (15, 0.003)
     dense = problem.dense()
-    found, base = interleaved(dense, others, pairs, seconds, limit=20)
+    found, base = interleaved(dense, others, pairs, seconds, limit=10)
     if section == "never-slower" and statistics.median(found["ours"]) > NEVER_SLOWER:
         found, base = interleaved(dense, others, 31, 0.005)  # again, longer: noise does not come back
     ratio = {name: quartiles(values) for name, values in found.items()}
@@ -185,9 +186,9 @@ def threads(problem: Problem) -> dict:
 
 
 def sources() -> str:
-    """Return a hash of everything that a figure depends on here."""
+    """Return a hash of everything that a figure depends on here: not the delta and Hessian kernels."""
     found = hashlib.sha256()
-    for pattern in ("csrc/cpu/masked*", "csrc/common/*", "autoflip/ops/*mask*.py", "autoflip/nn/[lcm]*.py"):
+    for pattern in ("csrc/cpu/[!dh]*", "csrc/common/*", "autoflip/ops/[!dh]*.py", "autoflip/nn/[lcm]*.py"):
         for path in sorted(ROOT.glob(pattern)):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]
@@ -230,6 +231,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print what the file holds, measure nothing")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    keep_memory()
     path = layer_marks.RESULTS
     if chosen.threads != 1:
         path = path.with_stem(f"{path.stem}-{chosen.threads}threads")

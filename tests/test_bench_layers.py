@@ -98,3 +98,14 @@ def test_pairs_are_taken_in_turns():
     assert "".join(told[-8:]) == "-a-b-b-a"
     assert {name: len(values) for name, values in found.items()} == {"a": 2, "b": 2}
     assert seconds > 0
+
+
+def test_two_threads_are_timed_beside_one(monkeypatch):
+    asked = {"layer": "linear", "shape": "33x18", "batch": 16, "density": 0.5, "block": "1x1"}
+    monkeypatch.setattr(bench_layers.os, "sched_getaffinity", lambda _: {0, 1})
+    row = bench_layers.measure("threads", asked, peak=None)
+    assert set(row["speed_up"]) == {"ours", "dense"}
+    assert torch.get_num_threads() == 1
+    monkeypatch.setattr(bench_layers.os, "sched_getaffinity", lambda _: {0})
+    with pytest.raises(SystemExit, match="two cores"):
+        bench_layers.measure("threads", asked, peak=None)

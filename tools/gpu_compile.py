@@ -62,7 +62,7 @@ def cuda(archs: list[int]) -> list[dict]:
     return rows
 
 
-# --- Triton: kernel -> variants of (types of the arguments that are none of 32-bit sizes, constants)
+# --- Triton: kernel -> variants of (types of the pointers; what is not named is a 32-bit size, constants and options)
 
 
 def _pointers(kind: str, *names: str) -> dict[str, str]:
@@ -70,7 +70,37 @@ def _pointers(kind: str, *names: str) -> dict[str, str]:
 
 
 _TABLES = {"p_mask": "*i1", "p_live": "*u8"}
+ALIGNED = {"aligned": True}  # sizes are multiples of 16, which the launcher's specialisation also sees
+_LISTS = _pointers("i32", "p_start", "p_tile", "p_row")
+_FORWARD, _DX, _GATHERED = {"s_aj": 1, "s_bj": 1}, {"s_aj": 1, "s_bi": 1}, {"s_am": 1, "s_bi": 1}
+
+
+def _block_walks(kind: str) -> list[tuple[dict, dict]]:
+    types = _pointers(kind, "p_a", "p_b", "p_bias", "p_c") | _LISTS
+    cases = [  # strides that are 1, bias and ReLU, gathered, tile of b
+        (_FORWARD, True, False, 64, 64),
+        (_FORWARD, False, False, 64, 32),
+        (_DX, False, False, 64, 64),
+        (_DX, False, False, 32, 64),
+        (_GATHERED, True, True, 32, 32),
+    ]
+    variants = []
+    for ones, bias, gather, i, j in cases:
+        warps = 8 if kind == "fp32" and (i, j) == (64, 64) else 4  # as the launcher has it
+        flags = {"HAS_BIAS": bias, "RELU": bias, "GATHER": gather, "BM": 128, "BI": i, "BJ": j, "num_warps": warps}
+        variants.append((types, {**ones, **flags, **ALIGNED}))
+    return variants
+
+
+def _block_dws(kind: str) -> list[tuple[dict, dict]]:
+    types = _pointers(kind, "p_dy", "p_x", "p_dw") | _LISTS
+    cases = [({"s_xk": 1}, False, 64, 64), ({"s_xk": 1}, False, 64, 32), ({"s_xn": 1}, True, 32, 32)]
+    return [(types, {**one, "GATHER": g, "BN": 64, "BO": o, "BK": k, **ALIGNED}) for one, g, o, k in cases]
+
+
 TRITON = {
+    "block_matmul_kernel": _block_walks("bf16") + _block_walks("fp32"),
+    "block_dw_kernel": _block_dws("bf16") + _block_dws("fp32"),
     "masked_matmul_fwd_kernel": [
         (_pointers("fp32", "p_x", "p_w", "p_bias", "p_y") | _TABLES, {"HAS_BIAS": flag, "RELU": flag, "B": 32})
         for flag in (True, False)
@@ -109,14 +139,16 @@ def _triton_row(kernel, types: dict[str, str], constants: dict, arch: int) -> di
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    options = {k: v for k, v in constants.items() if k not in names}  # num_warps, num_stages
+    options = {k: v for k, v in constants.items() if k not in (*names, "aligned")}  # num_warps, num_stages
+    aligned = constants.get("aligned", False)
     constants = {k: v for k, v in constants.items() if k in names}
+    types = {n: kind for n, kind in types.items() if n in names}
     sizes = {n: "i32" for n in names if n not in types and n not in constants}
     source = ASTSource(
         kernel,
         {n: "constexpr" if n in constants else {**types, **sizes}[n] for n in names},
         {(names.index(k),): v for k, v in constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in types if types[n][0] == "*"},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in [*types, *(sizes if aligned else ())]},
     )
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
