@@ -98,7 +98,7 @@ void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t lay, int64_
   const MaskedMatmul& k = kernels();
   const Layout layout = layout_at(lay, rows, cols, chunk);
   threads = useful_threads(n * cols, threads);
-  float* panels = scratch.take(k.panel_scratch(n, rows) + k.panel_scratch(n, cols));
+  float* panels = scratch.take(k.panels_scratch(n, rows + cols));
   if (weight) k.pack(layout, at<const float>(weight), at<float>(values), threads);
   k.backward(layout, at<const float>(values), at<const float>(dy), at<const float>(x), n, at<float>(dx),
              at<float>(dw), panels, threads);
@@ -112,7 +112,7 @@ bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, i
   py::gil_scoped_release release;
   threads = useful_threads(n * cols, threads);
   k.outer(at<const float>(dy), at<const float>(x), at<const uint8_t>(mask), n, rows, cols, at<float>(dw),
-          scratch.take(k.outer_scratch(n, rows, threads)), threads);
+          scratch.take(k.outer_scratch(n, rows)), threads);
   scratch.settle();
   return true;
 }

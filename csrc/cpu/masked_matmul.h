@@ -40,8 +40,9 @@ struct Layout {
 };
 
 struct MaskedMatmul {
-  // floats of scratch that a panel of n samples takes
+  // floats of scratch that the first panel of n samples takes, and all of them
   int64_t (*panel_scratch)(int64_t n, int64_t features);
+  int64_t (*panels_scratch)(int64_t n, int64_t features);
   // values (kept) = w (rows, cols) row-major at the layout
   void (*pack)(Layout layout, const float* w, float* values, int threads);
   // y (n, rows) = x (n, cols) @ weight.T, plus bias (rows) or null, then relu if asked; all row-major.
@@ -61,7 +62,7 @@ struct MaskedMatmul {
   // floats
   void (*outer)(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,
                 float* dw, float* scratch, int threads);
-  int64_t (*outer_scratch)(int64_t n, int64_t rows, int threads);
+  int64_t (*outer_scratch)(int64_t n, int64_t rows);
 };
 
 extern const MaskedMatmul masked_matmul_base;

@@ -101,32 +101,39 @@ constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cel
 constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>};
 #endif
 
-void clear_cell(const Layout& layout, int64_t row, int64_t col, float* dw) {
+// dw of one (block, chunk), all panels, by way of a tile: rows of a weight whose width is a power of two
+// would otherwise fight for the same few lines of the cache
+void sample_tile(const Layout& layout, int64_t cell, const float* dy, const float* x, int64_t n, float* dw) {
+  alignas(64) float tile[(kRowBlock + kGroup) * kMaxChunk];
+  const int64_t chunks = ceil_div(layout.cols, layout.chunk);
+  const int64_t row = cell / chunks * layout.block, col = cell % chunks * layout.chunk;
+  const int64_t rows = layout.rows - row < layout.block ? layout.rows - row : layout.block;
   const int64_t cols = layout.cols - col < layout.chunk ? layout.cols - col : layout.chunk;
-  for (int64_t r = row; r < layout.rows && r < row + layout.block; ++r)
-    __builtin_memset(dw + r * layout.cols + col, 0, std::size_t(cols) * sizeof(float));
+  __builtin_memset(tile, 0, std::size_t(rows * cols) * sizeof(float));
+  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
+    const Panel p = panel(i, n);
+    kSampleCell[p.width / kVector - 1](layout, cell,
+                                       {dy + p.begin * layout.rows + row * p.width,
+                                        x + p.begin * layout.cols + col * p.width, tile, cols, i == 0});
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    __builtin_memcpy(dw + (row + r) * layout.cols + col, tile + r * cols, std::size_t(cols) * sizeof(float));
 }
 
 void backward(Layout layout, const float* values, const float* dy, const float* x, int64_t n, float* dx,
               float* dw, float* scratch, int threads) {
   const int64_t chunks = ceil_div(layout.cols, layout.chunk),
                 cells = ceil_div(layout.rows, layout.block) * chunks;
+  float* x_panels = scratch + padded(n) * layout.rows;
   for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
     const Panel p = panel(i, n);
-    to_panel(dy, p, layout.rows, scratch, threads);
-    if (dx) multiply_back(layout, values, scratch, p, dx, threads);
-    if (!dw) continue;
-    float* x_panel = scratch + layout.rows * p.width;
-    to_panel(x, p, layout.cols, x_panel, threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < cells; ++t) {
-      const int64_t row = t / chunks * layout.block, col = t % chunks * layout.chunk;
-      if (i == 0) clear_cell(layout, row, col, dw);
-      kSampleCell[p.width / kVector - 1](layout, t,
-                                         {scratch + row * p.width, x_panel + col * p.width,
-                                          dw + row * layout.cols + col, layout.cols, i == 0});
-    }
+    to_panel(dy, p, layout.rows, scratch + p.begin * layout.rows, threads);
+    if (dx) multiply_back(layout, values, scratch + p.begin * layout.rows, p, dx, threads);
+    if (dw) to_panel(x, p, layout.cols, x_panels + p.begin * layout.cols, threads);
   }
+  if (!dw) return;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t t = 0; t < cells; ++t) sample_tile(layout, t, scratch, x_panels, n, dw);
 }
 
 // --- every product, masked where it is stored: with half as wide vectors and half as many registers a
@@ -134,10 +141,11 @@ void backward(Layout layout, const float* values, const float* dy, const float* 
 
 #if defined(__AVX512F__)
 
-constexpr int kTileRows = 6;  // 6 x kVectors sums
+constexpr int kTileRows = 6;         // 6 x kVectors sums
+constexpr int64_t kOuterTiles = 16;  // tiles of columns whose x is packed at once: 1024 columns
 
-int64_t outer_scratch(int64_t n, int64_t rows, int threads) {
-  return n * (ceil_div(rows, kTileRows) * kTileRows + threads * kLanes);
+int64_t outer_scratch(int64_t n, int64_t rows) {
+  return n * (ceil_div(rows, kTileRows) * kTileRows + kOuterTiles * kLanes);
 }
 
 AF_INLINE void store_masked(float* to, vec v, const uint8_t* mask, int64_t live) {
@@ -179,32 +187,36 @@ void outer_tile(const float* dy, const float* x, const uint8_t* mask, int64_t n,
 void outer(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,
            float* dw, float* scratch, int threads) {
   const int64_t row_tiles = ceil_div(rows, kTileRows), col_tiles = ceil_div(cols, kLanes);
-  const int64_t share = ceil_div(col_tiles, threads) + (col_tiles == 0);  // never 0
+  float* packed = scratch + row_tiles * kTileRows * n;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < row_tiles; ++t)
+  for (int64_t t = 0; t < row_tiles; ++t) {
+    const int64_t row = t * kTileRows, live = rows - row < kTileRows ? rows - row : kTileRows;
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t r = 0; r < kTileRows; ++r) {
-        const int64_t row = t * kTileRows + r;
-        scratch[(t * n + i) * kTileRows + r] = row < rows ? dy[i * rows + row] : 0;
-      }
+      _mm512_mask_storeu_ps(scratch + (t * n + i) * kTileRows, (1u << kTileRows) - 1,
+                            _mm512_maskz_loadu_ps(__mmask16((1u << live) - 1), dy + i * rows + row));
+  }
+  for (int64_t first = 0; first < col_tiles; first += kOuterTiles) {
+    const int64_t tiles = col_tiles - first < kOuterTiles ? col_tiles - first : kOuterTiles;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t first = 0; first < col_tiles; first += share) {
-    float* tile = scratch + row_tiles * kTileRows * n + first / share * n * kLanes;
-    for (int64_t c = first; c < col_tiles && c < first + share; ++c) {
-      const int64_t col = c * kLanes, live = cols - col < kLanes ? cols - col : kLanes;
+    for (int64_t c = 0; c < tiles; ++c) {
+      const int64_t col = (first + c) * kLanes, live = cols - col < kLanes ? cols - col : kLanes;
       for (int64_t i = 0; i < n; ++i) {
         const float* from = x + i * cols + col;
+        float* to = packed + (c * n + i) * kLanes;
         if (live == kLanes)
-          for (int64_t j = 0; j < kLanes; j += kVector) store(tile + i * kLanes + j, load(from + j));
+          for (int64_t j = 0; j < kLanes; j += kVector) store(to + j, load(from + j));
         else
-          for (int64_t j = 0; j < kLanes; ++j) tile[i * kLanes + j] = j < live ? from[j] : 0;
-      }
-      for (int64_t t = 0; t < row_tiles; ++t) {
-        const int64_t row = t * kTileRows;
-        outer_tile(scratch + row * n, tile, mask + row * cols + col, n, rows - row, live, cols,
-                   dw + row * cols + col);
+          for (int64_t j = 0; j < kLanes; ++j) to[j] = j < live ? from[j] : 0;
       }
     }
+    // along the rows of dw, so that its pages are met one after the other
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < row_tiles; ++t)
+      for (int64_t c = 0; c < tiles; ++c) {
+        const int64_t row = t * kTileRows, col = (first + c) * kLanes;
+        outer_tile(scratch + row * n, packed + c * n * kLanes, mask + row * cols + col, n, rows - row,
+                   cols - col, cols, dw + row * cols + col);
+      }
   }
 }
 #else

@@ -153,7 +153,10 @@ constexpr decltype(&add_cell<1>) kAddCell[] = {add_cell<1>, add_cell<2>};
 constexpr decltype(&scatter_cell<1>) kScatterCell[] = {scatter_cell<1>, scatter_cell<2>};
 #endif
 
+AF_INLINE int64_t padded(int64_t n) { return ceil_div(n, kVector) * kVector; }
+
 int64_t panel_scratch(int64_t n, int64_t features) { return panel(0, n).width * features; }
+int64_t panels_scratch(int64_t n, int64_t features) { return padded(n) * features; }
 
 void multiply(Layout layout, const float* values, const float* x, int64_t n, const float* bias, bool relu,
               float* y, float* scratch, int threads) {
