@@ -14,13 +14,17 @@ __all__ = ["Masked", "rows"]
 
 
 def _last(tensor: Tensor) -> bool:
-    """Tell whether a tensor lies in memory with its channels last."""
-    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    """Tell whether a tensor lies in memory with its channels last, by its strides: sizes of 1 leave both open."""
+    if tensor.ndim != 4 or tensor.stride(1) != 1 or tensor.stride(3) != tensor.shape[1]:
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _laid_out(parameter: Tensor, mask: Tensor) -> Tensor:
-    """Return ``mask`` laid out like ``parameter``: the kernels walk both entry by entry."""
-    return mask.contiguous(memory_format=torch.channels_last if _last(parameter) else torch.contiguous_format)
+    """Return a copy of ``mask`` laid out like ``parameter``: the kernels walk both entry by entry."""
+    if _last(parameter):
+        return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
+    return mask.to(parameter.device, copy=True).contiguous()
 
 
 def rows(parameter: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +84,7 @@ class Masked(nn.Module):
             # a copy: whoever gave the mask may change it; contiguous: the kernels walk it row by row
             # inference_mode(False): autograd could not save a mask that was made inside inference mode
             with torch.inference_mode(False):
-                own = _laid_out(getattr(self, name), mask.detach().to(getattr(self, name).device, copy=True))
+                own = _laid_out(getattr(self, name).detach(), mask.detach())
             # persistent=False: FL codebases average state_dict(); a bool mask must not be in it
             self.register_buffer(f"{name}_mask", own, persistent=False)
         self._zero()
