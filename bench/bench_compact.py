@@ -4,7 +4,7 @@
 
 * staircase: a convolution of c of C channels, in and out, against all C; the ideal is (c / C)^2;
 * layers: MaskedConv2d with half its channels pruned, compacted, against torch's of the small shape;
-* models: TwoCNN and ResNet-8 at density 0.1 with 60 % of the channels gone, compacted, against dense;
+* models: TwoCNN and residual networks at density 0.1 with 60 % of the channels gone, compacted, against dense;
 * nothing pruned: ``sparsify`` with masks that keep everything, and a change of masks, in milliseconds.
 
 ``--staircase`` measures the first alone and writes nothing (another instruction set: ONEDNN_MAX_CPU_ISA=AVX2).
@@ -30,6 +30,7 @@ from autoflip.fed import models
 # channels, kernel size, image size, batch
 STAIRCASE = [(64, 3, 16, 16), (128, 3, 8, 16), (64, 5, 14, 16), (128, 1, 16, 16), (16, 3, 32, 16)]
 MODELS = [("two-cnn", (1, 28, 28), 32), ("resnet8", (3, 32, 32), 32)]
+WIDE = ("resnet of 64 and 128 channels", (3, 16, 16), 16)
 OUT = Path(__file__).parent / "results" / "compact.json"
 
 
@@ -93,31 +94,46 @@ def layers():
 
 
 def twins(name, shape, batch, seed=0):
-    model = models.build(name, input_shape=shape, num_classes=10, seed=seed)
+    torch.manual_seed(seed)
+    if name == WIDE[0]:
+        blocks = (models.BasicBlock(3, 64, 1, "batch"), models.BasicBlock(64, 128, 2, "batch"))
+        model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    else:
+        model = models.build(name, input_shape=shape, num_classes=10, seed=seed)
     g = torch.Generator().manual_seed(seed)
     return model, torch.randn(batch, *shape, generator=g), torch.randint(10, (batch,), generator=g)
 
 
+def last(model):
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+
 def whole_models():
     rows = []
-    for name, shape, batch in MODELS:
+    for name, shape, batch in [*MODELS, WIDE]:
         model, x, y = twins(name, shape, batch)
         scores = {n: w.abs() for n, w in prune.weights(model).items()}
-        masks = prune.hybrid(model, scores, density=0.1, channels=0.4)
-        small = compact(model, x, masks)
-        units = sum(small.plan.removed.values())
-        masked = sparsify(copy.deepcopy(small), small.plan.shrink_masks(masks))
-        dense = step_of(copy.deepcopy(model), x, y)
-        ratio = {
-            "sparsify": middle(step_of(sparsify(copy.deepcopy(model), masks), x, y), dense, 0.1),
-            "compact": middle(step_of(small, x, y), dense, 0.1),
-            "compact, then sparsify": middle(step_of(masked, x, y), dense, 0.1),
-        }
-        rows.append(
-            {"model": name, "batch": batch, "density": masks.density, "units_removed": units, "ratio": ratio,
-             "kept": {n: list(p.shape) for n, p in small.named_parameters() if p.ndim > 1}}
-        )  # fmt: skip
-        print(f"{name}, batch {batch}, density {masks.density:.3f}, {units} units gone: {ratio}", flush=True)
+        dense, dense_last = (step_of(m, x, y) for m in (copy.deepcopy(model), last(model)))
+        format_alone = middle(dense_last, dense, 0.1)
+        print(f"{name}, batch {batch}: dense, channels_last / dense: {format_alone}", flush=True)
+        for round_to in (None, "auto", 4):
+            masks = prune.hybrid(model, scores, density=0.1, channels=0.4, round_to=round_to)
+            small = compact(model, x, masks)
+            inside = small.plan.shrink_masks(masks)
+            masked, masked_last = (sparsify(m, inside) for m in (copy.deepcopy(small), last(small)))
+            ratio = {
+                "compact": middle(step_of(copy.deepcopy(small), x, y), dense, 0.1),
+                "compact, sparsify": middle(step_of(masked, x, y), dense, 0.1),
+                "channels_last, compact": middle(step_of(last(small), x, y), dense, 0.1),
+                "channels_last, compact, sparsify": middle(step_of(masked_last, x, y), dense, 0.1),
+                "channels_last, compact / channels_last": middle(step_of(last(small), x, y), dense_last, 0.1),
+            }
+            kept = {n: list(p.shape) for n, p in small.named_parameters() if p.ndim > 1}
+            rows.append(
+                {"model": name, "batch": batch, "round_to": round_to, "density": round(masks.density, 4),
+                 "dense channels_last": format_alone, "ratio": ratio, "kept": kept}
+            )  # fmt: skip
+            print(f"  round_to {round_to}: {ratio}", flush=True)
     return rows
 
 

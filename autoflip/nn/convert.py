@@ -12,7 +12,7 @@ from autoflip.masks import MaskSet
 from autoflip.nn.conv import MaskedConv2d
 from autoflip.nn.embedding import MaskedEmbedding
 from autoflip.nn.linear import MaskedLinear
-from autoflip.nn.masked import Masked
+from autoflip.nn.masked import Masked, rows
 from autoflip.nn.recurrent import MaskedGRU, MaskedLSTM
 from autoflip.ops import masked_weight, version_of, zero_pruned
 
@@ -176,7 +176,7 @@ class _Keeper:
                 self._seen = [_Seen(layer, name) for layer in watched for name in layer._maskable()]
             written = [seen for seen in self._seen if seen.written()]
             if written or rest:
-                zero_pruned([*((s.tensor, s.mask) for s in written if not s.whole), *((t, m) for _, t, m in rest)])
+                zero_pruned([*(rows(s.tensor, s.mask) for s in written if not s.whole), *((t, m) for _, t, m in rest)])
                 for seen in written:
                     seen.version = version_of(seen.tensor)
         for name, tensor, mask in rest:
