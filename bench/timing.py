@@ -88,8 +88,9 @@ def interleaved(
     began = time.perf_counter()
 
     def calls_of(step: Step) -> int:
-        # the first call may build what later ones use; three calls settle caches
-        step()
+        # the first call may build what later ones use; three more settle caches, but not of what takes long anyway
+        if clock(step, 1) > 10 * seconds:
+            return 1
         return max(1, int(seconds / max(clock(step, 3), 1e-9)))
 
     calls, names = {name: calls_of(step) for name, step in {"": dense, **others}.items()}, list(others)
