@@ -159,7 +159,7 @@ def golden_update():
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 def test_golden_frames_decode_for_ever(path):
     update, masks = golden_update()
-    blob, name = path.read_bytes(), path.stem.removeprefix("v1_")
+    blob, name = path.read_bytes(), path.stem.partition("_")[2]
     if name == "masks":
         assert codec.decode_masks(blob) == masks
     elif name == "change":
@@ -168,7 +168,10 @@ def test_golden_frames_decode_for_ever(path):
         got = codec.decode_patch(blob, {n: torch.zeros_like(t) for n, t in update.items()}, base_id=b"golden base 0001")
         assert torch.equal(got["w"], update["w"].to(torch.bfloat16))
     else:
-        shared = name.startswith("shared")
+        shared = name.startswith(("shared", "ranks"))
+        if name.startswith("ranks"):
+            assert codec.inspect(blob)["tensors"][0]["coding"].startswith("ranks")
+            update["w"] = torch.where(update["w"] > 0.4, update["w"], 0)
         got = codec.decode(blob, masks=masks if shared else None)
         want = torch.where(masks["w"], update["w"], 0)
         assert torch.equal(got["b"], update["b"])
@@ -180,4 +183,4 @@ def test_golden_frames_decode_for_ever(path):
 
 
 def test_golden_frames_are_there():
-    assert len(GOLDEN) == 9
+    assert len(GOLDEN) == 9 + 13

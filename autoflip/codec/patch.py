@@ -11,7 +11,8 @@ from torch import Tensor
 from autoflip.codec import arguments, index, layout, values
 from autoflip.codec import frame as frames
 from autoflip.codec.delta import integers
-from autoflip.codec.layout import SHARED, Coding
+from autoflip.codec.index import SHARED
+from autoflip.codec.layout import Coding
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.schema import Entry, Limits, Schema
 from autoflip.codec.values import BF16, INT
@@ -28,6 +29,7 @@ def encode_patch(
     *,
     masks: MaskSet | None = None,
     entropy: str = "zstd",
+    level: int = 1,
     schema: Schema | None = None,
     round: int = 0,
     base_id: bytes = b"",
@@ -43,6 +45,7 @@ def encode_patch(
             same bf16 on both sides; None = zeros: a complete frame, which any reader can decode.
         masks: entries outside the mask do not travel and decode to zero; None = everything travels.
         entropy: as in :func:`encode`.
+        level: as in :func:`encode`.
         schema: as in :func:`encode`.
         round: as in :func:`encode`.
         base_id: 16 bytes that name ``base``; readers that pass ``base_id`` are held to it.
@@ -55,7 +58,7 @@ def encode_patch(
 
     Source: the idea is PULSE's (arXiv:2602.03839): most bf16 words do not change in a step.
     """
-    id = frames.check_options("encode_patch", entropy, round, base_id)
+    id = frames.check_options("encode_patch", entropy, level, round, base_id)
     arguments.check_tensors("encode_patch", new)
     arguments.check_schema("encode_patch", schema)
     inline = schema is None
@@ -69,7 +72,7 @@ def encode_patch(
         schema.check({e.name: base[e.name] for e in schema.entries if e.name in base}, "encode_patch: base")
     packs = {} if masks is None else layout.packs_of(masks)
     rows: list[Coding] = []
-    streams: list[tuple[int, np.ndarray]] = []
+    streams: list[values.Stream] = []
     for entry in schema.entries:
         mask = packs.get(entry.name)
         words = _words(entry, new[entry.name], mask)
@@ -81,8 +84,8 @@ def encode_patch(
             words = words ^ _words(entry, base[entry.name], mask)
         codec = INT if entry.kind else BF16
         rows.append(Coding(index.WHOLE if mask is None else SHARED, codec, len(words)))
-        streams.append((codec, words))
-    body = [layout.write_table(rows), *values.write_values(streams, [(0, 0)] * len(rows), entropy)]
+        streams.append(words if entry.kind else values.from_words(words))
+    body = [layout.write_table(rows), *values.write_values(streams, entropy, level)]
     mask_id = frames.NO_ID if masks is None else bytes.fromhex(masks.fingerprint())
     flags = (0 if masks is None else frames.MASKED) | (0 if base is None else frames.BASED)
     return frames.seal(
@@ -153,7 +156,7 @@ def decode_patch(
         (row.values, entry.dense_bytes if row.values == INT else row.kept)
         for row, entry in zip(rows, frame.schema.entries, strict=True)
     ]
-    streams = values.read_values(reader, wanted)
+    streams = [values.to_words(stream) for stream in values.read_values(reader, wanted)]
     reader.finish()
     out: dict[str, Tensor] = {}
     for entry, mask, words in zip(frame.schema.entries, where, streams, strict=True):

@@ -132,9 +132,11 @@ def rice_encode(mask: Pack, k: int) -> bytes:
     if mask.numel >= 1 << 32:
         raise ValueError(f"rice_encode: {mask.numel} entries, wanted fewer than 2^32; send a bitmap")
     if ext := cpp():
-        out = np.empty(-(-rice_bits(mask, k) // 8), np.uint8)
-        ext.delta_rice_encode(mask.words.data_ptr(), mask.numel, k, out.ctypes.data, len(out))
-        return out.tobytes()
+        # a gap costs gap >> k, 1 and k bits; only an escape costs more, by at most 31, and needs 24 << k entries
+        skipped = mask.numel - mask.kept
+        bits = (skipped >> k) + mask.kept * (1 + k) + 31 * min(mask.kept, skipped // (24 << k))
+        out = np.empty(bits // 8 + 8, np.uint8)
+        return out[: ext.delta_rice_encode(mask.words.data_ptr(), mask.numel, k, out.ctypes.data)].tobytes()
     return reference.rice_encode(mask.words, mask.numel, k)
 
 
@@ -159,9 +161,9 @@ def rice_decode(data: bytes | memoryview, numel: int, kept: int, k: int) -> tupl
 def varint_encode(mask: Pack) -> bytes:
     """LEB128 code of the gaps between kept entries."""
     if ext := cpp():
-        out = np.empty(ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, 0), np.uint8)
-        ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, out.ctypes.data)
-        return out.tobytes()
+        # each byte of a gap after the first one stands for 128 skipped entries or more
+        out = np.empty(mask.kept + (mask.numel - mask.kept) // 128, np.uint8)
+        return out[: ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, out.ctypes.data)].tobytes()
     return reference.varint_encode(mask.words, mask.numel)
 
 
