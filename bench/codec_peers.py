@@ -1,8 +1,8 @@
-"""What others would send: named numpy arrays to bytes and back. Optional libraries that are missing are left out."""
+"""What others would send: named numpy arrays to bytes. Optional libraries that are missing are left out."""
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import safetensors.numpy
@@ -31,6 +31,9 @@ def _shuffled(arrays: Arrays) -> bytes:
 
 def _zstd(level: int, raw: Callable[[Arrays], bytes] = _raw) -> Callable[[Arrays], bytes]:
     return lambda arrays: zstandard.ZstdCompressor(level=level).compress(raw(arrays))
+
+
+LEVELS = (1, 3, 9, 19)
 
 
 def torch_save(tensors: object) -> bytes:
@@ -77,7 +80,7 @@ def _bitmap(arrays: Arrays, level: int) -> bytes:
     return zstandard.ZstdCompressor(level=level).compress(raw) if level else raw
 
 
-def explicit() -> dict[str, Callable[[Arrays], bytes]]:
+def explicit(levels: Sequence[int] = LEVELS) -> dict[str, Callable[[Arrays], bytes]]:
     """Name -> encoder of dense arrays, zeros included: the reader needs nothing else."""
     out: dict[str, Callable[[Arrays], bytes]] = {
         "pickle": lambda a: pickle.dumps(dict(a), protocol=5),
@@ -85,12 +88,8 @@ def explicit() -> dict[str, Callable[[Arrays], bytes]]:
         "torch.save, sparse COO": lambda a: torch_save({n: t.to_sparse() for n, t in _signed(a).items()}),
         "safetensors": lambda a: safetensors.numpy.save({n: np.ascontiguousarray(v) for n, v in a.items()}),
         "npz": _npz,
-        "zstd-1": _zstd(1),
-        "zstd-3": _zstd(3),
-        "zstd-19": _zstd(19),
-        "zstd-1, shuffled": _zstd(1, _shuffled),
-        "zstd-3, shuffled": _zstd(3, _shuffled),
-        "zstd-19, shuffled": _zstd(19, _shuffled),
+        **{f"zstd-{level}": _zstd(level) for level in levels},
+        **{f"zstd-{level}, shuffled": _zstd(level, _shuffled) for level in levels},
         "COO int32": lambda a: _coo(a, 0),
         "COO int32 + zstd-3": lambda a: _coo(a, 3),
         "CSR": _csr,
@@ -100,12 +99,11 @@ def explicit() -> dict[str, Callable[[Arrays], bytes]]:
     return out | _libraries()
 
 
-def known_mask() -> dict[str, Callable[[Arrays], bytes]]:
+def known_mask(levels: Sequence[int] = LEVELS) -> dict[str, Callable[[Arrays], bytes]]:
     """Name -> encoder of kept values alone: what remains to be packed when both sides hold the mask."""
     out: dict[str, Callable[[Arrays], bytes]] = {
         "x[mask]": _raw,
-        "x[mask] + zstd-3, shuffled": _zstd(3, _shuffled),
-        "x[mask] + zstd-19, shuffled": _zstd(19, _shuffled),
+        **{f"x[mask] + zstd-{level}, shuffled": _zstd(level, _shuffled) for level in levels},
     }
     return out | {f"x[mask] + {n}": f for n, f in _libraries().items()}
 

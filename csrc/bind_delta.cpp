@@ -157,7 +157,7 @@ bool delta_encode(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offset
       bad = 1;
     }
   });
-  if (kind != kInt8 && kind != kInt4) return !bad;
+  if (bad || (kind != kInt8 && kind != kInt4)) return !bad;
   // blocks that reach over a range's end, put together here
   float block[kDeltaBlock];
   int64_t held = 0;

@@ -26,7 +26,7 @@ bool take(const float* x, const float* base, int64_t n, float* out) {
 }
 
 void pack_nibbles(const int8_t* codes, int64_t n, uint8_t* out) {
-  for (int64_t i = 0; i < n / 2; ++i) out[i] = uint8_t((codes[2 * i] & 15) | codes[2 * i + 1] << 4);
+  for (int64_t i = 0; i < n / 2; ++i) out[i] = uint8_t((codes[2 * i] & 15) | uint8_t(codes[2 * i + 1]) << 4);
   if (n % 2) out[n / 2] = codes[n - 1] & 15;
 }
 
@@ -68,6 +68,7 @@ bool encode(const float* x, const float* base, const uint64_t* words, int64_t n,
     } else {
       bad |= take(x + start, from, size, s.values + held);
     }
+    if (bad) return true;  // NaN has no code, and nobody will read these streams
     held += fresh;
     int64_t done = 0;
     if (head) {  // values before the first whole block of this range
@@ -84,7 +85,7 @@ bool encode(const float* x, const float* base, const uint64_t* words, int64_t n,
     std::memmove(s.values, s.values + done + ready, size_t(held) * 4);
   }
   std::memcpy(loose, s.values, size_t(held) * 4);  // and those after the last one
-  return bad;
+  return false;
 }
 
 void value_planes(const DeltaCoding& c, int64_t first, int64_t n, float* out) {
