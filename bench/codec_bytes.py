@@ -60,8 +60,8 @@ def entropy_bytes(n, kept):
 
 def index_bytes(packs):
     """Bytes of our explicit index of these sets, and of the entropy of each tensor's density, and of the flat one."""
-    sets = [(*index.choose(p)[:2], p) for p in packs if p.kept]
-    _, sections = index.write_sets(sets, "zstd")
+    sets = [(*index.choose(p, "zstd")[:2], p) for p in packs if p.kept]
+    sections = index.write_sets(sets, "zstd")
     numel, kept = sum(p.numel for p in packs), sum(p.kept for p in packs)
     return sum(map(len, sections)), sum(entropy_bytes(p.numel, p.kept) for p in packs), entropy_bytes(numel, kept)
 

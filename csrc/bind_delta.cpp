@@ -106,10 +106,14 @@ void delta_expand_add(uintptr_t values, uintptr_t words, uintptr_t offsets, int6
   });
 }
 
+DeltaKey key_of(uint32_t key0, uint32_t key1, bool nearest) {
+  return {key0, key1, nearest ? 0 : ~0u, nearest ? 1u << 31 : 0};
+}
+
 void delta_quantise(uintptr_t values, int64_t n, int levels, float largest, uint32_t key0, uint32_t key1,
-                    uintptr_t codes, uintptr_t scales, int threads) {
+                    bool nearest, uintptr_t codes, uintptr_t scales, int threads) {
   each_chunk(n, threads, [&](int64_t, int64_t first, int64_t size, int64_t) {
-    kernels().quantise(at<float>(values) + first, size, levels, largest, key0, key1, first,
+    kernels().quantise(at<float>(values) + first, size, levels, largest, key_of(key0, key1, nearest), first,
                        at<int8_t>(codes) + first, at<float>(scales) + first / kDeltaBlock);
   });
 }
@@ -121,10 +125,11 @@ void delta_dequantise(uintptr_t codes, uintptr_t scales, int64_t n, uintptr_t va
   });
 }
 
-void delta_round_bf16(uintptr_t values, int64_t n, uint32_t key0, uint32_t key1, uintptr_t words,
-                      int threads) {
+void delta_round_bf16(uintptr_t values, int64_t n, uint32_t key0, uint32_t key1, bool nearest,
+                      uintptr_t words, int threads) {
   each_chunk(n, threads, [&](int64_t, int64_t first, int64_t size, int64_t) {
-    kernels().round_bf16(at<float>(values) + first, size, key0, key1, first, at<uint16_t>(words) + first);
+    kernels().round_bf16(at<float>(values) + first, size, key_of(key0, key1, nearest), first,
+                         at<uint16_t>(words) + first);
   });
 }
 
@@ -140,9 +145,9 @@ DeltaCoding coding_of(int kind, const std::array<uintptr_t, 4>& streams, uintptr
 // offsets may be null with words: then every entry is kept. Returns whether all differences are finite.
 bool delta_encode(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offsets, int64_t n, int kind,
                   std::array<uintptr_t, 4> streams, uintptr_t scales, float largest, uint32_t key0,
-                  uint32_t key1, int threads) {
+                  uint32_t key1, bool nearest, int threads) {
   DeltaCoding c = coding_of(kind, streams, scales);
-  c.largest = largest, c.key0 = key0, c.key1 = key1;
+  c.largest = largest, c.key = key_of(key0, key1, nearest);
   const int64_t* ranks = at<int64_t>(offsets);
   const int64_t entries = 64 * kDeltaChunkWords, chunks = (n + entries - 1) / entries;
   auto rank = [&](int64_t chunk) { return words ? ranks[chunk] : chunk < chunks ? chunk * entries : n; };

@@ -20,6 +20,7 @@ from autoflip.codec.values import BF16, FP32, INT, INT4, INT8, Stream
 from autoflip.masks import MaskSet
 from autoflip.ops import delta_stream
 from autoflip.ops.delta import Pack
+from autoflip.ops.delta_coding import Key
 from autoflip.ops.delta_stream import Coded
 
 __all__ = ["accumulate", "decode", "encode"]
@@ -32,6 +33,7 @@ def encode(
     *,
     masks: MaskSet | None = None,
     values: str = "bf16",
+    rounding: str = "stochastic",
     entropy: str = "zstd",
     level: int = 1,
     schema: Schema | None = None,
@@ -55,6 +57,8 @@ def encode(
             three round stochastically: the expected decoded value is the value itself, zeros stay zero, the same
             arguments give the same bytes. Under int8 and int4 tensors of fewer than two dimensions travel as bf16:
             a running variance rounded at the scale of its block could turn negative.
+        rounding: ``stochastic``, or ``nearest``: half the error of one update, but it does not average out over
+            rounds and clients unless what was lost is added to the next update: :class:`Feedback` does both.
         entropy: ``zstd`` packs each section when that saves over 3 %; ``none`` keeps the length a function of
             masks and schema alone, as secure aggregation needs it (with ``masks``).
         level: of zstd, 1 (fast) to 22 (small, slow: 19 takes 0.2 s for each megabyte that is sent).
@@ -81,6 +85,8 @@ def encode(
     """
     if values not in _VALUES:
         raise ValueError(f"encode: values={values!r}, wanted one of {', '.join(_VALUES)}")
+    if rounding not in ("stochastic", "nearest"):
+        raise ValueError(f"encode: rounding={rounding!r}, wanted 'stochastic' or 'nearest'")
     id = frames.check_options("encode", entropy, level, round, base_id)
     seed, client = arguments.whole("encode", "seed", seed), arguments.whole("encode", "client", client)
     arguments.check_tensors("encode", delta)
@@ -99,7 +105,8 @@ def encode(
     for number, entry in enumerate(schema.entries):
         mask, tensor = packs.get(entry.name), delta[entry.name]
         where = selection.select(entry, tensor, mask, masks is None, _VALUES[values], entropy, level)
-        row, stream = _code(entry, tensor, where, _key(seed, round, client, number))
+        key = None if rounding == "nearest" else _key(seed, round, client, number)
+        row, stream = _code(entry, tensor, where, key)
         rows.append(row)
         streams.append(stream)
         if where.named is not None:
@@ -128,7 +135,7 @@ def encode(
 _key, _write_values = values.rounding_key, values.write_values
 
 
-def _code(entry: Entry, tensor: Tensor, where: Selection, key: tuple[int, int]) -> tuple[Coding, Stream]:
+def _code(entry: Entry, tensor: Tensor, where: Selection, key: Key) -> tuple[Coding, Stream]:
     if entry.kind:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return Coding(WHOLE, INT, entry.numel), raw

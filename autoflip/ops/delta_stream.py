@@ -54,16 +54,14 @@ def new_streams(kind: int, count: int) -> Coded:
     return Coded(kind, count, tuple(np.empty((planes, size), np.uint8)), np.empty(scales, np.float32))
 
 
-def code(
-    x: Tensor, mask: Pack | None, kind: int, key: tuple[int, int], base: Tensor | None = None
-) -> tuple[Coded, bool]:
+def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor | None = None) -> tuple[Coded, bool]:
     """Code ``(x - base)[mask]`` as ``kind``, and tell whether all of ``x - base`` is finite.
 
     Args:
         x: any shape with ``mask.numel`` entries, float32, any device.
         mask: a Pack, None = every entry.
         kind: FP32, BF16, INT8 or INT4; the last three round at random, without bias.
-        key: two uint32 that the random numbers depend on; rank i among the kept draws number i.
+        key: two uint32 that the random numbers depend on, None = to the nearest; rank i among the kept draws number i.
         base: like ``x``; None = zeros.
 
     Returns:
@@ -86,16 +84,16 @@ def code(
     where = (0, 0) if mask is None else (mask.words.data_ptr(), mask.offsets.data_ptr())
     largest = coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0
     places = (x.data_ptr(), 0 if base is None else base.data_ptr(), *where, x.numel(), kind, *out.places)
-    return out, ext.delta_encode(*places, largest, *key, torch.get_num_threads())
+    return out, ext.delta_encode(*places, largest, *coding.words_of(key), torch.get_num_threads())
 
 
-def _code_values(values: Array, kind: int, key: tuple[int, int]) -> Coded:
+def _code_values(values: Array, kind: int, key: coding.Key) -> Coded:
     if ext := cpp():  # of a tensor on another device
         values = np.ascontiguousarray(values, np.float32)
         out = new_streams(kind, len(values))
         largest = coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0
         places = (values.ctypes.data, 0, 0, 0, len(values), kind, *out.places)
-        ext.delta_encode(*places, largest, *key, torch.get_num_threads())
+        ext.delta_encode(*places, largest, *coding.words_of(key), torch.get_num_threads())
         return out
     none = np.empty(0, np.float32)
     if kind in _PLANES:

@@ -15,12 +15,18 @@ constexpr int kRiceEscape = 24;                // this many ones announce a plai
 // How values travel; the numbers are those of the wire format. A stream is a byte plane, or the codes.
 enum ValueKind : int { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
 
+// Where rounding's random numbers come from: number r of a key, or always one half (to the nearest).
+struct DeltaKey {
+  uint32_t key0, key1;
+  uint32_t keep, half;  // the number is (random & keep) | half: ~0, 0 or 0, 2^31
+};
+
 struct DeltaCoding {
   int kind;
   uint8_t* streams[4];  // fp32: four planes, lowest first; bf16: two; int8: codes; int4: two codes a byte
   float* scales;        // int8 and int4: one per 256 ranks
   float largest;        // see quantise
-  uint32_t key0, key1;
+  DeltaKey key;
 };
 
 enum IndexError : int64_t { kShort = -1, kRange = -2, kPadding = -3, kLong = -4 };
@@ -43,11 +49,10 @@ struct DeltaKernels {
                      float* out);
   // blocks of 256: scale = clip(max|x| / levels, FLT_MIN, largest), codes = floor(x / scale) + (u < frac);
   // `first` is the rank of values[0], a multiple of 256
-  void (*quantise)(const float* values, int64_t n, int levels, float largest, uint32_t key0, uint32_t key1,
-                   int64_t first, int8_t* codes, float* scales);
+  void (*quantise)(const float* values, int64_t n, int levels, float largest, DeltaKey key, int64_t first,
+                   int8_t* codes, float* scales);
   void (*dequantise)(const int8_t* codes, const float* scales, int64_t n, float* values);
-  void (*round_bf16)(const float* values, int64_t n, uint32_t key0, uint32_t key1, int64_t first,
-                     uint16_t* words);
+  void (*round_bf16)(const float* values, int64_t n, DeltaKey key, int64_t first, uint16_t* words);
   // One range of a tensor, x - base (base may be null, words too: every entry) at ranks `rank`.. into the
   // streams; returns whether a difference is NaN or infinite. Blocks of 256 that reach over the range's ends
   // are left to the caller: their values go to `loose` in order, at most 510.

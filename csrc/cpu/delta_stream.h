@@ -39,15 +39,15 @@ void code_values(const float* values, int64_t n, int64_t first, const DeltaCodin
     }
   } else if (c.kind == kBf16) {
     uint16_t words[kStep + kDeltaBlock];
-    round_bf16(values, n, c.key0, c.key1, first, words);
+    round_bf16(values, n, c.key, first, words);
     for (int64_t i = 0; i < n; ++i) c.streams[0][first + i] = uint8_t(words[i]);
     for (int64_t i = 0; i < n; ++i) c.streams[1][first + i] = uint8_t(words[i] >> 8);
   } else if (c.kind == kInt8) {
-    quantise(values, n, 127, c.largest, c.key0, c.key1, first,
-             reinterpret_cast<int8_t*>(c.streams[0]) + first, c.scales + first / kDeltaBlock);
+    quantise(values, n, 127, c.largest, c.key, first, reinterpret_cast<int8_t*>(c.streams[0]) + first,
+             c.scales + first / kDeltaBlock);
   } else {
     int8_t codes[kStep + kDeltaBlock];
-    quantise(values, n, 7, c.largest, c.key0, c.key1, first, codes, c.scales + first / kDeltaBlock);
+    quantise(values, n, 7, c.largest, c.key, first, codes, c.scales + first / kDeltaBlock);
     pack_nibbles(codes, n, c.streams[0] + first / 2);
   }
 }

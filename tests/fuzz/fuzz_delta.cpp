@@ -123,7 +123,7 @@ void stream(Input in) {
   for (const DeltaKernels* t : tables()) {
     Exact<uint8_t> p0(bytes), p1(bytes), p2(bytes), p3(bytes);
     Exact<float> scales(blocks), loose(510), out(n), sum(n);
-    DeltaCoding c{kind, {p0.data, p1.data, p2.data, p3.data}, scales.data, 1e36f, 3, 7};
+    DeltaCoding c{kind, {p0.data, p1.data, p2.data, p3.data}, scales.data, 1e36f, {3, 7, ~0u, 0}};
     const uint64_t* w = masked ? words.data : nullptr;
     const bool bad = t->encode(x.data, with_base ? base.data : nullptr, w, n, 0, c, loose.data);
     if (t == &autoflip::kDeltaBase) first_bad = bad;
@@ -167,7 +167,7 @@ void hostile(Input in) {
     ranks.data[i / 64] |= uint64_t(bytes && p[0].data[i % bytes] & 1) << i % 64;
   bool first = false;
   for (const DeltaKernels* t : tables()) {
-    DeltaCoding c{kind, {p[0].data, p[1].data, p[2].data, p[3].data}, scales.data, 1e36f, 0, 0};
+    DeltaCoding c{kind, {p[0].data, p[1].data, p[2].data, p[3].data}, scales.data, 1e36f, {}};
     const bool valid = t->valid(c, kept);
     if (t == &autoflip::kDeltaBase) first = valid;
     expect(valid == first, "every level judges alike");
