@@ -11,14 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoflip.ops import backend, delta_gpu
 from autoflip.ops import delta_coding as coding
 from autoflip.ops.delta import Array, Pack, cpp, expand, expand_add, gather
 
-__all__ = ["BF16", "FP32", "INT4", "INT8", "LEVELS", "Coded", "accumulate", "code", "decode", "new_streams", "valid"]
+__all__ = [
+    "BF16",
+    "FP32",
+    "INT4",
+    "INT8",
+    "LEVELS",
+    "Coded",
+    "accumulate",
+    "code",
+    "decode",
+    "gpu_server",
+    "new_streams",
+    "valid",
+]
 
 FP32, BF16, INT8, INT4 = range(4)
 LEVELS = {INT8: 127, INT4: 7}
 _PLANES = {FP32: 4, BF16: 2}
+_GPU = {FP32: None, BF16: 0, **LEVELS}  # what delta_gpu.code calls them
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +87,13 @@ def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor 
     """
     mask = None if mask is None or mask.whole else mask
     ext = cpp(x.device)
+    server = gpu_server(x.device)
     fits = x.dtype is torch.float32 and (mask is None or mask.numel == x.numel())
-    if ext is None or not fits or base is not None and (base.shape != x.shape or base.dtype != x.dtype):
+    fits = fits and (base is None or (base.shape == x.shape and base.dtype == x.dtype and base.device == x.device))
+    if server and fits:
+        start = None if base is None else base.detach().contiguous()
+        return _from_gpu(kind, *delta_gpu.code(x.detach().contiguous(), mask, _GPU[kind], key, start, server))
+    if ext is None or not fits:
         values, finite = gather(x, mask, base)  # says what does not fit
         if not finite:
             return new_streams(kind, len(values)), False
@@ -85,6 +105,29 @@ def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor 
     largest = coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0
     places = (x.data_ptr(), 0 if base is None else base.data_ptr(), *where, x.numel(), kind, *out.places)
     return out, ext.delta_encode(*places, largest, *coding.words_of(key), torch.get_num_threads())
+
+
+def gpu_server(device: torch.device) -> str:
+    """Return "cuda" or "triton" when ``AUTOFLIP_BACKEND`` names it and it can serve ``device``, else nothing."""
+    wish = backend.wish()
+    return wish if wish in ("cuda", "triton") and device.type == "cuda" else ""
+
+
+def _from_gpu(kind: int, values: Tensor, scales: Tensor, finite: bool) -> tuple[Coded, bool]:
+    if not finite:
+        return new_streams(kind, 0), False
+    held, none = values.cpu().numpy(), np.empty(0, np.float32)
+    if kind in _PLANES:
+        planes = np.frombuffer(coding.split_planes(held.view(np.uint16 if kind == BF16 else np.float32)), np.uint8)
+        return Coded(kind, len(held), tuple(planes.reshape(_PLANES[kind], len(held))), none), True
+    codes = _nibbles(held) if kind == INT4 else held.view(np.uint8)
+    return Coded(kind, len(held), (codes,), scales.cpu().numpy()), True
+
+
+def _nibbles(codes: Array) -> Array:
+    even = np.zeros(len(codes) + len(codes) % 2, np.uint8)
+    even[: len(codes)] = codes.view(np.uint8) & 15
+    return even[::2] | even[1::2] << np.uint8(4)
 
 
 def _code_values(values: Array, kind: int, key: coding.Key) -> Coded:
@@ -101,11 +144,8 @@ def _code_values(values: Array, kind: int, key: coding.Key) -> Coded:
         planes = np.frombuffer(coding.split_planes(words), np.uint8).reshape(_PLANES[kind], len(values))
         return Coded(kind, len(values), tuple(planes), none)
     codes, scales = coding.quantise(values, LEVELS[kind], key)
-    if kind == INT4:
-        even = np.zeros(len(codes) + len(codes) % 2, np.uint8)
-        even[: len(codes)] = codes.view(np.uint8) & 15
-        codes = even[::2] | even[1::2] << np.uint8(4)
-    return Coded(kind, len(values), (codes.view(np.uint8),), scales)
+    packed = _nibbles(codes) if kind == INT4 else codes.view(np.uint8)
+    return Coded(kind, len(values), (packed,), scales)
 
 
 def _values(coded: Coded) -> Array:
@@ -163,6 +203,14 @@ def accumulate(coded: Coded, mask: Pack | None, out: Tensor, weight: float) -> N
         where = (0, 0) if mask is None or mask.whole else (mask.words.data_ptr(), mask.offsets.data_ptr())
         places = (*coded.places, *where, out.numel(), weight, out.data_ptr(), torch.get_num_threads())
         ext.delta_decode_add(coded.kind, *places)
+        return
+    server = gpu_server(out.device)
+    if server and mask is not None and out.dtype is torch.float32 and out.is_contiguous():
+        if coded.kind == INT8:  # one byte a value crosses to the device, not four
+            values, scales = torch.from_numpy(coded.streams[0].view(np.int8)), torch.from_numpy(coded.scales)
+            delta_gpu.expand(values.to(out.device), scales.to(out.device), mask, weight, out, server)
+        else:
+            delta_gpu.expand(torch.from_numpy(_values(coded)).to(out.device), None, mask, weight, out, server)
         return
     expand_add(_values(coded), mask, out, weight)
 
