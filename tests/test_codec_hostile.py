@@ -164,8 +164,9 @@ def test_golden_frames_decode_for_ever(path):
         assert codec.decode_masks(blob) == masks
     elif name == "change":
         assert codec.decode_masks(blob, MaskSet({"w": update["w"] > 0.15})) == masks
-    elif name == "patch":
-        got = codec.decode_patch(blob, {n: torch.zeros_like(t) for n, t in update.items()}, base_id=b"golden base 0001")
+    elif name.startswith("patch"):
+        base = {n: torch.full_like(t, 2) if "difference" in name else torch.zeros_like(t) for n, t in update.items()}
+        got = codec.decode_patch(blob, base, base_id=b"golden base 0001")
         assert torch.equal(got["w"], update["w"].to(torch.bfloat16))
     else:
         shared = name.startswith(("shared", "ranks"))
@@ -183,4 +184,4 @@ def test_golden_frames_decode_for_ever(path):
 
 
 def test_golden_frames_are_there():
-    assert len(GOLDEN) == 9 + 13
+    assert len(GOLDEN) == 9 + 14

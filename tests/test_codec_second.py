@@ -103,7 +103,7 @@ def read_sets(data, wanted):
 
 
 def header(blob, schema):
-    (magic, major, _, size, flags, kind, _, _, _, count, schema_id, _, mask_id, body, _, _, crc) = struct.unpack(
+    (magic, major, _, size, flags, kind, apply, _, _, count, schema_id, _, mask_id, body, _, _, crc) = struct.unpack(
         "<4sBBHIBBHII16s16s16sQQII", blob[:96]
     )
     assert (magic, major, size, body) == (b"AFD1", 1, 96, len(blob) - 96)
@@ -114,12 +114,12 @@ def header(blob, schema):
         assert hashlib.sha256(b"AFD1 schema\0" + raw).digest()[:16] == schema_id
         schema = read_schema(Bytes(raw))
     assert len(schema) == count
-    return kind, flags, mask_id, schema, data
+    return apply, flags, mask_id, schema, data
 
 
 def read_frame(blob, masks=None, schema=None, base=None):
     """Decode a delta or patch frame; masks: name -> flat positions kept; base: name -> uint16 words or bytes."""
-    kind, flags, _, schema, data = header(blob, schema)
+    apply, flags, _, schema, data = header(blob, schema)
     masks = masks or {}
     rows = []
     for name, tensor_kind, shape in schema:
@@ -177,7 +177,11 @@ def read_frame(blob, masks=None, schema=None, base=None):
         stream = streams.get(i, np.empty(0, np.uint8))
         if base is not None and flags & 4:
             held = base[name] if tensor_kind else base[name][where[i]]
-            stream = stream ^ held
+            if apply == 4 and not tensor_kind:
+                signed = stream.astype(np.int64)
+                stream = (held + (signed >> 1 ^ -(signed & 1))).astype(np.uint16)
+            else:
+                stream = stream ^ held
         if tensor_kind:
             out[name] = np.frombuffer(stream.tobytes(), INTEGERS[tensor_kind]).reshape(shape)
             continue
@@ -233,10 +237,12 @@ def test_golden_frames_mean_the_same_to_both(path):
         got = read_masks(blob, flat(base))
         assert list(got) == ["w"]
         assert np.array_equal(got["w"], masks["w"].numpy())
-    elif name == "patch":
-        zeros = {n: torch.zeros_like(t) for n, t in update.items()}
-        words = {n: np.zeros(t.numel(), np.uint16) for n, t in update.items()} | {"steps": np.zeros(8, np.uint8)}
-        same(read_frame(blob, base=words), codec.decode_patch(blob, zeros))
+    elif name.startswith("patch"):
+        two = "difference" in name
+        base = {n: torch.full_like(t, 2 * two) for n, t in update.items()}
+        words = {n: np.full(t.numel(), 0x4000 * two, np.uint16) for n, t in update.items()}  # 2 in bf16, or 0
+        words["steps"] = np.array([2 * two, 0, 0, 0, 0, 0, 0, 0], np.uint8)
+        same(read_frame(blob, base=words), codec.decode_patch(blob, base))
     else:
         shared = masks if name.startswith(("shared", "ranks")) else None
         same(read_frame(blob, flat(masks)), codec.decode(blob, masks=shared))

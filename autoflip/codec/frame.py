@@ -38,7 +38,7 @@ assert _HEADER.size == 96
 _MAGIC, _MAJOR, _MINOR = b"AFD1", 1, 1
 DELTA, PATCH, MASKS = 1, 2, 3
 KINDS = {DELTA: "delta", PATCH: "patch", MASKS: "masks"}
-_ADD, _XOR, _SET = 1, 2, 3
+_ADD, XOR, _SET, DIFFERENCE = 1, 2, 3, 4
 INLINE_SCHEMA, MASKED, BASED = 1, 2, 4
 ENTROPIES = ("zstd", "none")  # what a writer may be asked for
 NO_ID = bytes(16)
@@ -52,6 +52,7 @@ class Frame:
     Attributes:
         kind: DELTA, PATCH or MASKS.
         flags: INLINE_SCHEMA | MASKED | BASED.
+        apply: XOR or DIFFERENCE for patches with a base.
         round: round number, 0 to 2^32 - 1.
         schema_id: names the schema.
         base_id: names what the frame is relative to, zeros = not stated.
@@ -64,6 +65,7 @@ class Frame:
 
     kind: int
     flags: int
+    apply: int
     round: int
     schema_id: bytes
     base_id: bytes
@@ -111,7 +113,7 @@ def seal(
     if inline:
         flags |= INLINE_SCHEMA
         body = [*section([schema.to_bytes()], entropy), *body]
-    apply = _ADD if kind == DELTA else _XOR if kind == PATCH and flags & BASED else _SET
+    apply = _ways(kind, flags)[-1]
     header = bytearray(_HEADER.pack(
         _MAGIC, _MAJOR, _MINOR, _HEADER.size, flags, kind, apply, 0, round, len(schema.entries),
         schema.id, base_id, mask_id, sum(map(length, body)), schema.dense_bytes, 0, 0,
@@ -121,6 +123,11 @@ def seal(
         crc = zlib.crc32(part, crc)
     header[-4:] = struct.pack("<I", crc)
     return b"".join([header, *body])
+
+
+def _ways(kind: int, flags: int) -> tuple[int, ...]:
+    """Return the ways in which such a frame may be applied; the last one is written today."""
+    return (_ADD,) if kind == DELTA else (XOR, DIFFERENCE) if kind == PATCH and flags & BASED else (_SET,)
 
 
 def open_frame(
@@ -160,7 +167,7 @@ def open_frame(
     if kind not in kinds:
         wanted = " or ".join(KINDS[k] for k in kinds)
         raise DecodeError(f"frame is a {KINDS[kind]} frame, wanted {wanted}; decode it with the function of that name")
-    if apply != (_ADD if kind == DELTA else _XOR if kind == PATCH and flags & BASED else _SET):
+    if apply not in _ways(kind, flags):
         raise DecodeError(f"a {KINDS[kind]} frame cannot be applied in way {apply}; the frame is damaged")
     if bool(flags & MASKED or kind == MASKS) != (mask_id != NO_ID):
         raise DecodeError("frame's mask id and flags contradict each other; the frame is damaged")
@@ -176,7 +183,7 @@ def open_frame(
             f"frame carries only the id {schema_id.hex()} of its schema; pass schema=codec.Schema.of(tensors), made "
             "from the same tensors as the sender's"
         )
-    return Frame(kind, flags, round, schema_id, base_id, mask_id, tensors, dense_bytes, schema, reader.rest())
+    return Frame(kind, flags, apply, round, schema_id, base_id, mask_id, tensors, dense_bytes, schema, reader.rest())
 
 
 def _schema(reader: Reader, limits: Limits, flags: int, schema_id: bytes, local: Schema | None) -> Schema | None:

@@ -1,4 +1,4 @@
-"""Patch frames: the server's new model as bf16, XORed with what the client already holds; lossless."""
+"""Patch frames: the server's new model as bf16, as the difference from what the client already holds; lossless."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def encode_patch(
     round: int = 0,
     base_id: bytes = b"",
 ) -> bytes:
-    """Code ``bf16(new) XOR bf16(base)`` at the kept entries, so that the reader gets ``bf16(new)`` bit by bit.
+    """Code ``bf16(new) - bf16(base)``, as 16-bit words, at the kept entries: the reader gets ``bf16(new)`` bit by bit.
 
-    Equal words cost next to nothing after the entropy stage; close ones differ in few low bits. No drift can
+    Equal words cost next to nothing after the entropy stage; close ones differ by a small number. No drift can
     build up: the reader ends with exactly what :func:`decode_patch` returns, and so does a server that calls it.
 
     Args:
@@ -81,7 +81,7 @@ def encode_patch(
                 f"encode_patch: {entry.name!r} has entries that are NaN or infinite in bf16; do not send it"
             )
         if base is not None:
-            words = words ^ _words(entry, base[entry.name], mask)
+            words = _difference(words, _words(entry, base[entry.name], mask))
         codec = INT if entry.kind else BF16
         rows.append(Coding(index.WHOLE if mask is None else SHARED, codec, len(words)))
         streams.append(words if entry.kind else values.from_words(words))
@@ -99,6 +99,19 @@ def encode_patch(
         base_id=id,
         mask_id=mask_id,
     )
+
+
+def _difference(new: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Return ``new - held`` mod 2^16 with the sign in the lowest bit, bytes XORed: small where words are close."""
+    if new.dtype != np.uint16:
+        return new ^ held
+    step = new - held
+    return step << np.uint16(1) ^ np.uint16(0) - (step >> np.uint16(15))
+
+
+def _sum(words: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Undo :func:`_difference` of words."""
+    return held + (words >> np.uint16(1) ^ np.uint16(0) - (words & np.uint16(1)))
 
 
 def _words(entry: Entry, tensor: Tensor, mask: Pack | None) -> np.ndarray:
@@ -161,7 +174,9 @@ def decode_patch(
     out: dict[str, Tensor] = {}
     for entry, mask, words in zip(frame.schema.entries, where, streams, strict=True):
         if base is not None:
-            words = words ^ _words(entry, base[entry.name], mask)
+            held = _words(entry, base[entry.name], mask)
+            xor = entry.kind or frame.apply == frames.XOR
+            words = words ^ held if xor else _sum(words, held)
         if entry.kind:
             out[entry.name] = integers(entry, words)
             continue
