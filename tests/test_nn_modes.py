@@ -7,6 +7,7 @@ import torch
 from test_nn_layers import net, random_masks
 from torch import nn
 
+from autoflip import MaskSet
 from autoflip import nn as sparse
 
 
@@ -39,6 +40,30 @@ def test_replaced_head_and_new_layer_mask_are_respected():
     sparse.densify(model.fc)  # a part of the model
     model(x)
     assert type(model.fc) is nn.Linear
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_masks_that_keep_everything_hook_nothing_until_one_prunes(copied):
+    model = net()
+    whole = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    sparse.sparsify(model, whole)
+    assert sparse.masks_of(model) == MaskSet(whole)
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert not model._forward_pre_hooks
+    x = torch.randn(5, 1, 8, 8)
+    model(x)
+    mask = torch.rand(64, 288) < 0.5
+    if copied:
+        assert not hasattr(copy.deepcopy(model.fc), "_keeper")  # it would bring the whole model along
+        model = copy.deepcopy(model)
+    model.fc.set_mask(mask)
+    with torch.no_grad():
+        model.fc.weight += 1
+    model(x)
+    assert torch.equal(model.fc.weight != 0, mask)
+    model.fc.weight_mask[:32] = False  # written into the buffer: seen too
+    model(x)
+    assert not model.fc.weight[:32].any()
 
 
 @pytest.mark.parametrize("born_inside", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.ops import masked_weight, zero_pruned
+from autoflip.ops import masked_weight, version_of, zero_pruned
 
 __all__ = ["Masked"]
 
@@ -21,6 +21,12 @@ class Masked(nn.Module):
     What an optimizer from before the mask (momentum) or a write into the parameter leaves at a pruned entry counts
     for nothing in ``forward``, and ``state_dict()`` sets it to zero.
     """
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of this layer alone must not carry the whole model; in a copy of the model its keeper's copy joins
+        inherited = getattr(super(), "__getstate__", None)  # Python 3.10's object has none
+        state = self.__dict__ if inherited is None else inherited()
+        return {key: value for key, value in state.items() if key != "_keeper"}
 
     def masks(self) -> dict[str, Tensor]:
         """Return parameter name -> mask, for the parameters that have one."""
@@ -61,22 +67,38 @@ class Masked(nn.Module):
             # persistent=False: FL codebases average state_dict(); a bool mask must not be in it
             self.register_buffer(f"{name}_mask", own, persistent=False)
         self._zero()
+        keeper = self.__dict__.get("_keeper")  # of sparsify: there may be something to keep now
+        if keeper is not None:
+            keeper.wake()
 
     def _drop_masks(self) -> None:
         for name in self.masks():
             delattr(self, f"{name}_mask")
+        self.__dict__.pop("_whole", None)
 
     def _forget(self) -> None:
         """Undo everything that a masked layer has and torch's layer has not."""
         self._zero()
         self._drop_masks()
+        self.__dict__.pop("_keeper", None)
 
     def _zero(self) -> None:
         zero_pruned((getattr(self, name), mask) for name, mask in self.masks().items())
 
+    def _mask_of(self, name: str) -> Tensor | None:
+        """Return the mask of a parameter, None where it keeps everything."""
+        mask = self._buffers.get(f"{name}_mask")
+        if mask is None or torch.compiler.is_compiling():
+            return mask
+        whole = self.__dict__.setdefault("_whole", {})
+        known = whole.get(name)
+        if known is None or known[0] is not mask or known[1] != version_of(mask):
+            known = whole[name] = (mask, version_of(mask), bool(mask.all()))
+        return None if known[2] else mask
+
     def _effective(self, name: str) -> Tensor:
         """Return the parameter with zeros where it is pruned."""
-        parameter, mask = getattr(self, name), self._buffers.get(f"{name}_mask")
+        parameter, mask = getattr(self, name), self._mask_of(name)
         return parameter if mask is None else masked_weight(parameter, mask)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
