@@ -16,7 +16,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def send(view: View, held: View | None, schema: codec.Schema) -> tuple[bytes, ...]:
     """Return the codec frames that turn ``held`` into ``view``.
 
-    bfloat16 views travel as XOR of words against ``held`` (lossless); float32 views stand alone. Masks travel
+    bfloat16 views travel as the difference of words from ``held`` (lossless); float32 views stand alone. Masks travel
     only when the client holds others, and then as their change.
     """
     old_masks = held.masks if held is not None else None
