@@ -26,6 +26,11 @@ def mlp():
     return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), (4,)
 
 
+def wide():
+    """More outputs than a block has draws: 8 factors a sample for cross-entropy."""
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 9)), (4,)
+
+
 def cnn():
     conv = nn.Conv2d(2, 3, 3, stride=2, padding=2, dilation=2)
     return nn.Sequential(

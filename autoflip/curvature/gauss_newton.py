@@ -2,7 +2,9 @@
 
 ``G = sum_n J_n^T H_n J_n`` over samples, ``H_n = S_n S_n^T`` the loss's second derivative at the output. Exactly:
 ``diag G = sum_n sum_c (J_n^T S_n e_c)^2``, a pass for each column c. By Monte Carlo: one pass with random signs r_n
-gives ``sum_n (J_n^T S_n r_n)^2``, whose mean it is; signs are fresh for each sample, so samples do not mix.
+gives ``sum_n (J_n^T S_n r_n)^2``, whose mean it is; signs are fresh for each sample, so samples do not mix. Draws
+come in blocks whose signs are orthogonal (Hadamard): a block of as many draws as there are factors is exact, and one of
+four loses 60 times less than four independent draws on a trained network (bench_hessian.py).
 
 Parameters that no known layer owns (or that several use, or that see samples mixed by batch statistics) are
 handled with what always holds: a draw squares the gradient of the whole batch, equally unbiased but noisier; the
@@ -25,6 +27,7 @@ from autoflip.curvature.problem import Problem
 from autoflip.curvature.root import Root, output_root
 
 Diagonal = dict[str, Tensor]
+_MAX_BLOCK_BITS = 6  # a block of 64 draws is exact for up to 64 factors
 
 
 @dataclass
@@ -47,7 +50,7 @@ class GaussNewton:
             NotDescribedError: a Gauss-Newton matrix does not describe this loss.
             ValueError: model, loss or batch do not fit (see Problem).
         """
-        with watch(problem.model, problem.samples, chunk) as ran:
+        with watch(problem.modules, problem.samples, chunk) as ran:
             output = problem.output()
         graph = inspect(output, problem.params, {layer.edge.node for layer in ran})
         layers = [] if graph.coupled else [layer for layer in ran if _alone(layer, ran, graph, problem)]
@@ -80,25 +83,35 @@ class GaussNewton:
                 self._backward(alone, self.rest, total, layers=False)
         return self._collect(total)
 
-    def draws(self, count: int) -> Iterator[Diagonal]:
-        """Yield ``count`` independent estimates, one backward pass each."""
+    def blocks(self, count: int, size: int) -> Iterator[Diagonal]:
+        """Yield the means of ``count`` independent blocks of ``size`` draws, one backward pass a draw."""
         for i in range(count):
-            total = self._empty()
-            self._draw(i, total)
-            yield self._collect(total)
+            yield self._mean(range(i * size, (i + 1) * size), size)
 
     def mean(self, count: int) -> Diagonal:
-        """Return the mean of ``count`` draws; the layers square several at once."""
-        total = self._empty()
-        for i in range(count):
-            self._draw(i, total)
-        mean = self._collect(total)
-        return mean if count == 1 else {name: value / count for name, value in mean.items()}
+        """Return the mean of ``count`` draws; a layer squares several at once."""
+        return self._mean(range(count), 1 << min(count.bit_length() - 1, _MAX_BLOCK_BITS))
 
-    def _draw(self, stream: int, total: Diagonal) -> None:
-        v = self.output.detach()
+    def _mean(self, draws: range, block: int) -> Diagonal:
+        total = self._empty()
+        for i in draws:
+            self._backward(self.root.draw(self._signs(i, block)), self.rest, total)
+        mean = self._collect(total)
+        return mean if len(draws) == 1 else {name: value / len(draws) for name, value in mean.items()}
+
+    def _signs(self, draw: int, block: int) -> Tensor:
+        """Return a draw's signs: those of its block, times a row of a Hadamard matrix repeated along the output.
+
+        Columns of S that meet different entries of the row are orthogonal over the block: their products, which are
+        a draw's whole error, cancel. The heaviest columns of a sample are neighbours, so they do.
+        """
+        v = self.output
+        stream, row = divmod(draw, block)
         signs = ops.rademacher(self.seed, stream, tuple(v.shape), dtype=torch.promote_types(v.dtype, torch.float32))
-        self._backward(self.root.draw(signs.to(v.device)), self.rest, total)
+        if row:
+            flips = signs.new_tensor([1 - 2 * ((i & row).bit_count() & 1) for i in range(block)])
+            signs *= flips.repeat(-(-v.numel() // block))[: v.numel()].view(v.shape)
+        return signs.to(v.device)
 
     def _empty(self) -> Diagonal:
         """Return zeros for what the layers do not own."""

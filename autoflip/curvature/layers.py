@@ -7,7 +7,7 @@ Known kinds: Linear (also on sequences), Conv1d/Conv2d, Embedding, and the affin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,11 +35,8 @@ class Layer(ABC):
         self.shape = y.shape
         self.waiting: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        """The layer's own trainable parameters by their short names."""
-        return {k: p for k, p in self.module.named_parameters(recurse=False) if p.requires_grad}
+        # the layer's own trainable parameters by their short names
+        self.params = {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
 
     def input(self) -> Tensor:
         """Return what the layer read.
@@ -185,7 +182,7 @@ def _kind(module: nn.Module) -> type[Layer] | None:
 
 
 @contextmanager
-def watch(model: nn.Module, samples: int, chunk: int) -> Iterator[list[Layer]]:
+def watch(modules: Iterable[nn.Module], samples: int, chunk: int) -> Iterator[list[Layer]]:
     """Collect the known layers that run inside the block; hooks are gone afterwards, whatever happens."""
     layers: list[Layer] = []
 
@@ -197,9 +194,7 @@ def watch(model: nn.Module, samples: int, chunk: int) -> Iterator[list[Layer]]:
         if _first_is_sample(module, x, samples):
             layers.append(kind(module, x, y, chunk))
 
-    handles = [
-        module.register_forward_hook(hook, prepend=True) for module in model.modules() if _kind(module) is not None
-    ]
+    handles = [module.register_forward_hook(hook, prepend=True) for module in modules if _kind(module) is not None]
     try:
         yield layers
     finally:
