@@ -132,11 +132,11 @@ def test_signs_are_fair_and_streams_independent():
 
 def test_registered_ops():
     d, x, kernel, o = conv(*CONVS[4])
-    arguments = (d, x, [*kernel], [*o["stride"]], [*o["padding"]], [*o["dilation"]], o["groups"])
+    arguments = ([*d], x, [*kernel], [*o["stride"]], [*o["padding"]], [*o["dilation"]], o["groups"])
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.autoflip.conv_squares.default, arguments, test_utils=tests)
     torch.library.opcheck(torch.ops.autoflip.squared_matmul.default, (x[0, 0], x[1, 1]), test_utils=tests)
-    sequence = (d[..., 0].contiguous(), torch.randn(d.shape[1], d.shape[3], 4))
+    sequence = ([one[..., 0].contiguous() for one in d], torch.randn(d.shape[1], d.shape[3], 4))
     torch.library.opcheck(torch.ops.autoflip.sequence_squares.default, sequence, test_utils=tests)
 
 

@@ -54,6 +54,8 @@ class GaussNewton:
             output = problem.output()
         graph = inspect(output, problem.params, {layer.edge.node for layer in ran})
         layers = [] if graph.coupled else [layer for layer in ran if _alone(layer, ran, graph, problem)]
+        for layer in layers:
+            layer.seen_through(graph.readers)
         owned = {id(p) for layer in layers for p in layer.params.values()}
         rest = [name for name, p in problem.params.items() if id(p) not in owned and name in graph.uses]
         return GaussNewton(problem, output, graph, layers, rest, output_root(problem, output, seed), seed)

@@ -7,14 +7,14 @@ Known kinds: Linear (also on sequences), Conv1d/Conv2d, Embedding, and the affin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from autoflip import ops
 
@@ -38,6 +38,10 @@ class Layer(ABC):
         # the layer's own trainable parameters by their short names
         self.params = {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
 
+    def seen_through(self, readers: Mapping[Any, Sequence[Any]]) -> None:
+        """Move to a later place in the graph, where the gradient is smaller, if there is one."""
+        del readers
+
     def input(self) -> Tensor:
         """Return what the layer read.
 
@@ -60,8 +64,7 @@ class Layer(ABC):
     def flush(self) -> None:
         """Square what waits and add it up."""
         if self.waiting:
-            d = self.waiting[0].unsqueeze(0) if len(self.waiting) == 1 else torch.stack(self.waiting)
-            for name, value in self.squares(d).items():
+            for name, value in self.squares(self.waiting).items():
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.waiting.clear()
 
@@ -73,8 +76,8 @@ class Layer(ABC):
         return {name: value.reshape(own[name].shape) for name, value in sums.items() if name in own}
 
     @abstractmethod
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
-        """Return sums over factors and samples of squared gradients for ``d (Q, *output shape)``."""
+    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return sums over factors and samples of squared gradients for each factor's ``d``, shaped like the output."""
 
 
 class _Linear(Layer):
@@ -96,58 +99,89 @@ class _Linear(Layer):
             self.waiting, self.squared = [self.squared.sqrt()], None
         super().flush()
 
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
+    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
         x = self.input()
         if x.dim() == 2:
             return {"weight": ops.squared_matmul(d[0], x), "bias": d[0].square().sum(0)}
-        d = d.flatten(2, -2).transpose(2, 3)  # (Q, N, O, P)
-        return {"weight": ops.sequence_squares(d, x.flatten(1, -2)), "bias": d.sum(3).square().sum((0, 1))}
+        d = [one.flatten(1, -2).transpose(1, 2) for one in d]  # (N, O, P)
+        return {"weight": ops.sequence_squares(d, x.flatten(1, -2)), "bias": _squares_of(d, lambda g: g.sum(2))}
 
 
 class _Conv(Layer):
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
+    at: Tensor | None = None
+    gate: Tensor | None = None
+
+    def seen_through(self, readers: Mapping[Any, Sequence[Any]]) -> None:
+        """Look at the gradient behind ReLU and max-pooling: one value a window instead of zeros with one value."""
+        gate = None
+        later = readers.get(self.edge.node, ())
+        if len(later) == 1 and later[0].name().startswith("ReluBackward"):
+            gate, later = later[0], readers.get(later[0], ())
+        if len(later) != 1 or not later[0].name().startswith("MaxPool2DWithIndices") or len(self.shape) != 4:
+            return
+        self.at = later[0]._saved_result1
+        self.edge = GradientEdge(later[0], 0)
+        if gate is not None:
+            self.gate = gate._saved_result.flatten(2).gather(2, self.at.flatten(2)).view(self.at.shape) > 0
+
+    def add(self, d: Tensor) -> None:
+        super().add(d if self.gate is None else d * self.gate)
+
+    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
         m: Any = self.module
         x, flat = self.input(), isinstance(m, nn.Conv1d)
         padding = m.padding
         if isinstance(padding, str) or m.padding_mode != "zeros":
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
             x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=mode), (0,) * (1 if flat else 2)
-        bias = d.flatten(3).sum(3).square().sum((0, 1))
+        bias = _squares_of(d, lambda g: g.flatten(2).sum(2)) if "bias" in self.params else None
         kernel, stride, dilation = m.kernel_size, m.stride, m.dilation
         if flat:
-            d, x = d.unsqueeze(3), x.unsqueeze(2)
+            d, x = [one.unsqueeze(2) for one in d], x.unsqueeze(2)
             kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
         weight = ops.conv_squares(
-            d, x, kernel, stride=stride, padding=padding, dilation=dilation, groups=m.groups
+            d, x, kernel, stride=stride, padding=padding, dilation=dilation, groups=m.groups, at=self.at
         )  # fmt: skip
-        return {"weight": weight, "bias": bias}
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+def _squares_of(d: Sequence[Tensor], reduced: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum the squares of what each factor leaves ``(N, ...)``, over factors and samples."""
+    total = reduced(d[0]).square()
+    for one in d[1:]:
+        part = reduced(one)
+        total.addcmul_(part, part)
+    return total.sum(0)
 
 
 class _Norm(Layer):
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
+    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
         m: Any = self.module
         x = self.input()
         if isinstance(m, nn.LayerNorm):
             normal = F.layer_norm(x, m.normalized_shape, None, None, m.eps)
-            positions = tuple(range(2, d.dim() - len(m.normalized_shape)))
+            positions = tuple(range(1, x.dim() - len(m.normalized_shape)))
         elif isinstance(m, nn.GroupNorm):
             normal = F.group_norm(x, m.num_groups, None, None, m.eps)
-            positions = tuple(range(3, d.dim()))
+            positions = tuple(range(2, x.dim()))
         else:
             normal = F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps)
-            positions = tuple(range(3, d.dim()))
-        both = {"weight": d * normal, "bias": d}
-        return {k: (g.sum(positions) if positions else g).square().sum((0, 1)) for k, g in both.items()}
+            positions = tuple(range(2, x.dim()))
+
+        def rows(g: Tensor) -> Tensor:
+            return g.sum(positions) if positions else g
+
+        return {"weight": _squares_of(d, lambda g: rows(g * normal)), "bias": _squares_of(d, rows)}
 
 
 class _Embedding(Layer):
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
+    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
         m: Any = self.module
         tokens = self.input().reshape(self.shape[0], -1)  # (N, P)
         pairs, where = torch.unique(
             torch.arange(len(tokens), device=tokens.device)[:, None] * m.num_embeddings + tokens, return_inverse=True
         )
-        total = d.new_zeros(m.num_embeddings, m.embedding_dim)
+        total = d[0].new_zeros(m.num_embeddings, m.embedding_dim)
         for one in d:
             # a token that a sample reads twice adds up before it is squared
             sums = one.new_zeros(len(pairs), m.embedding_dim)

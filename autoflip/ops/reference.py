@@ -228,15 +228,21 @@ def conv_squares(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    at: Tensor | None = None,
 ) -> Tensor:
     """``D[o, k] = sum_qn (sum_p d[q, n, o, p] u[n, k, p])^2``, ``u`` the patches (im2col) of ``x (N, C, H, W)``.
 
-    ``d`` is ``(Q, N, O, H', W')``, the result ``(O, C // groups * kernel height * kernel width)``.
+    ``d`` is ``(Q, N, O, H', W')``, the result ``(O, C // groups * kernel height * kernel width)``; with ``at`` the
+    values of ``d (Q, N, O, h, w)`` stand at positions ``at (N, O, h, w)`` and all others are zero.
     """
     o_group = d.shape[2] // groups
     out = [x.new_zeros(o_group, x.shape[1] // groups * kernel_size[0] * kernel_size[1]) for _ in range(groups)]
     for n in range(len(x)):
         patches = torch.nn.functional.unfold(x[n : n + 1], kernel_size, dilation, padding, stride)[0].chunk(groups)
+        rows = d[:, n].flatten(2)
+        if at is not None:
+            whole = rows.new_zeros(*rows.shape[:2], patches[0].shape[1])
+            rows = whole.scatter_add_(2, at[n].flatten(1).expand_as(rows), rows)
         for i, (total, u) in enumerate(zip(out, patches)):
-            total += (d[:, n, i * o_group : (i + 1) * o_group].flatten(2) @ u.T).square().sum(0)
+            total += (rows[:, i * o_group : (i + 1) * o_group] @ u.T).square().sum(0)
     return torch.cat(out)
