@@ -38,6 +38,13 @@ def cnn():
     ), (2, 8, 8)
 
 
+def pooled():
+    """Two convolutions in a row behind max-pooling: pool before ReLU, overlapping windows, groups."""
+    first = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)
+    second = nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), nn.MaxPool2d(2, 1), nn.ReLU()
+    return nn.Sequential(*first, *second, nn.Conv2d(6, 3, 2, padding=1), nn.MaxPool2d(3), nn.Flatten()), (1, 11, 12)
+
+
 def residual():
     model = Residual()
     for norm in (model.norm1, model.norm2):

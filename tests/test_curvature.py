@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from curvature_nets import EPS, LOSSES, cnn, conv1d, flat, make, mlp, residual, sequence, true_hessian, wide
+from curvature_nets import EPS, LOSSES, cnn, conv1d, flat, make, mlp, pooled, residual, sequence, true_hessian, wide
 from torch import nn
 
 import autoflip
-from autoflip import curvature
+from autoflip import curvature, ops
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("build", [mlp, cnn, residual, sequence, conv1d])
+@pytest.mark.parametrize("build", [mlp, cnn, pooled, residual, sequence, conv1d])
 def test_exact_diagonal_equals_the_full_hessian(build, loss):
     model, batch = make(build)
     want = true_hessian(model, LOSSES[loss], batch).diag()
@@ -66,6 +66,20 @@ def test_a_block_of_as_many_draws_as_factors_is_exact(build, loss):
     torch.testing.assert_close(block, exact, rtol=0, atol=64 * EPS * exact.max().item())
     single = flat(curvature.hessian_diagonal(model, LOSSES[loss], batch, 1, method="ggn-mc"))
     assert (single - exact).norm() > 1e-3 * exact.norm()
+
+
+def test_pooling_is_seen_through_in_float32_too(monkeypatch):
+    # float32 goes to the C++ kernels, float64 above to the references
+    model, (x, y) = make(pooled, samples=16)
+    want = flat(curvature.hessian_diagonal(model, F.cross_entropy, (x, y)))
+    handed = []
+    pull_back = ops.conv_pull_back
+    monkeypatch.setattr(ops, "conv_pull_back", lambda *a, **k: handed.append(k) or pull_back(*a, **k))
+    got = flat(curvature.hessian_diagonal(model.float(), F.cross_entropy, (x.float(), y)))
+    # two ways through the network in float32 (largest seen: 3e-7)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=4e-6 * want.max().item())
+    # the third hands to the second, whose ReLU comes after its pooling, so that the first is left to autograd
+    assert len(handed) == 1
 
 
 class Tokens(nn.Module):

@@ -56,6 +56,8 @@ class GaussNewton:
         layers = [] if graph.coupled else [layer for layer in ran if _alone(layer, ran, graph, problem)]
         for layer in layers:
             layer.seen_through(graph.readers)
+        for layer in layers:
+            layer.follow(layers, graph.readers)
         owned = {id(p) for layer in layers for p in layer.params.values()}
         rest = [name for name, p in problem.params.items() if id(p) not in owned and name in graph.uses]
         return GaussNewton(problem, output, graph, layers, rest, output_root(problem, output, seed), seed)
@@ -120,7 +122,8 @@ class GaussNewton:
         return {name: torch.zeros_like(self.problem.params[name], requires_grad=False) for name in self.rest}
 
     def _backward(self, v: Tensor, names: list[str], total: Diagonal | None = None, *, layers: bool = True) -> None:
-        asked = self.layers if layers else []
+        fed = {id(layer.before) for layer in self.layers}
+        asked = [layer for layer in self.layers if id(layer) not in fed] if layers else []
         edges = [layer.edge for layer in asked] + [get_gradient_edge(self.problem.params[name]) for name in names]
         if not edges:
             return
@@ -136,7 +139,7 @@ class GaussNewton:
 
     def _collect(self, total: Diagonal) -> Diagonal:
         names = {id(p): name for name, p in self.problem.params.items()}
-        for layer in self.layers:
+        for layer in reversed(self.layers):  # a layer's flush may feed the one before it
             own = layer.params
             total.update({names[id(own[short])]: value for short, value in layer.take().items()})
         params = self.problem.params

@@ -33,6 +33,7 @@ class Layer(ABC):
         self.module, self.x, self.version, self.chunk = module, x.detach(), x._version, chunk
         self.edge = get_gradient_edge(y)  # taken now: an in-place ReLU would move y to another node
         self.shape = y.shape
+        self.before: Layer | None = None  # gets its gradient from this layer, not from autograd
         self.waiting: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
         # the layer's own trainable parameters by their short names
@@ -41,6 +42,10 @@ class Layer(ABC):
     def seen_through(self, readers: Mapping[Any, Sequence[Any]]) -> None:
         """Move to a later place in the graph, where the gradient is smaller, if there is one."""
         del readers
+
+    def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
+        """Find the layer that this one can hand gradients to by itself, if there is one; after ``seen_through``."""
+        del others, readers
 
     def input(self) -> Tensor:
         """Return what the layer read.
@@ -110,6 +115,7 @@ class _Linear(Layer):
 class _Conv(Layer):
     at: Tensor | None = None
     gate: Tensor | None = None
+    node: Any = None  # of the convolution itself
 
     def seen_through(self, readers: Mapping[Any, Sequence[Any]]) -> None:
         """Look at the gradient behind ReLU and max-pooling: one value a window instead of zeros with one value."""
@@ -120,12 +126,35 @@ class _Conv(Layer):
         if len(later) != 1 or not later[0].name().startswith("MaxPool2DWithIndices") or len(self.shape) != 4:
             return
         self.at = later[0]._saved_result1
+        self.node = self.edge.node
         self.edge = GradientEdge(later[0], 0)
         if gate is not None:
             self.gate = gate._saved_result.flatten(2).gather(2, self.at.flatten(2)).view(self.at.shape) > 0
 
+    def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
+        """Find the convolution that this one's gradient can be handed to without autograd."""
+        if self.at is None or isinstance(self.module.padding, str) or not self.node.name().startswith("Convolution"):
+            return
+        source = self.node.next_functions[0][0]
+        for other in others:
+            if isinstance(other, _Conv) and other.at is not None and other.edge.node is source:
+                self.before = other if len(readers[source]) == 1 else None
+
     def add(self, d: Tensor) -> None:
         super().add(d if self.gate is None else d * self.gate)
+
+    def flush(self) -> None:
+        if self.before is not None and self.waiting:
+            assert self.at is not None
+            m: Any = self.module
+            geometry = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation, "groups": m.groups}
+            _, *size = self.x.shape
+            # the weight that ran: a masked layer's is not its parameter
+            for d in ops.conv_pull_back(
+                self.waiting, self.node._saved_weight, (size[0], size[1], size[2]), self.at, **geometry
+            ):
+                self.before.add(d)
+        super().flush()
 
     def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
         m: Any = self.module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 # --- masked matmul
 
@@ -246,3 +247,28 @@ def conv_squares(
         for i, (total, u) in enumerate(zip(out, patches)):
             total += (rows[:, i * o_group : (i + 1) * o_group] @ u.T).square().sum(0)
     return torch.cat(out)
+
+
+def conv_pull_back(
+    d: Tensor,
+    weight: Tensor,
+    input_size: tuple[int, ...],
+    at: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Gradient ``(Q, N, C, H, W)`` at a convolution's input from values ``d (Q, N, O, h, w)`` at positions ``at``."""
+    sizes = [
+        (input_size[1 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    out = []
+    for one in d:
+        rows = one.flatten(2)
+        whole = rows.new_zeros(*rows.shape[:2], sizes[0] * sizes[1]).scatter_add_(2, at.flatten(2), rows)
+        whole = whole.unflatten(2, sizes)
+        shape = (len(one), *input_size)
+        out.append(conv2d_input(shape, weight, whole, stride, padding, dilation, groups))
+    return torch.stack(out)

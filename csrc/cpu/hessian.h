@@ -21,10 +21,16 @@ struct HessianKernels {
   // Scratch, in floats, that `squares` needs for `threads` threads.
   int64_t (*squares_scratch)(const SquaresShape&, int threads);
   // out[o, k] = sum_qn (sum_e d[q][n, o, e] u[n, p, k])^2, p = at[n, o, e], or e when `at` is null; u the
-  // patches of x; x is NCHW, or (N, P, K) rows when `rows`. Returns the multiply-adds that ran. The sums do not
-  // depend on the number of threads.
+  // patches of x; x is NCHW, or (N, P, K) rows when `rows`. Returns the multiply-adds that ran. The sums do
+  // not depend on the number of threads.
   int64_t (*squares)(const float* const* d, const float* x, const int64_t* at, float* out, float* scratch,
                      const SquaresShape&, bool rows, int threads);
+  // Scratch of `pull_back`, in floats.
+  int64_t (*pull_back_scratch)(const SquaresShape&, int threads);
+  // dx[q, n, c, i, j] = sum_e d[q][n, o, e] weight[o, c, ...] over the outputs that read it, e at at[n, o,
+  // e]. Returns the multiply-adds that ran.
+  int64_t (*pull_back)(const float* const* d, const float* weight, const int64_t* at, float* dx,
+                       float* scratch, const SquaresShape&, int threads);
   // out[i] = +-1, bit i % 64 of SplitMix64's word i / 64
   void (*rademacher)(uint64_t seed, uint64_t stream, float* out, int64_t count, int threads);
 };

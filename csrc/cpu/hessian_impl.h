@@ -18,76 +18,11 @@
 
 #include "cpu/hessian.h"
 #include "cpu/hessian_plan.h"
+#include "cpu/hessian_tile.h"
 
 namespace {
 
 using autoflip::SquaresShape;
-
-// sums[r][v] = sum_j row r's value j * u[list[j]], then D_r += sums^2
-template <int R, int V, bool kList>
-inline void tile(const float* u, int64_t ld, const Plan::Row* rows, float* const* out) {
-  Vec sums[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sums[r][v] = splat(0.f);
-  const int32_t* list = rows->list;
-  int64_t count = rows->count;
-  const float* values[R];
-  for (int r = 0; r < R; ++r) values[r] = rows[r].values;
-  for (int64_t j = 0; j < count; ++j) {
-    const float* row = u + (kList ? list[j] : j) * ld;
-    Vec b[V];
-    for (int v = 0; v < V; ++v) b[v] = load(row + v * W);
-    for (int r = 0; r < R; ++r) {
-      Vec a = splat(values[r][j]);
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(a, b[v], sums[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      Vec d = load(out[r] + v * W);
-      store(out[r] + v * W, fma(sums[r][v], sums[r][v], d));
-    }
-}
-
-template <int R, bool kList>
-inline void columns(const float* u, int64_t ld, const Plan::Row* rows, float* const* out, int64_t width) {
-  float* at[R];
-  int64_t k = 0;
-  auto shift = [&] {
-    for (int r = 0; r < R; ++r) at[r] = out[r] + k;
-  };
-  for (; k + 4 * W <= width; k += 4 * W) shift(), tile<R, 4, kList>(u + k, ld, rows, at);
-  for (; k + 2 * W <= width; k += 2 * W) shift(), tile<R, 2, kList>(u + k, ld, rows, at);
-  for (; k < width; k += W) shift(), tile<R, 1, kList>(u + k, ld, rows, at);
-}
-
-template <int R>
-inline void columns(const float* u, int64_t ld, const Plan::Row* rows, float* const* out, int64_t width) {
-  if (rows->list)
-    columns<R, true>(u, ld, rows, out, width);
-  else
-    columns<R, false>(u, ld, rows, out, width);
-}
-
-inline void columns(int64_t n, const float* u, int64_t ld, const Plan::Row* rows, float* const* out,
-                    int64_t width) {
-  switch (n) {
-    case 1:
-      return columns<1>(u, ld, rows, out, width);
-    case 2:
-      return columns<2>(u, ld, rows, out, width);
-    case 3:
-      return columns<3>(u, ld, rows, out, width);
-#if defined(__AVX512F__)
-    case 4:
-      return columns<4>(u, ld, rows, out, width);
-    case 5:
-      return columns<5>(u, ld, rows, out, width);
-    case 6:
-      return columns<6>(u, ld, rows, out, width);
-#endif
-  }
-}
 
 // Positions p with alive[p], without a branch that would be mispredicted.
 inline int64_t compact(const unsigned char* alive, int64_t P, int32_t* list) {
@@ -99,8 +34,8 @@ inline int64_t compact(const unsigned char* alive, int64_t P, int32_t* list) {
   return count;
 }
 
-// Find a team's live entries; row(r) is row r's values, at: the positions of a scattered row's entries. Returns
-// the multiply-adds per column of D.
+// Find a team's live entries; row(r) is row r's values, at: the positions of a scattered row's entries.
+// Returns the multiply-adds per column of D.
 template <class RowOf>
 int64_t gather(const Plan& plan, const Plan::Team& team, const Scratch& s, const int64_t* at, RowOf row) {
   int64_t E = plan.entries, live[kMaxRows], alone = 0, shared = 0;
@@ -119,7 +54,8 @@ int64_t gather(const Plan& plan, const Plan::Team& team, const Scratch& s, const
   for (int64_t e = 0; e < E; ++e) shared += s.alive[e];
   Plan::Row* rows = s.rows + team.first;
   // few columns: finding the zeros costs more than multiplying by them
-  bool dense = !at && (plan.ld <= kTile ? shared > 0 : 10 * shared >= 9 * E && 2 * alone >= shared * team.rows);
+  bool dense =
+      !at && (plan.ld <= kTile ? shared > 0 : 10 * shared >= 9 * E && 2 * alone >= shared * team.rows);
   if (dense) {
     for (int64_t r = 0; r < team.rows; ++r) rows[r] = {row(team.first + r), nullptr, E};
     return E * team.rows;
@@ -155,18 +91,18 @@ void multiply(const Plan& plan, const Plan::Team& team, const Scratch& s, float*
   float* out[kMaxRows];
   for (int64_t r = 0; r < team.rows; ++r) out[r] = D + (team.first + r) / plan.factors * plan.ld + begin;
   if (team.rows == 1 || rows[1].list == rows[0].list) {
-    if (rows->count) columns(team.rows, u, plan.ld, rows, out, end - begin);
+    if (rows->count) columns<true>(team.rows, u, plan.ld, rows, out, end - begin);
     return;
   }
   for (int64_t r = 0; r < team.rows; ++r)
-    if (rows[r].count) columns(1, u, plan.ld, rows + r, out + r, end - begin);
+    if (rows[r].count) columns<true>(1, u, plan.ld, rows + r, out + r, end - begin);
 }
 
 // fill(sample, scratch) makes u; row(sample, r) is a row of d. D is [outputs, ld] at scratch's
 // beginning.
 template <class Fill, class RowOf>
-int64_t accumulate(const Plan& plan, int64_t samples, const int64_t* at, float* scratch, int threads, Fill fill,
-                   RowOf row) {
+int64_t accumulate(const Plan& plan, int64_t samples, const int64_t* at, float* scratch, int threads,
+                   Fill fill, RowOf row) {
   float* D = scratch;
   float* blocks = D + plan.outputs * plan.ld;
   std::memset(D, 0, sizeof(float) * plan.outputs * plan.ld);
@@ -201,10 +137,6 @@ int64_t accumulate(const Plan& plan, int64_t samples, const int64_t* at, float* 
     }
   }
   return ran * plan.columns;
-}
-
-inline float* aligned(float* p) {
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
 }
 
 inline Plan plan_of(const SquaresShape& c, bool scattered) {

@@ -14,6 +14,10 @@ inline int64_t padded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+inline float* aligned(float* p) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
+}
+
 // How rows of d (row = output * factors + factor) are grouped into teams that share registers: the factors of
 // one output in `parts` teams, or `together` outputs with all their factors. An owner is what one thread adds
 // to D.
