@@ -24,6 +24,7 @@ from autoflip import ops
 from autoflip.curvature.graph import Graph, inspect
 from autoflip.curvature.layers import Layer, watch
 from autoflip.curvature.problem import Problem
+from autoflip.curvature.recurrent import unrolled
 from autoflip.curvature.root import Root, output_root
 
 Diagonal = dict[str, Tensor]
@@ -50,7 +51,8 @@ class GaussNewton:
             NotDescribedError: a Gauss-Newton matrix does not describe this loss.
             ValueError: model, loss or batch do not fit (see Problem).
         """
-        with watch(problem.modules, problem.samples, chunk) as ran:
+        modules, samples = problem.modules, problem.samples
+        with watch(modules, samples, chunk) as ran, unrolled(modules, samples, chunk, ran):
             output = problem.output()
         graph = inspect(output, problem.params, {layer.edge.node for layer in ran})
         layers = [] if graph.coupled else [layer for layer in ran if _alone(layer, ran, graph, problem)]
@@ -58,6 +60,8 @@ class GaussNewton:
             layer.seen_through(graph.readers)
         for layer in layers:
             layer.follow(layers, graph.readers)
+            if layer.run is not None:
+                layer.run.weight_gradient = False
         owned = {id(p) for layer in layers for p in layer.params.values()}
         rest = [name for name, p in problem.params.items() if id(p) not in owned and name in graph.uses]
         return GaussNewton(problem, output, graph, layers, rest, output_root(problem, output, seed), seed)
@@ -151,8 +155,6 @@ class GaussNewton:
 def _alone(layer: Layer, ran: list[Layer], graph: Graph, problem: Problem) -> bool:
     """Whether this run of the layer is all that its parameters do."""
     names = {id(p): name for name, p in problem.params.items()}
-    own = [names[id(p)] for p in layer.params.values() if id(p) in names]
-    once = sum(other.module is layer.module for other in ran) == 1
-    return (
-        bool(own) and once and layer.edge.node in graph.layer_nodes and all(graph.uses.get(name) == 1 for name in own)
-    )
+    own = {id(p) for p in layer.params.values()} & names.keys()
+    once = sum(not own.isdisjoint(map(id, other.params.values())) for other in ran) == 1
+    return once and layer.edge.node in graph.layer_nodes and all(graph.uses.get(names[i]) == 1 for i in own)

@@ -34,6 +34,7 @@ class Layer(ABC):
         self.edge = get_gradient_edge(y)  # taken now: an in-place ReLU would move y to another node
         self.shape = y.shape
         self.before: Layer | None = None  # gets its gradient from this layer, not from autograd
+        self.run: Any = None  # of a recurrent layer: told when nobody needs its weight's whole gradient
         self.waiting: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
         # the layer's own trainable parameters by their short names
