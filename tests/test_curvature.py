@@ -11,6 +11,7 @@ from torch import nn
 
 import autoflip
 from autoflip import curvature, ops
+from autoflip.curvature.recurrent import unrolled
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -141,6 +142,67 @@ def lstm():
     return Recurrent(), torch.randn(4, 5, 3), torch.tensor([0, 1, 2, 2])
 
 
+class Stacked(nn.Module):
+    """Two layers, two directions, a state that comes in and one that goes out, no second bias."""
+
+    def __init__(self, kind, bias):
+        super().__init__()
+        self.one = kind(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.two, self.head = kind(8, 4, bias=bias), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y, state = self.one(x)
+        state = tuple(s[:1] for s in state) if isinstance(state, tuple) else state[:1]
+        y, last = self.two(y.transpose(0, 1), state)
+        return self.head(torch.cat([y[0], last[0][0] if isinstance(last, tuple) else last[0]], 1))
+
+
+class Twice(nn.Module):
+    """A recurrent layer that runs twice: its weights go the general way."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRU(3, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.cell(self.cell(x)[0])[0][:, -1])
+
+
+def recurrent(make_model):
+    def build():
+        model = make_model()
+        if isinstance(model, Stacked):
+            g = torch.Generator().manual_seed(0)
+            masks = {f"one.{n}": torch.rand(p.shape, generator=g) < 0.7 for n, p in model.one.named_parameters()}
+            autoflip.sparsify(model, autoflip.MaskSet(masks))
+        return model, torch.randn(4, 5, 3), torch.tensor([0, 1, 2, 2])
+
+    return build
+
+
+RECURRENT = [
+    recurrent(lambda: Stacked(nn.LSTM, True)),
+    recurrent(lambda: Stacked(nn.GRU, False)),
+    recurrent(lambda: Stacked(nn.LSTM, False)),
+    recurrent(Twice),
+]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=lambda kind: kind.__name__)
+def test_unrolled_layers_compute_what_torch_does(kind):
+    torch.manual_seed(0)
+    layer = kind(3, 4, num_layers=2, bidirectional=True, dropout=0.5).double().eval()
+    x, seen = torch.randn(5, 2, 3).double(), []
+    want, want_state = layer(x)
+    with unrolled(layer.modules(), 2, 4, seen):
+        got, got_state = layer(x)
+        layer(x[:, :1])  # another number of samples: torch's own
+    assert len(seen) == 8  # two layers, two ways, two weights
+    assert "forward" not in vars(layer)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got_state, want_state)
+
+
 def true_gauss_newton(model, batch):
     """Return diag(sum_n J_n^T H_n J_n) for mean cross-entropy, from a full Jacobian."""
     params = dict(model.named_parameters())
@@ -158,7 +220,7 @@ def true_gauss_newton(model, batch):
     }
 
 
-@pytest.mark.parametrize("build", [tokens, batch_norm(True), batch_norm(False), group_norm, shared, lstm])
+@pytest.mark.parametrize("build", [tokens, batch_norm(True), batch_norm(False), group_norm, shared, lstm, *RECURRENT])
 def test_gauss_newton_of_curved_models_is_right_and_named(build):
     torch.manual_seed(0)
     model, x, y = build()
@@ -167,6 +229,8 @@ def test_gauss_newton_of_curved_models_is_right_and_named(build):
     want = true_gauss_newton(model, batch)
     exact = curvature.hessian_diagonal(model, F.cross_entropy, batch, method="ggn-exact")
     assert exact.matrix == "ggn"
+    for name, mask in model.one.masks().items() if isinstance(model, Stacked) else ():
+        want[f"one.{name}"] *= mask
     scale = flat(want).max().item()
     for name, value in want.items():
         torch.testing.assert_close(

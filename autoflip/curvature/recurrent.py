@@ -84,23 +84,21 @@ class _LSTM(_Steps):
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
         dy, dh, dc = d_out
         gates, cells, weight = ctx.gates, ctx.cells, ctx.weight
-        i, f, n, o = gates.chunk(4, 2)
-        tanh, slope = cells[1:].tanh(), gates * (1 - gates)
-        # what a step multiplies dc with (three gates) and dh with (the output gate); all steps at once
-        size = i.shape[2]
-        slope[..., :size] *= n
-        slope[..., size : 2 * size] *= cells[:-1]
-        slope[..., 2 * size : 3 * size] = i * (1 - n * n)
-        slope[..., 3 * size :] *= tanh
-        through = o * (1 - tanh * tanh)
         d = torch.empty_like(gates)
-        for t in range(len(gates) - 1, -1, -1):
+        for t in range(len(gates) - 1, -1, -1):  # a step's tensors stay in the cache, all steps' would not
+            g, to = gates[t], d[t]
+            i, f, n, o = g.chunk(4, 1)
+            at_i, at_f, at_n, at_o = to.chunk(4, 1)
+            tanh = cells[t + 1].tanh()
             dh = dh + dy[t]
-            dc = torch.addcmul(dc, dh, through[t])
-            parts, factors = d[t].unflatten(1, (4, size)), slope[t].unflatten(1, (4, size))
-            torch.mul(factors[:, :3], dc.unsqueeze(1), out=parts[:, :3])
-            torch.mul(factors[:, 3], dh, out=parts[:, 3])
-            dh, dc = d[t] @ weight, dc * f[t]
+            dc = torch.addcmul(dc, dh, torch.addcmul(o, o * tanh, tanh, value=-1))
+            torch.addcmul(g, g, g, value=-1, out=to)  # the slopes of the sigmoids
+            at_i.mul_(n)
+            at_f.mul_(cells[t])
+            torch.addcmul(i, i * n, n, value=-1, out=at_n)
+            to[:, : 3 * i.shape[1]].unflatten(1, (3, -1)).mul_(dc.unsqueeze(1))
+            at_o.mul_(tanh).mul_(dh)
+            dh, dc = to @ weight, dc * f
         return None, d, d, _Steps.weight_gradient(ctx, d), dh, dc
 
 
