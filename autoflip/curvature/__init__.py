@@ -27,18 +27,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from autoflip.curvature import hutchinson
+from autoflip.curvature import hutchinson, sketch
 from autoflip.curvature.gauss_newton import GaussNewton
 from autoflip.curvature.problem import LossFn, Problem
 from autoflip.curvature.root import NotDescribedError
 
 __all__ = ["METHODS", "Diagonal", "NotDescribedError", "Trace", "hessian_diagonal", "hessian_trace", "hvp"]
 
-METHODS = ("auto", "ggn-mc", "ggn-exact", "hutchinson")
-# exact costs a backward pass a class, so auto takes it up to here
-_EXACT_FACTORS = 16
+METHODS = ("auto", "ggn-mc", "ggn-exact", "hutchinson", "hutch++", "xtrace")
 # one draw ranks weights well, but its trace can be 20 % off on a trained model with few samples
 _TRACE_DRAWS = 16
+_DIAGONAL_DRAWS = 4
 # draws with orthogonal signs: their errors cancel; the spread of the blocks is what the standard error comes from
 _TRACE_BLOCK = 4
 # 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom
@@ -51,11 +50,12 @@ class Diagonal(dict[str, Tensor]):
     Attributes:
         method: "ggn-exact", "ggn-mc" or "hutchinson".
         matrix: "hessian" when the expected value is the Hessian's diagonal, "ggn" when it is only Gauss-Newton's.
+        note: why "auto" did not take the exact method; empty when it did, or was not asked.
     """
 
-    def __init__(self, entries: Mapping[str, Tensor], method: str, matrix: str) -> None:
+    def __init__(self, entries: Mapping[str, Tensor], method: str, matrix: str, note: str = "") -> None:
         super().__init__(entries)
-        self.method, self.matrix = method, matrix
+        self.method, self.matrix, self.note = method, matrix, note
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Trace:
         by_channel: parameter name -> ``(shape[0],)`` sums over all but the first axis, or None if not asked for.
         method: "ggn-exact", "ggn-mc" or "hutchinson".
         matrix: "hessian" or "ggn", as in Diagonal.
+        note: as in Diagonal.
     """
 
     total: float
@@ -80,6 +81,7 @@ class Trace:
     method: str
     matrix: str
     repeats: int
+    note: str = ""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -112,7 +114,8 @@ def hessian_diagonal(
         num_probes: draws for "ggn-mc" and "hutchinson"; unused by "ggn-exact".
         seed: of the draws.
         method: one of METHODS. "auto" takes "ggn-exact" for piecewise-linear models with up to 16 factors a sample
-            (classes - 1 for cross-entropy), else "ggn-mc", and "hutchinson" for losses that Gauss-Newton does not
+            (classes - 1 for cross-entropy), else at least 4 draws of "ggn-mc" (large maps without pooling, more
+            classes, curved models: ``note`` says which), and "hutchinson" for losses that Gauss-Newton does not
             describe.
         chunk: factors held at once by "ggn-exact" and "ggn-mc"; bounds the peak memory.
 
@@ -136,13 +139,14 @@ def hessian_diagonal(
     with problem.undisturbed(seed):
         gn = _gauss_newton(problem, seed, chunk, method)
         if gn is None:
-            estimate = _mean(hutchinson.draws(problem, num_probes, seed), num_probes)
-            return Diagonal(estimate, "hutchinson", "hessian")
+            name = "hutchinson" if method == "auto" else method
+            return Diagonal(_mean(_hessian_draws(problem, name, num_probes, seed)), name, "hessian")
         matrix = "ggn" if gn.graph.curved else "hessian"
-        cheap = gn.exact_is_cheap and matrix == "hessian" and gn.root.factors <= _EXACT_FACTORS
-        if method == "ggn-exact" or (method == "auto" and cheap):
+        note = _against_exact(gn, matrix) if method == "auto" else ""
+        if method == "ggn-exact" or (method == "auto" and not note):
             return Diagonal(gn.exact(), "ggn-exact", matrix)
-        return Diagonal(gn.mean(num_probes), "ggn-mc", matrix)
+        count = max(num_probes, _DIAGONAL_DRAWS) if method == "auto" else num_probes
+        return Diagonal(gn.mean(count), "ggn-mc", matrix, note)
 
 
 def hessian_trace(
@@ -181,13 +185,14 @@ def hessian_trace(
         gn = _gauss_newton(problem, seed, chunk, method)
         matrix = "ggn" if gn is not None and gn.graph.curved else "hessian"
         if gn is None or (method == "auto" and matrix == "ggn"):
-            return _trace(hutchinson.draws(problem, num_probes, seed), per, "hutchinson", "hessian")
-        cheap = gn.exact_is_cheap and gn.root.factors <= _EXACT_FACTORS
-        if method == "ggn-exact" or (method == "auto" and cheap):
+            name = "hutchinson" if method == "auto" else method
+            return _trace(_hessian_draws(problem, name, num_probes, seed), per, name, "hessian")
+        note = _against_exact(gn, matrix) if method == "auto" else ""
+        if method == "ggn-exact" or (method == "auto" and not note):
             return _trace(iter([gn.exact()]), per, "ggn-exact", matrix)
         count = max(num_probes, _TRACE_DRAWS) if method == "auto" else num_probes
         size = _TRACE_BLOCK if count >= 2 * _TRACE_BLOCK else 1
-        return _trace(gn.blocks(-(-count // size), size), per, "ggn-mc", matrix)
+        return _trace(gn.blocks(-(-count // size), size), per, "ggn-mc", matrix, note)
 
 
 def hvp(
@@ -244,11 +249,15 @@ def _checked(
         raise ValueError(f"curvature: there is no method {method!r}; there are {', '.join(METHODS)}")
     if not all(isinstance(count, int) and count >= 1 for count in (num_probes, chunk)):
         raise ValueError(f"curvature: num_probes={num_probes!r}, chunk={chunk!r}; both must be whole and at least 1")
+    if num_probes < sketch.LEAST.get(method, 1):
+        raise ValueError(
+            f"curvature: {method} with num_probes={num_probes}; it needs at least {sketch.LEAST[method]} products"
+        )
     return Problem.of(model, loss_fn, batch)
 
 
 def _gauss_newton(problem: Problem, seed: int, chunk: int, method: str) -> GaussNewton | None:
-    if method == "hutchinson":
+    if method in ("hutchinson", *sketch.LEAST):
         return None
     try:
         return GaussNewton.of(problem, seed, chunk)
@@ -258,15 +267,28 @@ def _gauss_newton(problem: Problem, seed: int, chunk: int, method: str) -> Gauss
         return None
 
 
-def _mean(draws: Iterator[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-    total = dict(next(draws))
+def _hessian_draws(problem: Problem, method: str, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    if method == "hutchinson":
+        return hutchinson.draws(problem, count, seed)
+    return sketch.draws(problem, method, count, seed)
+
+
+def _mean(draws: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    total, count = dict(next(draws)), 1
     for draw in draws:
+        count += 1
         for name, value in draw.items():
             total[name] += value
     return {name: value / count for name, value in total.items()}
 
 
-def _trace(draws: Iterator[dict[str, Tensor]], per: str, method: str, matrix: str) -> Trace:
+def _against_exact(gn: GaussNewton, matrix: str) -> str:
+    if matrix == "ggn":
+        return f"the model is curved ({', '.join(sorted(gn.graph.curved)[:3])}), so Gauss-Newton is an approximation"
+    return gn.against_exact()
+
+
+def _trace(draws: Iterator[dict[str, Tensor]], per: str, method: str, matrix: str, note: str = "") -> Trace:
     totals: list[dict[str, float]] = []
     channels: dict[str, Tensor] = {}
     for draw in draws:
@@ -285,4 +307,4 @@ def _trace(draws: Iterator[dict[str, Tensor]], per: str, method: str, matrix: st
     else:
         stderr = math.sqrt(math.fsum((s - total) ** 2 for s in sums) / (count - 1) / count)
     by_channel = {name: value / count for name, value in channels.items()} if per == "channel" else None
-    return Trace(total, stderr, by_parameter, by_channel, method, matrix, count)
+    return Trace(total, stderr, by_parameter, by_channel, method, matrix, count, note)

@@ -81,6 +81,17 @@ class Layer(ABC):
         own = self.params
         return {name: value.reshape(own[name].shape) for name, value in sums.items() if name in own}
 
+    @property
+    def dense(self) -> bool:
+        """Whether each factor costs as much as the layer's forward pass, positions without gradient included."""
+        return self.x.dim() > 2
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds of the layer's forward pass: values written times weights behind one."""
+        weight = next((p for name, p in self.params.items() if p.dim() > 1), None)
+        return 0 if weight is None else self.shape.numel() * weight[0].numel()
+
     @abstractmethod
     def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return sums over factors and samples of squared gradients for each factor's ``d``, shaped like the output."""
@@ -140,6 +151,10 @@ class _Conv(Layer):
         for other in others:
             if isinstance(other, _Conv) and other.at is not None and other.edge.node is source:
                 self.before = other if len(readers[source]) == 1 else None
+
+    @property
+    def dense(self) -> bool:
+        return self.at is None
 
     def add(self, d: Tensor) -> None:
         super().add(d if self.gate is None else d * self.gate)
