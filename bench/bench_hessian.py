@@ -5,9 +5,10 @@ time. Reported are the median of the paired ratios to the gradient (1 = forward 
 batch), the middle half of them, and the middle error of the passes (each has its own seed): relative L2 error and
 Spearman's rank correlation of the diagonal, relative error of the trace. The truth is the exact diagonal in float64
 (for these networks the Hessian's; tests/test_curvature.py holds it against full Hessians). For the LSTM Gauss-Newton
-is not the Hessian: there the errors of Gauss-Newton methods are against Gauss-Newton, and the others have none.
+is not the Hessian: there the errors of Gauss-Newton methods are against Gauss-Newton (in float32, whose rounding is far
+below them), and the others have none.
 
-    python bench/bench_hessian.py [--passes 9] [--equal-error] [--out bench/results/hessian-cpu.json]
+    python bench/bench_hessian.py [--passes 9] [--accuracy] [--equal-error] [--out bench/results/hessian-cpu.json]
 """
 
 import argparse
@@ -43,17 +44,17 @@ def spearman(a, b):
 
 
 def truth(model, batch):
-    x = batch[0].double() if batch[0].is_floating_point() else batch[0]
-    diagonal = curvature.hessian_diagonal(
-        copy.deepcopy(model).double(), F.cross_entropy, (x, batch[1]), method="ggn-exact"
-    )
+    """Return the exact diagonal and what it is of; in float64, but for the LSTM's, which has 79 factors."""
+    if batch[0].is_floating_point():
+        model, batch = copy.deepcopy(model).double(), (batch[0].double(), batch[1])
+    diagonal = curvature.hessian_diagonal(model, F.cross_entropy, batch, method="ggn-exact")
     return flat(diagonal), diagonal.matrix
 
 
 def methods(case, model, batch):
     """Return name -> (matrix, seed -> diagonal or trace); a peer that is missing or fails is left out by its words."""
     params = list(model.parameters())
-    large, wide = case.startswith(("resnet8", "lstm")), case.startswith("lstm")
+    large, wide = case in ("cnn B256", "resnet8 B64", "lstm B64"), case.startswith("lstm")
 
     def ours(method, draws=1):
         return lambda seed: curvature.hessian_diagonal(model, F.cross_entropy, batch, draws, seed, method=method)
@@ -75,6 +76,7 @@ def methods(case, model, batch):
     }
     if not wide:
         calls["ggn-exact"] = ("ggn", ours("ggn-exact"))
+    if not large:
         calls[f"torch.func vmap jvp grad, {probes}"] = (
             "hessian",
             lambda seed: peers.functional_diagonal(model, batch, probes, 4),
@@ -84,9 +86,26 @@ def methods(case, model, batch):
                 "hessian",
                 lambda seed: peers.curvlinops_diagonal(model, batch, probes, "hutchinson"),
             )
+    if not large:
+        for method in ("hutch++", "xtrace"):
+            calls[f"{method} trace, {probes} products"] = (
+                "hessian",
+                lambda seed, method=method: (
+                    curvature.hessian_trace(model, F.cross_entropy, batch, probes, seed, method=method).total
+                ),
+            )
+            if not peers.missing("curvlinops"):
+                calls[f"curvlinops {method}, {probes}"] = (
+                    "hessian",
+                    lambda seed, method=method: (
+                        peers.curvlinops_trace(model, batch, probes - probes % 3, method)
+                        if method == "hutch++"
+                        else peers.curvlinops_trace(model, batch, probes, method)
+                    ),
+                )
     if peers.missing("pyhessian"):
         del calls[f"PyHessian trace, {probes} probes"]
-    if not large and not peers.missing("backpack"):
+    if case.startswith(("mlp", "cnn")) and not peers.missing("backpack"):
         extended = peers.backpack_extended(model)
         calls["BackPACK DiagGGNExact"] = ("ggn", lambda seed: peers.backpack_diagonal(extended, batch, True))
         calls["BackPACK DiagGGNMC, 1"] = ("ggn", lambda seed: peers.backpack_diagonal(extended, batch, False))
@@ -202,16 +221,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passes", type=int, default=9)
     parser.add_argument("--cases", nargs="*", default=list(hessian_models.CASES))
+    parser.add_argument(
+        "--accuracy", action="store_true", help="also at three stages of training, two kinds of batches"
+    )
     parser.add_argument("--equal-error", action="store_true", help="also run PyHessian to 2 %% (minutes)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    content = {"machine": machine(), "rows": [], "accuracy": []}
+    content = {"machine": machine(), "rows": []}
+    if args.out and args.out.exists():  # cases may be measured one by one
+        content |= json.loads(args.out.read_text()) | {"machine": content["machine"]}
     print("machine:", ", ".join(f"{k} {v}" for k, v in content["machine"].items()))
     for case in args.cases:
-        content["rows"] += measure(case, args.passes)
-        show(content["rows"][-len([r for r in content["rows"] if r["case"] == case]) :])
-    content["accuracy"] = accuracy()
-    print(*content["accuracy"], sep="\n")
+        rows = measure(case, args.passes)
+        show(rows)
+        content["rows"] = [row for row in content["rows"] if row["case"] != case] + rows
+    if args.accuracy:
+        content["accuracy"] = accuracy()
+        print(*content["accuracy"], sep="\n")
     if args.equal_error:
         content["equal_error"] = equal_error()
         print(content["equal_error"])

@@ -20,19 +20,28 @@ general way that is right but costs more: see ``curvature.gauss_newton``.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from autoflip.curvature import hutchinson, sketch
-from autoflip.curvature.gauss_newton import GaussNewton
+from autoflip.curvature.gauss_newton import GaussNewton, MixedError
 from autoflip.curvature.problem import LossFn, Problem
+from autoflip.curvature.results import Diagonal, Trace, mean_of, trace_of
 from autoflip.curvature.root import NotDescribedError
 
-__all__ = ["METHODS", "Diagonal", "NotDescribedError", "Trace", "hessian_diagonal", "hessian_trace", "hvp"]
+__all__ = [
+    "METHODS",
+    "Diagonal",
+    "NotDescribedError",
+    "Trace",
+    "client_diagonals",
+    "hessian_diagonal",
+    "hessian_trace",
+    "hvp",
+]
 
 METHODS = ("auto", "ggn-mc", "ggn-exact", "hutchinson", "hutch++", "xtrace")
 # one draw ranks weights well, but its trace can be 20 % off on a trained model with few samples
@@ -40,56 +49,6 @@ _TRACE_DRAWS = 16
 _DIAGONAL_DRAWS = 4
 # draws with orthogonal signs: their errors cancel; the spread of the blocks is what the standard error comes from
 _TRACE_BLOCK = 4
-# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-class Diagonal(dict[str, Tensor]):
-    """Parameter name -> diagonal entries shaped like the parameter, and how they came about.
-
-    Attributes:
-        method: "ggn-exact", "ggn-mc" or "hutchinson".
-        matrix: "hessian" when the expected value is the Hessian's diagonal, "ggn" when it is only Gauss-Newton's.
-        note: why "auto" did not take the exact method; empty when it did, or was not asked.
-    """
-
-    def __init__(self, entries: Mapping[str, Tensor], method: str, matrix: str, note: str = "") -> None:
-        super().__init__(entries)
-        self.method, self.matrix, self.note = method, matrix, note
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A trace and its parts.
-
-    Attributes:
-        total: sum of the diagonal over all parameters that require grad.
-        stderr: standard error of ``total``, from the spread of independent repeats; 0 for an exact method, infinite
-            for a single one (which says nothing about its own error).
-        repeats: how many independent repeats that was; draws of ``ggn-mc`` are repeats in blocks of four.
-        by_parameter: parameter name -> its part of ``total``.
-        by_channel: parameter name -> ``(shape[0],)`` sums over all but the first axis, or None if not asked for.
-        method: "ggn-exact", "ggn-mc" or "hutchinson".
-        matrix: "hessian" or "ggn", as in Diagonal.
-        note: as in Diagonal.
-    """
-
-    total: float
-    stderr: float
-    by_parameter: dict[str, float]
-    by_channel: dict[str, Tensor] | None
-    method: str
-    matrix: str
-    repeats: int
-    note: str = ""
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Interval that holds the expected value 19 times in 20: Student's t for the few repeats that there are."""
-        freedom = self.repeats - 1
-        quantile = _STUDENT[freedom - 1] if 0 < freedom <= len(_STUDENT) else 1.96 + 2.4 / max(freedom, 1)
-        half = quantile * self.stderr if self.stderr else 0.0
-        return self.total - half, self.total + half
 
 
 def hessian_diagonal(
@@ -140,13 +99,73 @@ def hessian_diagonal(
         gn = _gauss_newton(problem, seed, chunk, method)
         if gn is None:
             name = "hutchinson" if method == "auto" else method
-            return Diagonal(_mean(_hessian_draws(problem, name, num_probes, seed)), name, "hessian")
+            return Diagonal(mean_of(_hessian_draws(problem, name, num_probes, seed)), name, "hessian")
         matrix = "ggn" if gn.graph.curved else "hessian"
         note = _against_exact(gn, matrix) if method == "auto" else ""
         if method == "ggn-exact" or (method == "auto" and not note):
-            return Diagonal(gn.exact(), "ggn-exact", matrix)
+            return Diagonal(gn.exact()[0], "ggn-exact", matrix)
         count = max(num_probes, _DIAGONAL_DRAWS) if method == "auto" else num_probes
-        return Diagonal(gn.mean(count), "ggn-mc", matrix, note)
+        return Diagonal(gn.mean(count)[0], "ggn-mc", matrix, note)
+
+
+def client_diagonals(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    num_probes: int = 1,
+    seed: int = 0,
+    method: str = "ggn-mc",
+    *,
+    chunk: int = 4,
+    samples: int = 256,
+) -> list[Diagonal]:
+    """Return many clients' Gauss-Newton diagonals at one model, several clients a pass.
+
+    Each is that of the client's own loss, as :func:`hessian_diagonal` gives it (draws differ, since signs go by place).
+    Small batches share the price of a pass; large ones gain nothing from it on a CPU. Models whose parameters do
+    not all belong to known layers, or that mix samples, are looked at client by client.
+
+    Args:
+        model: as for :func:`hessian_diagonal`, like the next.
+        loss_fn: scalar loss, of each client by itself.
+        batches: one ``(inputs, target)`` a client; inputs alike but for the number of samples.
+        num_probes: draws for "ggn-mc".
+        seed: of the draws.
+        method: "ggn-mc" or "ggn-exact".
+        chunk: factors held at once; bounds the peak memory, as does the next.
+        samples: most samples in a pass; a client with more has one of its own.
+
+    Raises:
+        NotDescribedError: Gauss-Newton does not describe this loss.
+        ValueError: model, loss, a batch or arguments do not fit; the message says which.
+    """
+    if method not in ("ggn-mc", "ggn-exact"):
+        raise ValueError(f"client_diagonals: method={method!r}; wanted 'ggn-mc' or 'ggn-exact'")
+    out: list[Diagonal] = []
+    for group in _groups([_checked(model, loss_fn, batch, num_probes, method, chunk) for batch in batches], samples):
+        inputs, target = (torch.cat([getattr(one, what) for one in group]) for what in ("inputs", "target"))
+        problem = replace(group[0], inputs=inputs, target=target)
+        try:
+            with problem.undisturbed(seed):
+                gn = GaussNewton.of(problem, seed, chunk, [one.samples for one in group])
+                matrix = "ggn" if gn.graph.curved else "hessian"
+                found = gn.exact() if method == "ggn-exact" else gn.mean(num_probes)
+            out += [Diagonal(one, method, matrix) for one in found]
+        except MixedError:
+            pairs = [(one.inputs, one.target) for one in group]
+            out += [hessian_diagonal(model, loss_fn, pair, num_probes, seed, method, chunk=chunk) for pair in pairs]
+    return out
+
+
+def _groups(problems: list[Problem], samples: int) -> Iterator[list[Problem]]:
+    group: list[Problem] = []
+    for one in problems:
+        if group and sum(other.samples for other in group) + one.samples > samples:
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
 
 
 def hessian_trace(
@@ -186,13 +205,13 @@ def hessian_trace(
         matrix = "ggn" if gn is not None and gn.graph.curved else "hessian"
         if gn is None or (method == "auto" and matrix == "ggn"):
             name = "hutchinson" if method == "auto" else method
-            return _trace(_hessian_draws(problem, name, num_probes, seed), per, name, "hessian")
+            return trace_of(_hessian_draws(problem, name, num_probes, seed), per, name, "hessian")
         note = _against_exact(gn, matrix) if method == "auto" else ""
         if method == "ggn-exact" or (method == "auto" and not note):
-            return _trace(iter([gn.exact()]), per, "ggn-exact", matrix)
+            return trace_of(iter(gn.exact()), per, "ggn-exact", matrix)
         count = max(num_probes, _TRACE_DRAWS) if method == "auto" else num_probes
         size = _TRACE_BLOCK if count >= 2 * _TRACE_BLOCK else 1
-        return _trace(gn.blocks(-(-count // size), size), per, "ggn-mc", matrix, note)
+        return trace_of(gn.blocks(-(-count // size), size), per, "ggn-mc", matrix, note)
 
 
 def hvp(
@@ -273,38 +292,7 @@ def _hessian_draws(problem: Problem, method: str, count: int, seed: int) -> Iter
     return sketch.draws(problem, method, count, seed)
 
 
-def _mean(draws: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    total, count = dict(next(draws)), 1
-    for draw in draws:
-        count += 1
-        for name, value in draw.items():
-            total[name] += value
-    return {name: value / count for name, value in total.items()}
-
-
 def _against_exact(gn: GaussNewton, matrix: str) -> str:
     if matrix == "ggn":
         return f"the model is curved ({', '.join(sorted(gn.graph.curved)[:3])}), so Gauss-Newton is an approximation"
     return gn.against_exact()
-
-
-def _trace(draws: Iterator[dict[str, Tensor]], per: str, method: str, matrix: str, note: str = "") -> Trace:
-    totals: list[dict[str, float]] = []
-    channels: dict[str, Tensor] = {}
-    for draw in draws:
-        rows = {n: d.reshape(len(d) if d.dim() else 1, -1).sum(1, dtype=torch.float64) for n, d in draw.items()}
-        totals.append({name: float(row.sum()) for name, row in rows.items()})
-        if per == "channel":
-            channels = {name: channels[name] + row if channels else row for name, row in rows.items()}
-    count = len(totals)
-    by_parameter = {name: math.fsum(t[name] for t in totals) / count for name in totals[0]}
-    sums = [math.fsum(t.values()) for t in totals]
-    total = math.fsum(sums) / count
-    if method == "ggn-exact":
-        stderr = 0.0
-    elif count == 1:
-        stderr = math.inf
-    else:
-        stderr = math.sqrt(math.fsum((s - total) ** 2 for s in sums) / (count - 1) / count)
-    by_channel = {name: value / count for name, value in channels.items()} if per == "channel" else None
-    return Trace(total, stderr, by_parameter, by_channel, method, matrix, count, note)

@@ -13,8 +13,9 @@ exact sum makes a pass for each sample and column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,12 +26,16 @@ from autoflip.curvature.graph import Graph, inspect
 from autoflip.curvature.layers import Layer, watch
 from autoflip.curvature.problem import Problem
 from autoflip.curvature.recurrent import unrolled
-from autoflip.curvature.root import Root, output_root
+from autoflip.curvature.root import Root, output_root, side_by_side
 
 Diagonal = dict[str, Tensor]
 # exact costs a backward pass a factor, and a product of the size of the forward pass's for layers that see maps
 _MAX_FACTORS, _MAX_MAPS = 16, 6
 _MAX_BLOCK_BITS = 6  # a block of 64 draws is exact for up to 64 factors
+
+
+class MixedError(ValueError):
+    """Several clients cannot be looked at in one pass; the message says why."""
 
 
 @dataclass
@@ -46,11 +51,18 @@ class GaussNewton:
     seed: int
 
     @staticmethod
-    def of(problem: Problem, seed: int, chunk: int) -> GaussNewton:
+    def of(problem: Problem, seed: int, chunk: int, counts: Sequence[int] = ()) -> GaussNewton:
         """Run the model once and look at it.
+
+        Args:
+            problem: its batch may be several clients' one after the other.
+            seed: of the draws.
+            chunk: factors held at once.
+            counts: samples of each client; each has its own loss and its own sums. Empty: one client.
 
         Raises:
             NotDescribedError: a Gauss-Newton matrix does not describe this loss.
+            MixedError: there are several clients, and not every parameter can be told apart by samples.
             ValueError: model, loss or batch do not fit (see Problem).
         """
         modules, samples = problem.modules, problem.samples
@@ -66,7 +78,17 @@ class GaussNewton:
                 layer.run.weight_gradient = False
         owned = {id(p) for layer in layers for p in layer.params.values()}
         rest = [name for name, p in problem.params.items() if id(p) not in owned and name in graph.uses]
-        return GaussNewton(problem, output, graph, layers, rest, output_root(problem, output, seed), seed)
+        if len(counts) < 2:
+            return GaussNewton(problem, output, graph, layers, rest, output_root(problem, output, seed), seed)
+        if rest or len(output) != samples:
+            raise MixedError(f"curvature: samples cannot be told apart for {', '.join(rest[:3]) or 'the output'}")
+        ends = list(accumulate(counts))
+        segments = [slice(end - count, end) for end, count in zip(ends, counts)]
+        for layer in layers:
+            layer.segments = segments
+        parts = [replace(problem, inputs=problem.inputs[s], target=problem.target[s]) for s in segments]
+        roots = [output_root(part, output[s], seed) for part, s in zip(parts, segments)]
+        return GaussNewton(problem, output, graph, layers, rest, side_by_side(roots, segments), seed)
 
     def against_exact(self) -> str:
         """Return why the exact diagonal would cost far more than some draws; empty when it would not."""
@@ -81,8 +103,8 @@ class GaussNewton:
             return f"whole feature maps without pooling would be squared for each of {self.root.factors} factors"
         return ""
 
-    def exact(self) -> Diagonal:
-        """Return the diagonal of G.
+    def exact(self) -> list[Diagonal]:
+        """Return the diagonal of G, one a client.
 
         Raises:
             ValueError: the output's rows are not the batch's samples.
@@ -104,18 +126,20 @@ class GaussNewton:
     def blocks(self, count: int, size: int) -> Iterator[Diagonal]:
         """Yield the means of ``count`` independent blocks of ``size`` draws, one backward pass a draw."""
         for i in range(count):
-            yield self._mean(range(i * size, (i + 1) * size), size)
+            yield self._mean(range(i * size, (i + 1) * size), size)[0]
 
-    def mean(self, count: int) -> Diagonal:
-        """Return the mean of ``count`` draws; a layer squares several at once."""
+    def mean(self, count: int) -> list[Diagonal]:
+        """Return the mean of ``count`` draws, one a client; a layer squares several at once."""
         return self._mean(range(count), 1 << min(count.bit_length() - 1, _MAX_BLOCK_BITS))
 
-    def _mean(self, draws: range, block: int) -> Diagonal:
+    def _mean(self, draws: range, block: int) -> list[Diagonal]:
         total = self._empty()
         for i in draws:
             self._backward(self.root.draw(self._signs(i, block)), self.rest, total)
-        mean = self._collect(total)
-        return mean if len(draws) == 1 else {name: value / len(draws) for name, value in mean.items()}
+        means = self._collect(total)
+        if len(draws) == 1:
+            return means
+        return [{name: value / len(draws) for name, value in mean.items()} for mean in means]
 
     def _signs(self, draw: int, block: int) -> Tensor:
         """Return a draw's signs: those of its block, times a row of a Hadamard matrix repeated along the output.
@@ -151,15 +175,20 @@ class GaussNewton:
             if g is not None and total is not None:
                 total[name] += g.square()
 
-    def _collect(self, total: Diagonal) -> Diagonal:
+    def _collect(self, total: Diagonal) -> list[Diagonal]:
         names = {id(p): name for name, p in self.problem.params.items()}
+        clients = [total] + [{} for _ in (self.layers[0].segments[1:] if self.layers else ())]
         for layer in reversed(self.layers):  # a layer's flush may feed the one before it
-            own = layer.params
-            total.update({names[id(own[short])]: value for short, value in layer.take().items()})
+            for client, short, value in layer.take():
+                clients[client][names[id(layer.params[short])]] = value
         params = self.problem.params
         # a parameter that the output does not depend on has no curvature
-        whole = {n: total[n] if n in total else torch.zeros_like(p, requires_grad=False) for n, p in params.items()}
-        return self.problem.kept(whole)
+        return [
+            self.problem.kept(
+                {n: c[n] if n in c else torch.zeros_like(p, requires_grad=False) for n, p in params.items()}
+            )
+            for c in clients
+        ]
 
 
 def _alone(layer: Layer, ran: list[Layer], graph: Graph, problem: Problem) -> bool:

@@ -36,7 +36,8 @@ class Layer(ABC):
         self.before: Layer | None = None  # gets its gradient from this layer, not from autograd
         self.run: Any = None  # of a recurrent layer: told when nobody needs its weight's whole gradient
         self.waiting: list[Tensor] = []
-        self.sums: dict[str, Tensor] = {}
+        self.segments = [slice(None)]  # samples that are summed by themselves: one client's each
+        self.sums: dict[tuple[int, str], Tensor] = {}
         # the layer's own trainable parameters by their short names
         self.params = {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
 
@@ -69,17 +70,25 @@ class Layer(ABC):
 
     def flush(self) -> None:
         """Square what waits and add it up."""
-        if self.waiting:
-            for name, value in self.squares(self.waiting).items():
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.waiting.clear()
+        if not self.waiting:
+            return
+        for i, rows in enumerate(self.segments):
+            d = [self.cut(one, rows) for one in self.waiting]
+            for name, value in self.squares(d, self.cut(self.input(), rows), rows).items():
+                self.sums[i, name] = self.sums[i, name] + value if (i, name) in self.sums else value
+        self.waiting.clear()
 
-    def take(self) -> dict[str, Tensor]:
-        """Return the sums by parameter name, shaped like the parameters, and begin anew."""
+    def cut(self, tensor: Tensor, rows: slice) -> Tensor:
+        """Return some samples' part of an input or output."""
+        return tensor[rows]
+
+    def take(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Yield (segment, parameter name, sums shaped like the parameter), and begin anew."""
         self.flush()
         sums, self.sums = self.sums, {}
-        own = self.params
-        return {name: value.reshape(own[name].shape) for name, value in sums.items() if name in own}
+        for (i, name), value in sums.items():
+            if name in self.params:
+                yield i, name, value.reshape(self.params[name].shape)
 
     @property
     def dense(self) -> bool:
@@ -93,8 +102,14 @@ class Layer(ABC):
         return 0 if weight is None else self.shape.numel() * weight[0].numel()
 
     @abstractmethod
-    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return sums over factors and samples of squared gradients for each factor's ``d``, shaped like the output."""
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
+        """Return sums of squared gradients over factors and samples, by parameter name.
+
+        Args:
+            d: each factor's gradient at the output.
+            x: the input.
+            rows: which of all samples these are of.
+        """
 
 
 class _Linear(Layer):
@@ -116,8 +131,7 @@ class _Linear(Layer):
             self.waiting, self.squared = [self.squared.sqrt()], None
         super().flush()
 
-    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
-        x = self.input()
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         if x.dim() == 2:
             return {"weight": ops.squared_matmul(d[0], x), "bias": d[0].square().sum(0)}
         d = [one.flatten(1, -2).transpose(1, 2) for one in d]  # (N, O, P)
@@ -172,9 +186,9 @@ class _Conv(Layer):
                 self.before.add(d)
         super().flush()
 
-    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         m: Any = self.module
-        x, flat = self.input(), isinstance(m, nn.Conv1d)
+        flat, at = isinstance(m, nn.Conv1d), None if self.at is None else self.at[rows]
         padding = m.padding
         if isinstance(padding, str) or m.padding_mode != "zeros":
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
@@ -185,7 +199,7 @@ class _Conv(Layer):
             d, x = [one.unsqueeze(2) for one in d], x.unsqueeze(2)
             kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
         weight = ops.conv_squares(
-            d, x, kernel, stride=stride, padding=padding, dilation=dilation, groups=m.groups, at=self.at
+            d, x, kernel, stride=stride, padding=padding, dilation=dilation, groups=m.groups, at=at
         )  # fmt: skip
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
@@ -200,9 +214,8 @@ def _squares_of(d: Sequence[Tensor], reduced: Callable[[Tensor], Tensor]) -> Ten
 
 
 class _Norm(Layer):
-    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         m: Any = self.module
-        x = self.input()
         if isinstance(m, nn.LayerNorm):
             normal = F.layer_norm(x, m.normalized_shape, None, None, m.eps)
             positions = tuple(range(1, x.dim() - len(m.normalized_shape)))
@@ -213,16 +226,16 @@ class _Norm(Layer):
             normal = F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps)
             positions = tuple(range(2, x.dim()))
 
-        def rows(g: Tensor) -> Tensor:
+        def summed(g: Tensor) -> Tensor:
             return g.sum(positions) if positions else g
 
-        return {"weight": _squares_of(d, lambda g: rows(g * normal)), "bias": _squares_of(d, rows)}
+        return {"weight": _squares_of(d, lambda g: summed(g * normal)), "bias": _squares_of(d, summed)}
 
 
 class _Embedding(Layer):
-    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         m: Any = self.module
-        tokens = self.input().reshape(self.shape[0], -1)  # (N, P)
+        tokens = x.reshape(len(x), -1)  # (N, P)
         pairs, where = torch.unique(
             torch.arange(len(tokens), device=tokens.device)[:, None] * m.num_embeddings + tokens, return_inverse=True
         )

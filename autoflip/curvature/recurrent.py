@@ -25,9 +25,12 @@ from autoflip.curvature.layers import Layer
 class Projection(Layer):
     """Products of one weight at every step: what it read is ``(T, N, K)``, its outputs' gradients ``(T, N, G)``."""
 
-    def squares(self, d: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return sums over factors and samples of squared gradients of the weight and, if there is one, the bias."""
-        x = self.input()
+    def cut(self, tensor: Tensor, rows: slice) -> Tensor:
+        """Return some samples' part, time first."""
+        return tensor[:, rows]
+
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
+        """Return sums of squared gradients of the weight and, if there is one, the bias."""
         weight, bias = (next((n for n in self.params if n.startswith(kind)), "") for kind in ("weight", "bias"))
         total = x.new_zeros(d[0].shape[2], x.shape[2])
         one = torch.empty_like(total)

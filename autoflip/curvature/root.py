@@ -8,7 +8,7 @@ sum over samples gets its block a sample by as many products as a sample has out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,19 @@ def output_root(problem: Problem, output: Tensor, seed: int) -> Root:
     if _close(h1 * r1 * r2, h2):
         return _diagonal_root(h1 * r1)
     return _block_root(f, hvp, r2, h2)
+
+
+def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
+    """Join clients' roots: ``roots[k]`` is that of the samples ``segments[k]``."""
+
+    def draw(signs: Tensor) -> Tensor:
+        return torch.cat([root.draw(signs[s]) for root, s in zip(roots, segments)])
+
+    def columns() -> Iterator[Tensor]:
+        for parts in zip(*(root.columns() for root in roots), strict=True):
+            yield torch.cat(parts)
+
+    return Root(max(root.factors for root in roots), draw, columns)
 
 
 def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:

@@ -55,7 +55,7 @@ class _Operator:
         for column in x.T:
             product = self.product(self.parts(column))
             columns.append(torch.cat([product[name].flatten() for name in self.problem.params]).to(self.like.dtype))
-        return torch.stack(columns, 1)
+        return torch.stack(columns).T  # a vector's entries lie together
 
     def parts(self, flat: Tensor) -> Vectors:
         """Cut a flat vector into the parameters' shapes."""
