@@ -1,104 +1,249 @@
-"""Curvature estimators beside a plain gradient and a double-backward Hutchinson loop, as PyHessian has it.
+"""Curvature estimators beside a plain gradient and beside PyHessian, curvlinops, BackPACK and torch.func.
 
-Interleaved: every pass runs each method once, so that a busy moment hits all alike. Reported are the median of the
-paired ratios to the gradient (1 = forward + backward of the same model and batch) and the middle half of them, and
-the relative L2 error of the diagonal against "ggn-exact", whose own error is rounding (tests/test_curvature.py).
+Every pass runs each method once, so that a busy moment hits all alike; on one thread a method's time is its CPU
+time. Reported are the median of the paired ratios to the gradient (1 = forward + backward of the same model and
+batch), the middle half of them, and the middle error of the passes (each has its own seed): relative L2 error and
+Spearman's rank correlation of the diagonal, relative error of the trace. The truth is the exact diagonal in float64
+(for these networks the Hessian's; tests/test_curvature.py holds it against full Hessians). For the LSTM Gauss-Newton
+is not the Hessian: there the errors of Gauss-Newton methods are against Gauss-Newton (in float32, whose rounding is far
+below them), and the others have none.
 
-    python bench/bench_hessian.py [--passes 15]
+    python bench/bench_hessian.py [--passes 9] [--accuracy] [--equal-error] [--out bench/results/hessian-cpu.json]
 """
 
 import argparse
+import copy
+import json
 import statistics
 import time
+from pathlib import Path
 
+import hessian_models
+import hessian_peers as peers
 import torch
 import torch.nn.functional as F
 from conftest import machine
-from torch import nn
 
 from autoflip import curvature
 
-
-def mlp():
-    layers = nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10)
-    return nn.Sequential(nn.Flatten(), *layers), 256
+now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def cnn():
-    features = nn.Conv2d(1, 32, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2)
-    return nn.Sequential(*features, nn.Flatten(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10)), 64
+def flat(diagonal):
+    return torch.cat([v.detach().flatten() for v in diagonal.values()]).double()
 
 
-def gradient(model, batch):
-    return torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), list(model.parameters()))
+def spearman(a, b):
+    """Ties (weights behind dead units, all exactly 0) share their middle rank."""
+
+    def ranks(v):
+        _, where, counts = v.unique(return_inverse=True, return_counts=True)
+        return (counts.cumsum(0) - (counts - 1) / 2)[where]
+
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
 
 
-def hutchinson_loop(model, batch, probes):
+def truth(model, batch):
+    """Return the exact diagonal and what it is of; in float64, but for the LSTM's, which has 79 factors."""
+    if batch[0].is_floating_point():
+        model, batch = copy.deepcopy(model).double(), (batch[0].double(), batch[1])
+    diagonal = curvature.hessian_diagonal(model, F.cross_entropy, batch, method="ggn-exact")
+    return flat(diagonal), diagonal.matrix
+
+
+def methods(case, model, batch):
+    """Return name -> (matrix, seed -> diagonal or trace); a peer that is missing or fails is left out by its words."""
     params = list(model.parameters())
-    grads = torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), params, create_graph=True)
-    total = [torch.zeros_like(p) for p in params]
-    for _ in range(probes):
-        signs = [torch.randint_like(p, 2) * 2 - 1 for p in params]
-        for t, r, h in zip(total, signs, torch.autograd.grad(grads, params, signs, retain_graph=True)):
-            t += r * h / probes
-    return dict(zip(dict(model.named_parameters()), total))
+    large, wide = case in ("cnn B256", "resnet8 B64", "lstm B64"), case.startswith("lstm")
 
+    def ours(method, draws=1):
+        return lambda seed: curvature.hessian_diagonal(model, F.cross_entropy, batch, draws, seed, method=method)
 
-def methods(model, batch):
-    def ours(method, probes=1):
-        return lambda: curvature.hessian_diagonal(model, F.cross_entropy, batch, probes, method=method)
-
-    return {
-        "gradient": lambda: gradient(model, batch),
-        "ggn-mc, 1 draw": ours("ggn-mc"),
-        "ggn-mc, 4 draws": ours("ggn-mc", 4),
-        "ggn-exact": ours("ggn-exact"),
-        "hutchinson, 4 draws": ours("hutchinson", 4),
-        "double-backward loop, 4": lambda: hutchinson_loop(model, batch, 4),
+    probes = 4 if large else 16
+    calls = {
+        "gradient": ("", lambda seed: torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), params)),
+        "ggn-mc, 1 draw": ("ggn", ours("ggn-mc")),
+        "ggn-mc, 4 draws": ("ggn", ours("ggn-mc", 4)),
+        f"hutchinson, {probes} draws": ("hessian", ours("hutchinson", probes)),
+        f"PyHessian trace, {probes} probes": (
+            "hessian",
+            lambda seed: statistics.fmean(peers.pyhessian_trace(model, batch, probes)),
+        ),
+        f"double backward loop, {probes}": (
+            "hessian",
+            lambda seed: peers.double_backward_diagonal(model, batch, probes),
+        ),
     }
+    if not wide:
+        calls["ggn-exact"] = ("ggn", ours("ggn-exact"))
+    if not large:
+        calls[f"torch.func vmap jvp grad, {probes}"] = (
+            "hessian",
+            lambda seed: peers.functional_diagonal(model, batch, probes, 4),
+        )
+        if not peers.missing("curvlinops"):
+            calls[f"curvlinops hutchinson_diag, {probes}"] = (
+                "hessian",
+                lambda seed: peers.curvlinops_diagonal(model, batch, probes, "hutchinson"),
+            )
+    if not large:
+        for method in ("hutch++", "xtrace"):
+            calls[f"{method} trace, {probes} products"] = (
+                "hessian",
+                lambda seed, method=method: (
+                    curvature.hessian_trace(model, F.cross_entropy, batch, probes, seed, method=method).total
+                ),
+            )
+            if not peers.missing("curvlinops"):
+                calls[f"curvlinops {method}, {probes}"] = (
+                    "hessian",
+                    lambda seed, method=method: (
+                        peers.curvlinops_trace(model, batch, probes - probes % 3, method)
+                        if method == "hutch++"
+                        else peers.curvlinops_trace(model, batch, probes, method)
+                    ),
+                )
+    if peers.missing("pyhessian"):
+        del calls[f"PyHessian trace, {probes} probes"]
+    if case.startswith(("mlp", "cnn")) and not peers.missing("backpack"):
+        extended = peers.backpack_extended(model)
+        calls["BackPACK DiagGGNExact"] = ("ggn", lambda seed: peers.backpack_diagonal(extended, batch, True))
+        calls["BackPACK DiagGGNMC, 1"] = ("ggn", lambda seed: peers.backpack_diagonal(extended, batch, False))
+    return calls
 
 
-def measure(build, passes):
-    """Return rows (method, median ratio to the gradient, quartiles, error, milliseconds)."""
-    torch.manual_seed(0)
-    model, samples = build()
-    batch = torch.randn(samples, 1, 28, 28), torch.randint(10, (samples,))
-    calls = methods(model, batch)
-    results = {name: call() for name, call in calls.items()}
-    exact = results["ggn-exact"]
-    assert exact.matrix == "hessian"
-    norm = sum(v.square().sum() for v in exact.values()).sqrt()
+def errors(result, exact):
+    """Return (diagonal's relative L2 error, Spearman, trace's relative error); None where there is no such thing."""
+    if isinstance(result, float):
+        return None, None, abs(result / exact.sum().item() - 1)
+    got = flat(result)
+    return (
+        ((got - exact).norm() / exact.norm()).item(),
+        spearman(got, exact),
+        (got.sum() / exact.sum() - 1).abs().item(),
+    )
+
+
+def measure(case, passes, state="trained"):
+    """Return rows (dicts), one a method."""
+    model, batch = hessian_models.make(case, state)
+    calls = methods(case, model, batch)
+    exact, matrix = truth(model, batch)
     seconds = {name: [] for name in calls}
-    for _ in range(passes):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+    found = {name: [] for name in calls}
+    for n in range(passes + 1):
+        for name, (_, call) in calls.items():
+            torch.manual_seed(n)
+            start = now()
+            result = call(n)
+            if n:  # the first pass warms up
+                seconds[name].append(now() - start)
+            if name != "gradient" and (calls[name][0] == "ggn" or matrix == "hessian"):
+                found[name].append(errors(result, exact))
     rows = []
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles([t / g for t, g in zip(times, seconds["gradient"])], n=4)
-        error = float("nan")
-        if name != "gradient":
-            off = sum((results[name][n] - v).square().sum() for n, v in exact.items())
-            error = (off.sqrt() / norm).item()
-        rows.append((name, middle, low, high, error, 1000 * statistics.median(times)))
+        row = {"case": case, "state": state, "method": name, "gradients": middle, "low": low, "high": high}
+        row["ms"] = 1000 * statistics.median(times)
+        for key, values in zip(("diagonal_error", "spearman", "trace_error"), zip(*found[name])):
+            row[key] = None if values[0] is None else statistics.median(values)
+        rows.append(row)
     return rows
 
 
-def report(passes):
-    print("machine:", ", ".join(f"{k} {v}" for k, v in machine().items()))
-    for build in (mlp, cnn):
-        print(f"\n{build.__name__:26} {'x gradient':>10} {'quartiles':>13} {'error':>8} {'ms':>8}")
-        for name, middle, low, high, error, ms in measure(build, passes):
-            print(f"  {name:24} {middle:10.2f} {low:6.2f} {high:6.2f} {error:8.1e} {ms:8.1f}")
+def accuracy(case="cnn B64", seeds=9):
+    """Return rows: ggn-mc's errors at three stages of training, on mixed and on two-class batches."""
+    rows = []
+    for state in hessian_models.STEPS:
+        for what, classes in (("10 classes", range(10)), ("2 classes", (3, 8))):
+            model, batch = hessian_models.make(case, state, classes)
+            exact, _ = truth(model, batch)
+            for draws in (1, 4):
+                got = [
+                    errors(curvature.hessian_diagonal(model, F.cross_entropy, batch, draws, s, method="ggn-mc"), exact)
+                    for s in range(seeds)
+                ]
+                d, r, t = (statistics.median(v) for v in zip(*got))
+                row = {"case": case, "state": state, "batch": what, "draws": draws}
+                rows.append({**row, "diagonal_error": d, "spearman": r, "trace_error": t})
+    return rows
+
+
+def equal_error(case="cnn B64", wanted=0.02):
+    """Run PyHessian until its own spread promises ``wanted``, and hessian_trace; both end to end, once."""
+    model, batch = hessian_models.make(case, "trained")
+    exact = truth(model, batch)[0].sum().item()
+    torch.manual_seed(0)
+    first = peers.pyhessian_trace(model, batch, 200)
+    count = max(2, round((statistics.stdev(first) / (wanted * exact)) ** 2))
+    start = now()
+    values = peers.pyhessian_trace(model, batch, count)
+    theirs = now() - start
+    curvature.hessian_trace(model, F.cross_entropy, batch)
+    times = []
+    for _ in range(9):
+        start = now()
+        trace = curvature.hessian_trace(model, F.cross_entropy, batch)
+        times.append(now() - start)
+    return {
+        "case": case,
+        "pyhessian_probes": count,
+        "pyhessian_seconds": theirs,
+        "pyhessian_error": statistics.fmean(values) / exact - 1,
+        "pyhessian_stderr": statistics.stdev(values) / count**0.5 / exact,
+        "seconds": statistics.median(times),
+        "method": trace.method,
+        "error": trace.total / exact - 1,
+        "times_faster": theirs / statistics.median(times),
+    }
+
+
+def show(rows):
+    for row in rows:
+        if row["method"] == "gradient":
+            print(
+                f"\n{row['case']:34} {'gradients':>10} {'quartiles':>13} {'ms':>8} {'diag':>8} {'rank':>6} {'trace':>7}"
+            )
+        cells = [row.get(k) for k in ("diagonal_error", "spearman", "trace_error")]
+        words = [" " * n if c is None else f"{c:{n}.{p}}" for c, n, p in zip(cells, (8, 6, 8), ("1e", "3f", "1e"))]
+        head = f"  {row['method']:32} {row['gradients']:10.2f} {row['low']:6.2f} {row['high']:6.2f} {row['ms']:8.1f}"
+        print(head, *words, flush=True)
 
 
 def bench_hessian(capsys):
     with capsys.disabled():
-        report(passes=7)
+        print(f"\nmachine: {machine()}")
+        for case in ("mlp B256", "cnn B64"):
+            show(measure(case, 5))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--passes", type=int, default=9)
+    parser.add_argument("--cases", nargs="*", default=list(hessian_models.CASES))
+    parser.add_argument(
+        "--accuracy", action="store_true", help="also at three stages of training, two kinds of batches"
+    )
+    parser.add_argument("--equal-error", action="store_true", help="also run PyHessian to 2 %% (minutes)")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    content = {"machine": machine(), "rows": []}
+    if args.out and args.out.exists():  # cases may be measured one by one
+        content |= json.loads(args.out.read_text()) | {"machine": content["machine"]}
+    print("machine:", ", ".join(f"{k} {v}" for k, v in content["machine"].items()))
+    for case in args.cases:
+        rows = measure(case, args.passes)
+        show(rows)
+        content["rows"] = [row for row in content["rows"] if row["case"] != case] + rows
+    if args.accuracy:
+        content["accuracy"] = accuracy()
+        print(*content["accuracy"], sep="\n")
+    if args.equal_error:
+        content["equal_error"] = equal_error()
+        print(content["equal_error"])
+    if args.out:
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--passes", type=int, default=15)
-    report(parser.parse_args().passes)
+    main()

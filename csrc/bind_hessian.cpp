@@ -1,4 +1,8 @@
+#include <pybind11/stl.h>
+
+#include <array>
 #include <memory>
+#include <vector>
 
 #include "bindings.h"
 #include "common/cpu.h"
@@ -19,29 +23,71 @@ std::unique_ptr<float[]> scratch(int64_t floats) { return std::unique_ptr<float[
 
 int threads_for(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
 
-int64_t squares(uintptr_t d, uintptr_t x, uintptr_t out, const SquaresShape& shape, bool rows, int threads) {
+using Addresses = std::vector<uintptr_t>;  // of d, one a factor
+
+std::vector<const float*> pointers(const Addresses& d) {
+  std::vector<const float*> values;
+  for (uintptr_t address : d) values.push_back(at<float>(address));
+  return values;
+}
+
+int64_t squares(const Addresses& d, uintptr_t x, uintptr_t at_, uintptr_t out, const SquaresShape& shape,
+                bool rows, int threads) {
   const HessianKernels& k = kernels();
   threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions(), threads);
   auto buffer = scratch(k.squares_scratch(shape, threads));
-  return k.squares(at<float>(d), at<float>(x), at<float>(out), buffer.get(), shape, rows, threads);
+  std::vector<const float*> values = pointers(d);
+  return k.squares(values.data(), at<float>(x), at<int64_t>(at_), at<float>(out), buffer.get(), shape, rows,
+                   threads);
 }
 
-int64_t conv_squares(uintptr_t d, uintptr_t x, uintptr_t out, int64_t factors, int64_t samples,
-                     int64_t outputs, int64_t groups, int64_t channels, int64_t height, int64_t width,
-                     int64_t out_height, int64_t out_width, int64_t kernel_height, int64_t kernel_width,
-                     int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h,
-                     int64_t dilation_w, int threads) {
-  SquaresShape shape = {factors,  samples,    outputs,   groups,        channels,     height,
-                        width,    out_height, out_width, kernel_height, kernel_width, stride_h,
-                        stride_w, pad_h,      pad_w,     dilation_h,    dilation_w};
-  return squares(d, x, out, shape, false, threads);
+// entries, samples, outputs, groups, channels, height, width, out_height, out_width, kernel_height,
+// kernel_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w
+using Sizes = std::array<int64_t, 17>;
+
+SquaresShape shape_of(const Addresses& d, const Sizes& s) {
+  return {static_cast<int64_t>(d.size()),
+          s[1],
+          s[2],
+          s[3],
+          s[4],
+          s[5],
+          s[6],
+          s[7],
+          s[8],
+          s[9],
+          s[10],
+          s[11],
+          s[12],
+          s[13],
+          s[14],
+          s[15],
+          s[16],
+          s[0]};
 }
 
-int64_t sequence_squares(uintptr_t d, uintptr_t u, uintptr_t out, int64_t factors, int64_t samples,
-                         int64_t outputs, int64_t positions, int64_t columns, int threads) {
+int64_t conv_squares(const Addresses& d, uintptr_t x, uintptr_t at_, uintptr_t out, const Sizes& sizes,
+                     int threads) {
+  return squares(d, x, at_, out, shape_of(d, sizes), false, threads);
+}
+
+int64_t conv_pull_back(const Addresses& d, uintptr_t weight, uintptr_t at_, uintptr_t dx, const Sizes& sizes,
+                       int threads) {
+  const HessianKernels& k = kernels();
+  SquaresShape shape = shape_of(d, sizes);
+  threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.entries, threads);
+  auto buffer = scratch(k.pull_back_scratch(shape, threads));
+  std::vector<const float*> values = pointers(d);
+  return k.pull_back(values.data(), at<float>(weight), at<int64_t>(at_), at<float>(dx), buffer.get(), shape,
+                     threads);
+}
+
+int64_t sequence_squares(const Addresses& d, uintptr_t u, uintptr_t out, int64_t samples, int64_t outputs,
+                         int64_t positions, int64_t columns, int threads) {
+  int64_t factors = static_cast<int64_t>(d.size());
   SquaresShape shape = {factors, samples, outputs, 1, columns, positions, 1, positions, 1,
-                        1,       1,       1,       1, 0,       0,         1, 1};
-  return squares(d, u, out, shape, true, threads);
+                        1,       1,       1,       1, 0,       0,         1, 1,         positions};
+  return squares(d, u, 0, out, shape, true, threads);
 }
 
 void rademacher(uint64_t seed, uint64_t stream, uintptr_t out, int64_t count, int threads) {
@@ -53,6 +99,7 @@ void rademacher(uint64_t seed, uint64_t stream, uintptr_t out, int64_t count, in
 void bind_hessian(pybind11::module_& m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("conv_squares", conv_squares, "returns the multiply-adds that ran", release());
+  m.def("conv_pull_back", conv_pull_back, "returns the multiply-adds that ran", release());
   m.def("sequence_squares", sequence_squares, "returns the multiply-adds that ran", release());
   m.def("rademacher", rademacher, release());
 }

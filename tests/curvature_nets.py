@@ -26,11 +26,23 @@ def mlp():
     return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), (4,)
 
 
+def wide():
+    """More outputs than a block has draws: 8 factors a sample for cross-entropy."""
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 9)), (4,)
+
+
 def cnn():
     conv = nn.Conv2d(2, 3, 3, stride=2, padding=2, dilation=2)
     return nn.Sequential(
         conv, nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3)
     ), (2, 8, 8)
+
+
+def pooled():
+    """Two convolutions in a row behind max-pooling: pool before ReLU, overlapping windows, groups."""
+    first = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)
+    second = nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), nn.MaxPool2d(2, 1), nn.ReLU()
+    return nn.Sequential(*first, *second, nn.Conv2d(6, 3, 2, padding=1), nn.MaxPool2d(3), nn.Flatten()), (1, 11, 12)
 
 
 def residual():

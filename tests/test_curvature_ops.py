@@ -61,6 +61,42 @@ def test_conv_reference_equals_autograd(shape):
     torch.testing.assert_close(reference.conv_squares(d, x, kernel, **options), want.flatten(1))
 
 
+def pooled(q, n, o, c, h, w, kernel, stride, padding, dilation, groups, density):
+    """Values that stand at random positions, some of them twice."""
+    d, x, kernel, options = conv(q, n, o, c, h, w, kernel, stride, padding, dilation, groups)
+    g = torch.Generator().manual_seed(1)
+    at = torch.randint(d[0, 0, 0].numel(), (n, o, 3, 2), generator=g)
+    live = torch.rand(n, o, 3, 2, generator=g) < density
+    weight = torch.randn(o, c // groups, *kernel, generator=g)
+    return torch.randn(q, n, o, 3, 2, generator=g) * live, x, weight, at, kernel, options
+
+
+def check_pooled(shape, density):
+    d, x, weight, at, kernel, options = pooled(*shape, density)
+    got = ops.conv_squares(d, x, kernel, at=at, **options)
+    want = reference.conv_squares(d.double(), x.double(), kernel, at=at, **options)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=32 * EPS * want.abs().max().item())
+    back = ops.conv_pull_back(d, weight, tuple(x.shape[1:]), at, **options)
+    want = reference.conv_pull_back(d.double(), weight.double(), tuple(x.shape[1:]), at, **options)
+    assert back.shape == want.shape
+    torch.testing.assert_close(back.double(), want, rtol=0, atol=32 * EPS * want.abs().max().item())
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("shape", CONVS, ids=str)
+def test_pooled_ops_equal_float64_reference(shape, density):
+    check_pooled(shape, density)
+
+
+def test_pooled_references_equal_autograd():
+    d, x, weight, at, kernel, options = pooled(*CONVS[2], 0.5)
+    d, x, weight = d.double(), x.double().requires_grad_(), weight.double()
+    y = torch.nn.functional.conv2d(x, weight, **options)
+    taken = y.flatten(2).gather(2, at.flatten(2)).view(d.shape[1:])
+    for one, back in zip(d, reference.conv_pull_back(d, weight, x.shape[1:], at, **options)):
+        torch.testing.assert_close(back, torch.autograd.grad(taken, x, one, retain_graph=True)[0])
+
+
 @pytest.mark.parametrize("Q, N, O, P, K", [(1, 1, 1, 1, 1), (3, 4, 33, 7, 65), (7, 2, 5, 80, 20)])
 def test_sequence_squares_equals_float64_reference(Q, N, O, P, K):
     g = torch.Generator().manual_seed(0)
@@ -77,7 +113,8 @@ def test_each_instruction_set(level):
         "import torch; torch.set_num_threads(1)\n"
         "from autoflip import _C; from tests import test_curvature_ops as t\n"
         f"assert _C.isa() in ('base', {level!r}, 'avx2')\n"
-        "for shape in t.CONVS:\n    for density in (1.0, 0.2, 0.02): t.check_conv(shape, density)\n"
+        "for shape in t.CONVS:\n"
+        "    for density in (1.0, 0.2, 0.02): t.check_conv(shape, density), t.check_pooled(shape, density)\n"
         "t.test_signs_do_not_depend_on_who_draws_them()\n"
     )
     env = {**os.environ, "AUTOFLIP_CPU": level}
@@ -132,11 +169,16 @@ def test_signs_are_fair_and_streams_independent():
 
 def test_registered_ops():
     d, x, kernel, o = conv(*CONVS[4])
-    arguments = (d, x, [*kernel], [*o["stride"]], [*o["padding"]], [*o["dilation"]], o["groups"])
+    arguments = ([*d], x, [*kernel], [*o["stride"]], [*o["padding"]], [*o["dilation"]], o["groups"])
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.autoflip.conv_squares.default, arguments, test_utils=tests)
+    back, y, weight, at, _, o = pooled(*CONVS[4], 0.5)
+    geometry = ([*o["stride"]], [*o["padding"]], [*o["dilation"]], o["groups"])
+    torch.library.opcheck(
+        torch.ops.autoflip.conv_pull_back.default, ([*back], weight, [*y.shape[1:]], at, *geometry), test_utils=tests
+    )
     torch.library.opcheck(torch.ops.autoflip.squared_matmul.default, (x[0, 0], x[1, 1]), test_utils=tests)
-    sequence = (d[..., 0].contiguous(), torch.randn(d.shape[1], d.shape[3], 4))
+    sequence = ([one[..., 0].contiguous() for one in d], torch.randn(d.shape[1], d.shape[3], 4))
     torch.library.opcheck(torch.ops.autoflip.sequence_squares.default, sequence, test_utils=tests)
 
 
@@ -177,6 +219,15 @@ def test_wrong_shapes_are_named():
         ops.conv_squares(d, x, kernel, padding=(1, 1), groups=3)
     with pytest.raises(ValueError, match="one floating dtype"):
         ops.conv_squares(d.double(), x, kernel, **options)
+    values, _, weight, at, _, _ = pooled(*CONVS[1], 1.0)
+    with pytest.raises(ValueError, match="holds positions 0 to 99; the output has 56"):
+        ops.conv_squares(values, x, kernel, at=at * 0 + torch.tensor([0, 99]), **options)
+    with pytest.raises(ValueError, match="wanted torch.int64"):
+        ops.conv_pull_back(values, weight, x.shape[1:], at.int(), **options)
+    with pytest.raises(ValueError, match="outputs and channels must agree"):
+        ops.conv_pull_back(values, weight[1:], x.shape[1:], at, **options)
+    with pytest.raises(ValueError, match="wanted one or more"):
+        ops.conv_squares([], x, kernel, **options)
     with pytest.raises(ValueError, match="wanted 2 and 2 dimensions"):
         ops.squared_matmul(d, x)
     with pytest.raises(ValueError, match="use sequence_squares"):

@@ -15,12 +15,30 @@ from autoflip import curvature
 def test_auto_draws_for_many_classes_and_falls_back_where_gauss_newton_is_zero():
     torch.manual_seed(0)
     model, x, y = nn.Linear(3, 40).double(), torch.randn(5, 3).double(), torch.arange(5)
-    assert curvature.hessian_diagonal(model, F.cross_entropy, (x, y)).method == "ggn-mc"
+    drawn = curvature.hessian_diagonal(model, F.cross_entropy, (x, y))
+    assert (drawn.method, drawn.note) == ("ggn-mc", "the loss has 39 factors a sample, a backward pass each")
     assert curvature.hessian_trace(model, F.cross_entropy, (x, y), 1).stderr < math.inf
     model = nn.Sequential(nn.Linear(3, 4), nn.LogSoftmax(1)).double()
     assert curvature.hessian_diagonal(model, F.nll_loss, (x, y % 4)).method == "hutchinson"
     with pytest.raises(curvature.NotDescribedError, match="log_softmax"):
         curvature.hessian_diagonal(model, F.nll_loss, (x, y % 4), method="ggn-mc")
+
+
+def test_auto_draws_where_maps_are_not_pooled_and_says_so():
+    torch.manual_seed(0)
+    batch = torch.randn(2, 1, 6, 6), torch.tensor([0, 1])
+    features = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+    plain = nn.Sequential(*features, nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 10))
+    pooled = nn.Sequential(*features, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10))
+    few = nn.Sequential(*features, nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 3))
+    for diagonal in (True, False):
+        ask = curvature.hessian_diagonal if diagonal else curvature.hessian_trace
+        drawn = ask(plain, F.cross_entropy, batch)
+        assert (drawn.method, drawn.matrix) == ("ggn-mc", "hessian")
+        assert "maps without pooling" in drawn.note
+        for model in (pooled, few):
+            exact = ask(model, F.cross_entropy, batch)
+            assert (exact.method, exact.note) == ("ggn-exact", "")
 
 
 def test_saturated_and_half_precision_outputs_are_recognised():

@@ -20,60 +20,35 @@ general way that is right but costs more: see ``curvature.gauss_newton``.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from autoflip.curvature import hutchinson
-from autoflip.curvature.gauss_newton import GaussNewton
+from autoflip.curvature import hutchinson, sketch
+from autoflip.curvature.gauss_newton import GaussNewton, MixedError
 from autoflip.curvature.problem import LossFn, Problem
+from autoflip.curvature.results import Diagonal, Trace, mean_of, trace_of
 from autoflip.curvature.root import NotDescribedError
 
-__all__ = ["METHODS", "Diagonal", "NotDescribedError", "Trace", "hessian_diagonal", "hessian_trace", "hvp"]
+__all__ = [
+    "METHODS",
+    "Diagonal",
+    "NotDescribedError",
+    "Trace",
+    "client_diagonals",
+    "hessian_diagonal",
+    "hessian_trace",
+    "hvp",
+]
 
-METHODS = ("auto", "ggn-mc", "ggn-exact", "hutchinson")
-# exact costs a backward pass a class, so auto takes it up to here
-_EXACT_FACTORS = 16
+METHODS = ("auto", "ggn-mc", "ggn-exact", "hutchinson", "hutch++", "xtrace")
 # one draw ranks weights well, but its trace can be 20 % off on a trained model with few samples
-_TRACE_DRAWS = 8
-
-
-class Diagonal(dict[str, Tensor]):
-    """Parameter name -> diagonal entries shaped like the parameter, and how they came about.
-
-    Attributes:
-        method: "ggn-exact", "ggn-mc" or "hutchinson".
-        matrix: "hessian" when the expected value is the Hessian's diagonal, "ggn" when it is only Gauss-Newton's.
-    """
-
-    def __init__(self, entries: Mapping[str, Tensor], method: str, matrix: str) -> None:
-        super().__init__(entries)
-        self.method, self.matrix = method, matrix
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A trace and its parts.
-
-    Attributes:
-        total: sum of the diagonal over all parameters that require grad.
-        stderr: standard error of ``total``, from the spread of the draws; 0 for an exact method, infinite for a
-            single draw (which says nothing about its own error).
-        by_parameter: parameter name -> its part of ``total``.
-        by_channel: parameter name -> ``(shape[0],)`` sums over all but the first axis, or None if not asked for.
-        method: "ggn-exact", "ggn-mc" or "hutchinson".
-        matrix: "hessian" or "ggn", as in Diagonal.
-    """
-
-    total: float
-    stderr: float
-    by_parameter: dict[str, float]
-    by_channel: dict[str, Tensor] | None
-    method: str
-    matrix: str
+_TRACE_DRAWS = 16
+_DIAGONAL_DRAWS = 4
+# draws with orthogonal signs: their errors cancel; the spread of the blocks is what the standard error comes from
+_TRACE_BLOCK = 4
 
 
 def hessian_diagonal(
@@ -98,7 +73,8 @@ def hessian_diagonal(
         num_probes: draws for "ggn-mc" and "hutchinson"; unused by "ggn-exact".
         seed: of the draws.
         method: one of METHODS. "auto" takes "ggn-exact" for piecewise-linear models with up to 16 factors a sample
-            (classes - 1 for cross-entropy), else "ggn-mc", and "hutchinson" for losses that Gauss-Newton does not
+            (classes - 1 for cross-entropy), else at least 4 draws of "ggn-mc" (large maps without pooling, more
+            classes, curved models: ``note`` says which), and "hutchinson" for losses that Gauss-Newton does not
             describe.
         chunk: factors held at once by "ggn-exact" and "ggn-mc"; bounds the peak memory.
 
@@ -122,13 +98,74 @@ def hessian_diagonal(
     with problem.undisturbed(seed):
         gn = _gauss_newton(problem, seed, chunk, method)
         if gn is None:
-            estimate = _mean(hutchinson.draws(problem, num_probes, seed), num_probes)
-            return Diagonal(estimate, "hutchinson", "hessian")
+            name = "hutchinson" if method == "auto" else method
+            return Diagonal(mean_of(_hessian_draws(problem, name, num_probes, seed)), name, "hessian")
         matrix = "ggn" if gn.graph.curved else "hessian"
-        cheap = gn.exact_is_cheap and matrix == "hessian" and gn.root.factors <= _EXACT_FACTORS
-        if method == "ggn-exact" or (method == "auto" and cheap):
-            return Diagonal(gn.exact(), "ggn-exact", matrix)
-        return Diagonal(gn.mean(num_probes), "ggn-mc", matrix)
+        note = _against_exact(gn, matrix) if method == "auto" else ""
+        if method == "ggn-exact" or (method == "auto" and not note):
+            return Diagonal(gn.exact()[0], "ggn-exact", matrix)
+        count = max(num_probes, _DIAGONAL_DRAWS) if method == "auto" else num_probes
+        return Diagonal(gn.mean(count)[0], "ggn-mc", matrix, note)
+
+
+def client_diagonals(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    num_probes: int = 1,
+    seed: int = 0,
+    method: str = "ggn-mc",
+    *,
+    chunk: int = 4,
+    samples: int = 256,
+) -> list[Diagonal]:
+    """Return many clients' Gauss-Newton diagonals at one model, several clients a pass.
+
+    Each is that of the client's own loss, as :func:`hessian_diagonal` gives it (draws differ, since signs go by place).
+    Small batches share the price of a pass; large ones gain nothing from it on a CPU. Models whose parameters do
+    not all belong to known layers, or that mix samples, are looked at client by client.
+
+    Args:
+        model: as for :func:`hessian_diagonal`, like the next.
+        loss_fn: scalar loss, of each client by itself.
+        batches: one ``(inputs, target)`` a client; inputs alike but for the number of samples.
+        num_probes: draws for "ggn-mc".
+        seed: of the draws.
+        method: "ggn-mc" or "ggn-exact".
+        chunk: factors held at once; bounds the peak memory, as does the next.
+        samples: most samples in a pass; a client with more has one of its own.
+
+    Raises:
+        NotDescribedError: Gauss-Newton does not describe this loss.
+        ValueError: model, loss, a batch or arguments do not fit; the message says which.
+    """
+    if method not in ("ggn-mc", "ggn-exact"):
+        raise ValueError(f"client_diagonals: method={method!r}; wanted 'ggn-mc' or 'ggn-exact'")
+    out: list[Diagonal] = []
+    for group in _groups([_checked(model, loss_fn, batch, num_probes, method, chunk) for batch in batches], samples):
+        inputs, target = (torch.cat([getattr(one, what) for one in group]) for what in ("inputs", "target"))
+        problem = replace(group[0], inputs=inputs, target=target)
+        try:
+            with problem.undisturbed(seed):
+                gn = GaussNewton.of(problem, seed, chunk, [one.samples for one in group])
+                matrix = "ggn" if gn.graph.curved else "hessian"
+                found = gn.exact() if method == "ggn-exact" else gn.mean(num_probes)
+            out += [Diagonal(one, method, matrix) for one in found]
+        except MixedError:
+            pairs = [(one.inputs, one.target) for one in group]
+            out += [hessian_diagonal(model, loss_fn, pair, num_probes, seed, method, chunk=chunk) for pair in pairs]
+    return out
+
+
+def _groups(problems: list[Problem], samples: int) -> Iterator[list[Problem]]:
+    group: list[Problem] = []
+    for one in problems:
+        if group and sum(other.samples for other in group) + one.samples > samples:
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
 
 
 def hessian_trace(
@@ -148,7 +185,8 @@ def hessian_trace(
         model: as for :func:`hessian_diagonal`, like the next two.
         loss_fn: scalar loss.
         batch: ``(inputs, target)``.
-        num_probes: draws; "auto" makes at least 8 where it draws Gauss-Newton factors.
+        num_probes: draws, rounded up to whole blocks of four for "ggn-mc" from 8 on; "auto" makes at least 16 where
+            it draws Gauss-Newton factors.
         seed: of the draws.
         per: "parameter", or "channel" for sums over each parameter's first axis as well.
         method: one of METHODS. "auto" takes "ggn-exact" as hessian_diagonal does, "ggn-mc" for piecewise-linear
@@ -166,12 +204,14 @@ def hessian_trace(
         gn = _gauss_newton(problem, seed, chunk, method)
         matrix = "ggn" if gn is not None and gn.graph.curved else "hessian"
         if gn is None or (method == "auto" and matrix == "ggn"):
-            return _trace(hutchinson.draws(problem, num_probes, seed), per, "hutchinson", "hessian")
-        cheap = gn.exact_is_cheap and gn.root.factors <= _EXACT_FACTORS
-        if method == "ggn-exact" or (method == "auto" and cheap):
-            return _trace(iter([gn.exact()]), per, "ggn-exact", matrix)
+            name = "hutchinson" if method == "auto" else method
+            return trace_of(_hessian_draws(problem, name, num_probes, seed), per, name, "hessian")
+        note = _against_exact(gn, matrix) if method == "auto" else ""
+        if method == "ggn-exact" or (method == "auto" and not note):
+            return trace_of(iter(gn.exact()), per, "ggn-exact", matrix)
         count = max(num_probes, _TRACE_DRAWS) if method == "auto" else num_probes
-        return _trace(gn.draws(count), per, "ggn-mc", matrix)
+        size = _TRACE_BLOCK if count >= 2 * _TRACE_BLOCK else 1
+        return trace_of(gn.blocks(-(-count // size), size), per, "ggn-mc", matrix, note)
 
 
 def hvp(
@@ -228,11 +268,15 @@ def _checked(
         raise ValueError(f"curvature: there is no method {method!r}; there are {', '.join(METHODS)}")
     if not all(isinstance(count, int) and count >= 1 for count in (num_probes, chunk)):
         raise ValueError(f"curvature: num_probes={num_probes!r}, chunk={chunk!r}; both must be whole and at least 1")
+    if num_probes < sketch.LEAST.get(method, 1):
+        raise ValueError(
+            f"curvature: {method} with num_probes={num_probes}; it needs at least {sketch.LEAST[method]} products"
+        )
     return Problem.of(model, loss_fn, batch)
 
 
 def _gauss_newton(problem: Problem, seed: int, chunk: int, method: str) -> GaussNewton | None:
-    if method == "hutchinson":
+    if method in ("hutchinson", *sketch.LEAST):
         return None
     try:
         return GaussNewton.of(problem, seed, chunk)
@@ -242,31 +286,13 @@ def _gauss_newton(problem: Problem, seed: int, chunk: int, method: str) -> Gauss
         return None
 
 
-def _mean(draws: Iterator[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-    total = dict(next(draws))
-    for draw in draws:
-        for name, value in draw.items():
-            total[name] += value
-    return {name: value / count for name, value in total.items()}
+def _hessian_draws(problem: Problem, method: str, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    if method == "hutchinson":
+        return hutchinson.draws(problem, count, seed)
+    return sketch.draws(problem, method, count, seed)
 
 
-def _trace(draws: Iterator[dict[str, Tensor]], per: str, method: str, matrix: str) -> Trace:
-    totals: list[dict[str, float]] = []
-    channels: dict[str, Tensor] = {}
-    for draw in draws:
-        rows = {n: d.reshape(len(d) if d.dim() else 1, -1).sum(1, dtype=torch.float64) for n, d in draw.items()}
-        totals.append({name: float(row.sum()) for name, row in rows.items()})
-        if per == "channel":
-            channels = {name: channels[name] + row if channels else row for name, row in rows.items()}
-    count = len(totals)
-    by_parameter = {name: math.fsum(t[name] for t in totals) / count for name in totals[0]}
-    sums = [math.fsum(t.values()) for t in totals]
-    total = math.fsum(sums) / count
-    if method == "ggn-exact":
-        stderr = 0.0
-    elif count == 1:
-        stderr = math.inf
-    else:
-        stderr = math.sqrt(math.fsum((s - total) ** 2 for s in sums) / (count - 1) / count)
-    by_channel = {name: value / count for name, value in channels.items()} if per == "channel" else None
-    return Trace(total, stderr, by_parameter, by_channel, method, matrix)
+def _against_exact(gn: GaussNewton, matrix: str) -> str:
+    if matrix == "ggn":
+        return f"the model is curved ({', '.join(sorted(gn.graph.curved)[:3])}), so Gauss-Newton is an approximation"
+    return gn.against_exact()

@@ -8,7 +8,7 @@ that both depend on it. Then the Hessian's block of that tensor is its Gauss-New
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,14 @@ class Graph:
         uses: parameter name -> number of nodes that read it.
         layer_nodes: those of the layers' output nodes that gradients pass. A node is lost when its output is
             changed in place through a view.
+        readers: node -> the nodes that read its output.
     """
 
     curved: frozenset[str]
     coupled: bool
     uses: Mapping[str, int]
     layer_nodes: Set[Any]
+    readers: Mapping[Any, Sequence[Any]]
 
 
 def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any]) -> Graph:
@@ -55,6 +57,7 @@ def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any])
     bits = {id(p): 1 << i for i, p in enumerate(params.values())}
     names = {id(p): name for name, p in params.items()}
     behind: dict[Any, int] = {}  # node -> bit set of the parameters it depends on
+    readers: dict[Any, list[Any]] = {}
     uses: Counter[str] = Counter()
     curved: set[str] = set()
     coupled = False
@@ -66,6 +69,7 @@ def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any])
             behind[node] = bits.get(id(variable), 0)
             continue
         for child in children:
+            readers.setdefault(child, []).append(node)
             leaf = getattr(child, "variable", None)
             if leaf is not None and id(leaf) in names:
                 uses[names[id(leaf)]] += 1
@@ -87,7 +91,7 @@ def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any])
                 curved.add(node.name())
         elif kind not in _LINEAR and behind[node]:
             curved.add(node.name())
-    return Graph(frozenset(curved), coupled, dict(uses), layer_nodes & behind.keys())
+    return Graph(frozenset(curved), coupled, dict(uses), layer_nodes & behind.keys(), readers)
 
 
 def _children_first(root: Any) -> list[Any]:

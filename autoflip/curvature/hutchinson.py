@@ -8,9 +8,11 @@ follow one by one, because batching them is slower on a CPU (measured with vmap 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoflip import ops
 from autoflip.curvature.problem import Problem
@@ -21,8 +23,12 @@ Vectors = dict[str, Tensor]
 def hessian_product(problem: Problem, names: list[str]) -> Callable[[Mapping[str, Tensor]], Vectors]:
     """Return ``v -> H v`` over the named parameters, H the loss's Hessian in them."""
     params = [problem.params[name] for name in names]
-    loss = problem.loss(problem.output())
-    gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    # torch's fused attention and cuDNN's recurrent layers have a first derivative only
+    recurrent = any(isinstance(module, nn.RNNBase) for module in problem.modules)
+    cells = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), cells:
+        loss = problem.loss(problem.output())
+        gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
     moving = [(g, name) for g, name in zip(gradients, names) if g is not None and g.requires_grad]
 
     def product(v: Mapping[str, Tensor]) -> Vectors:

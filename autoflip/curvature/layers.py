@@ -7,14 +7,14 @@ Known kinds: Linear (also on sequences), Conv1d/Conv2d, Embedding, and the affin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from autoflip import ops
 
@@ -33,13 +33,21 @@ class Layer(ABC):
         self.module, self.x, self.version, self.chunk = module, x.detach(), x._version, chunk
         self.edge = get_gradient_edge(y)  # taken now: an in-place ReLU would move y to another node
         self.shape = y.shape
+        self.before: Layer | None = None  # gets its gradient from this layer, not from autograd
+        self.run: Any = None  # of a recurrent layer: told when nobody needs its weight's whole gradient
         self.waiting: list[Tensor] = []
-        self.sums: dict[str, Tensor] = {}
+        self.segments = [slice(None)]  # samples that are summed by themselves: one client's each
+        self.sums: dict[tuple[int, str], Tensor] = {}
+        # the layer's own trainable parameters by their short names
+        self.params = {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
 
-    @property
-    def params(self) -> dict[str, Tensor]:
-        """The layer's own trainable parameters by their short names."""
-        return {k: p for k, p in self.module.named_parameters(recurse=False) if p.requires_grad}
+    def seen_through(self, readers: Mapping[Any, Sequence[Any]]) -> None:
+        """Move to a later place in the graph, where the gradient is smaller, if there is one."""
+        del readers
+
+    def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
+        """Find the layer that this one can hand gradients to by itself, if there is one; after ``seen_through``."""
+        del others, readers
 
     def input(self) -> Tensor:
         """Return what the layer read.
@@ -62,22 +70,46 @@ class Layer(ABC):
 
     def flush(self) -> None:
         """Square what waits and add it up."""
-        if self.waiting:
-            d = self.waiting[0].unsqueeze(0) if len(self.waiting) == 1 else torch.stack(self.waiting)
-            for name, value in self.squares(d).items():
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.waiting.clear()
+        if not self.waiting:
+            return
+        for i, rows in enumerate(self.segments):
+            d = [self.cut(one, rows) for one in self.waiting]
+            for name, value in self.squares(d, self.cut(self.input(), rows), rows).items():
+                self.sums[i, name] = self.sums[i, name] + value if (i, name) in self.sums else value
+        self.waiting.clear()
 
-    def take(self) -> dict[str, Tensor]:
-        """Return the sums by parameter name, shaped like the parameters, and begin anew."""
+    def cut(self, tensor: Tensor, rows: slice) -> Tensor:
+        """Return some samples' part of an input or output."""
+        return tensor[rows]
+
+    def take(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Yield (segment, parameter name, sums shaped like the parameter), and begin anew."""
         self.flush()
         sums, self.sums = self.sums, {}
-        own = self.params
-        return {name: value.reshape(own[name].shape) for name, value in sums.items() if name in own}
+        for (i, name), value in sums.items():
+            if name in self.params:
+                yield i, name, value.reshape(self.params[name].shape)
+
+    @property
+    def dense(self) -> bool:
+        """Whether each factor costs as much as the layer's forward pass, positions without gradient included."""
+        return self.x.dim() > 2
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds of the layer's forward pass: values written times weights behind one."""
+        weight = next((p for name, p in self.params.items() if p.dim() > 1), None)
+        return 0 if weight is None else self.shape.numel() * weight[0].numel()
 
     @abstractmethod
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
-        """Return sums over factors and samples of squared gradients for ``d (Q, *output shape)``."""
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
+        """Return sums of squared gradients over factors and samples, by parameter name.
+
+        Args:
+            d: each factor's gradient at the output.
+            x: the input.
+            rows: which of all samples these are of.
+        """
 
 
 class _Linear(Layer):
@@ -99,58 +131,115 @@ class _Linear(Layer):
             self.waiting, self.squared = [self.squared.sqrt()], None
         super().flush()
 
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
-        x = self.input()
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         if x.dim() == 2:
             return {"weight": ops.squared_matmul(d[0], x), "bias": d[0].square().sum(0)}
-        d = d.flatten(2, -2).transpose(2, 3)  # (Q, N, O, P)
-        return {"weight": ops.sequence_squares(d, x.flatten(1, -2)), "bias": d.sum(3).square().sum((0, 1))}
+        d = [one.flatten(1, -2).transpose(1, 2) for one in d]  # (N, O, P)
+        return {"weight": ops.sequence_squares(d, x.flatten(1, -2)), "bias": _squares_of(d, lambda g: g.sum(2))}
 
 
 class _Conv(Layer):
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
+    at: Tensor | None = None
+    gate: Tensor | None = None
+    node: Any = None  # of the convolution itself
+
+    def seen_through(self, readers: Mapping[Any, Sequence[Any]]) -> None:
+        """Look at the gradient behind ReLU and max-pooling: one value a window instead of zeros with one value."""
+        gate = None
+        later = readers.get(self.edge.node, ())
+        if len(later) == 1 and later[0].name().startswith("ReluBackward"):
+            gate, later = later[0], readers.get(later[0], ())
+        if len(later) != 1 or not later[0].name().startswith("MaxPool2DWithIndices") or len(self.shape) != 4:
+            return
+        self.at = later[0]._saved_result1
+        self.node = self.edge.node
+        self.edge = GradientEdge(later[0], 0)
+        if gate is not None:
+            self.gate = gate._saved_result.flatten(2).gather(2, self.at.flatten(2)).view(self.at.shape) > 0
+
+    def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
+        """Find the convolution that this one's gradient can be handed to without autograd."""
+        if self.at is None or isinstance(self.module.padding, str) or not self.node.name().startswith("Convolution"):
+            return
+        source = self.node.next_functions[0][0]
+        for other in others:
+            if isinstance(other, _Conv) and other.at is not None and other.edge.node is source:
+                self.before = other if len(readers[source]) == 1 else None
+
+    @property
+    def dense(self) -> bool:
+        return self.at is None
+
+    def add(self, d: Tensor) -> None:
+        super().add(d if self.gate is None else d * self.gate)
+
+    def flush(self) -> None:
+        if self.before is not None and self.waiting:
+            assert self.at is not None
+            m: Any = self.module
+            geometry = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation, "groups": m.groups}
+            _, *size = self.x.shape
+            # the weight that ran: a masked layer's is not its parameter
+            for d in ops.conv_pull_back(
+                self.waiting, self.node._saved_weight, (size[0], size[1], size[2]), self.at, **geometry
+            ):
+                self.before.add(d)
+        super().flush()
+
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         m: Any = self.module
-        x, flat = self.input(), isinstance(m, nn.Conv1d)
+        flat, at = isinstance(m, nn.Conv1d), None if self.at is None else self.at[rows]
         padding = m.padding
         if isinstance(padding, str) or m.padding_mode != "zeros":
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
             x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=mode), (0,) * (1 if flat else 2)
-        bias = d.flatten(3).sum(3).square().sum((0, 1))
+        bias = _squares_of(d, lambda g: g.flatten(2).sum(2)) if "bias" in self.params else None
         kernel, stride, dilation = m.kernel_size, m.stride, m.dilation
         if flat:
-            d, x = d.unsqueeze(3), x.unsqueeze(2)
+            d, x = [one.unsqueeze(2) for one in d], x.unsqueeze(2)
             kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
         weight = ops.conv_squares(
-            d, x, kernel, stride=stride, padding=padding, dilation=dilation, groups=m.groups
+            d, x, kernel, stride=stride, padding=padding, dilation=dilation, groups=m.groups, at=at
         )  # fmt: skip
-        return {"weight": weight, "bias": bias}
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+def _squares_of(d: Sequence[Tensor], reduced: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum the squares of what each factor leaves ``(N, ...)``, over factors and samples."""
+    total = reduced(d[0]).square()
+    for one in d[1:]:
+        part = reduced(one)
+        total.addcmul_(part, part)
+    return total.sum(0)
 
 
 class _Norm(Layer):
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         m: Any = self.module
-        x = self.input()
         if isinstance(m, nn.LayerNorm):
             normal = F.layer_norm(x, m.normalized_shape, None, None, m.eps)
-            positions = tuple(range(2, d.dim() - len(m.normalized_shape)))
+            positions = tuple(range(1, x.dim() - len(m.normalized_shape)))
         elif isinstance(m, nn.GroupNorm):
             normal = F.group_norm(x, m.num_groups, None, None, m.eps)
-            positions = tuple(range(3, d.dim()))
+            positions = tuple(range(2, x.dim()))
         else:
             normal = F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps)
-            positions = tuple(range(3, d.dim()))
-        both = {"weight": d * normal, "bias": d}
-        return {k: (g.sum(positions) if positions else g).square().sum((0, 1)) for k, g in both.items()}
+            positions = tuple(range(2, x.dim()))
+
+        def summed(g: Tensor) -> Tensor:
+            return g.sum(positions) if positions else g
+
+        return {"weight": _squares_of(d, lambda g: summed(g * normal)), "bias": _squares_of(d, summed)}
 
 
 class _Embedding(Layer):
-    def squares(self, d: Tensor) -> dict[str, Tensor]:
+    def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         m: Any = self.module
-        tokens = self.input().reshape(self.shape[0], -1)  # (N, P)
+        tokens = x.reshape(len(x), -1)  # (N, P)
         pairs, where = torch.unique(
             torch.arange(len(tokens), device=tokens.device)[:, None] * m.num_embeddings + tokens, return_inverse=True
         )
-        total = d.new_zeros(m.num_embeddings, m.embedding_dim)
+        total = d[0].new_zeros(m.num_embeddings, m.embedding_dim)
         for one in d:
             # a token that a sample reads twice adds up before it is squared
             sums = one.new_zeros(len(pairs), m.embedding_dim)
@@ -185,7 +274,7 @@ def _kind(module: nn.Module) -> type[Layer] | None:
 
 
 @contextmanager
-def watch(model: nn.Module, samples: int, chunk: int) -> Iterator[list[Layer]]:
+def watch(modules: Iterable[nn.Module], samples: int, chunk: int) -> Iterator[list[Layer]]:
     """Collect the known layers that run inside the block; hooks are gone afterwards, whatever happens."""
     layers: list[Layer] = []
 
@@ -197,9 +286,7 @@ def watch(model: nn.Module, samples: int, chunk: int) -> Iterator[list[Layer]]:
         if _first_is_sample(module, x, samples):
             layers.append(kind(module, x, y, chunk))
 
-    handles = [
-        module.register_forward_hook(hook, prepend=True) for module in model.modules() if _kind(module) is not None
-    ]
+    handles = [module.register_forward_hook(hook, prepend=True) for module in modules if _kind(module) is not None]
     try:
         yield layers
     finally:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -23,13 +22,14 @@ class Problem:
     target: Tensor
     params: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
+    modules: Sequence[nn.Module]
 
     @staticmethod
     def of(model: nn.Module, loss_fn: LossFn, batch: tuple[Tensor, Tensor]) -> Problem:
         """Check what a user passed.
 
         Raises:
-            ValueError: the batch is no pair of tensors, is empty or holds NaN or Inf; no parameter requires grad.
+            ValueError: the batch is no pair of tensors or is empty; no parameter requires grad or one is NaN or Inf.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
             raise ValueError(
@@ -39,17 +39,20 @@ class Problem:
         inputs, target = batch
         if inputs.dim() == 0 or inputs.shape[0] == 0:
             raise ValueError(f"curvature: inputs have shape {tuple(inputs.shape)}; wanted at least one sample")
-        for what, tensor in (("inputs", inputs), ("target", target)):
-            _check_finite(f"the batch's {what}", tensor)
-        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        modules = list(model.named_modules(remove_duplicate=False))  # walked once: small models are done in no time
+        params = _trainable(modules)
         if not params:
             raise ValueError(
                 "curvature: no parameter of the model requires grad, so there is nothing to take a second "
                 "derivative of; call requires_grad_() on those you mean"
             )
-        for name, p in params.items():
-            _check_finite(f"parameter {name!r}", p)
-        return Problem(model, loss_fn, inputs, target, params, _masks(model))
+        # all at once; a sum of finite squares may overflow, so a hit is looked at again
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm([p.detach() for p in params.values()])])
+        if not bool(norms.isfinite().all()):
+            for name, p in params.items():
+                _check_finite(f"parameter {name!r}", p)
+        once = list({id(module): module for _, module in modules}.values())
+        return Problem(model, loss_fn, inputs, target, params, _masks(modules), once)
 
     def kept(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """Set entries of pruned weights to zero, in place: they do not move the output."""
@@ -81,7 +84,7 @@ class Problem:
         """Apply the loss.
 
         Raises:
-            ValueError: the loss is not a scalar, or is NaN or Inf.
+            ValueError: the loss is not a scalar, or is NaN or Inf; then the message says where that came from.
         """
         loss = self.loss_fn(output, self.target)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -91,6 +94,8 @@ class Problem:
                 "a loss with reduction='none' has one Hessian a sample, so use 'mean' or 'sum'"
             )
         if not torch.isfinite(loss):
+            _check_finite("the batch's inputs", self.inputs)
+            _check_finite("the batch's target", self.target)
             raise ValueError(
                 f"curvature: the loss is {loss.item()}; look for diverged weights, or for logits that overflow "
                 "(log of a softmax instead of log_softmax)"
@@ -100,11 +105,9 @@ class Problem:
     @contextmanager
     def undisturbed(self, seed: int) -> Iterator[None]:
         """Leave buffers (running statistics), random state and grad mode as they were; dropout draws from ``seed``."""
-        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        buffers = [(b, b.detach().clone()) for m in self.modules for b in m._buffers.values() if b is not None]
         devices = sorted({p.device.index or 0 for p in self.params.values() if p.is_cuda})
-        # fused attention has a first derivative only
-        plain_attention = sdpa_kernel(SDPBackend.MATH)
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices), plain_attention:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
             # not torch.manual_seed: it reseeds every device, and those that are not in use would not be restored
             torch.default_generator.manual_seed(seed % (1 << 63))
             for device in devices:
@@ -119,10 +122,22 @@ class Problem:
                             buffer.copy_(before)
 
 
-def _masks(model: nn.Module) -> dict[str, Tensor]:
+def _trainable(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    """Return what ``named_parameters`` has that requires grad: each tensor once, by its first name."""
+    seen: set[int] = set()
+    params: dict[str, Tensor] = {}
+    for path, module in modules:
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad and id(p) not in seen:
+                seen.add(id(p))
+                params[f"{path}.{name}" if path else name] = p
+    return params
+
+
+def _masks(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """Return parameter name -> mask: of masked layers, and of the hooks that look after other parameters."""
     found: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in modules:
         prefix = f"{path}." if path else ""
         # nn stands above this floor, so its masks are known by how they are had, not by class
         own = getattr(module, "masks", None)
@@ -137,8 +152,6 @@ def _masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point() or torch.isfinite(tensor.detach().sum()):
-        return  # one pass: a sum of finite values may overflow, but no sum hides a NaN or Inf
-    if not torch.isfinite(tensor.detach()).all():
+    if tensor.is_floating_point() and not torch.isfinite(tensor.detach()).all():
         bad = int((~torch.isfinite(tensor.detach())).sum())
         raise ValueError(f"curvature: {what} holds {bad} NaN or Inf of {tensor.numel()} values; clean the data first")

@@ -8,17 +8,19 @@ sum over samples gets its block a sample by as many products as a sample has out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from autoflip import ops
 from autoflip.curvature.problem import Problem
 
 # a generic loss is factored with one product an output; beyond this many outputs a sample it is not worth it
 _MAX_BLOCK = 512
+_PLAIN_CROSS_ENTROPY = nn.CrossEntropyLoss()
 
 
 class NotDescribedError(ValueError):
@@ -49,6 +51,8 @@ def output_root(problem: Problem, output: Tensor, seed: int) -> Root:
     """
     f = output.detach()
     f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+    if f.dim() == 2 and (scale := _cross_entropy_scale(problem, f)) is not None:
+        return _softmax_root(f, 1, scale)
     hvp = _hvp(problem, f)
     r1, r2 = (ops.rademacher(seed, -1 - i, tuple(f.shape), dtype=f.dtype, device=f.device) for i in (0, 1))
     h1, h2 = hvp(r1), hvp(r2)
@@ -59,6 +63,30 @@ def output_root(problem: Problem, output: Tensor, seed: int) -> Root:
     if _close(h1 * r1 * r2, h2):
         return _diagonal_root(h1 * r1)
     return _block_root(f, hvp, r2, h2)
+
+
+def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
+    """Join clients' roots: ``roots[k]`` is that of the samples ``segments[k]``."""
+
+    def draw(signs: Tensor) -> Tensor:
+        return torch.cat([root.draw(signs[s]) for root, s in zip(roots, segments)])
+
+    def columns() -> Iterator[Tensor]:
+        for parts in zip(*(root.columns() for root in roots), strict=True):
+            yield torch.cat(parts)
+
+    return Root(max(root.factors for root in roots), draw, columns)
+
+
+def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
+    """Return each row's factor for torch's own cross-entropy on labels, whose second derivative needs no asking."""
+    fn, y = problem.loss_fn, problem.target
+    module = fn if type(fn) is nn.CrossEntropyLoss else _PLAIN_CROSS_ENTROPY if fn is F.cross_entropy else None
+    if module is None or module.weight is not None or module.reduction == "none" or y.dtype != torch.int64:
+        return None
+    problem.loss(f)  # shapes, labels and finiteness
+    valid = (y != module.ignore_index).to(f.dtype)
+    return (valid / valid.sum() if module.reduction == "mean" else valid).unsqueeze(1)
 
 
 def _hvp(problem: Problem, f: Tensor) -> Callable[[Tensor], Tensor]:
@@ -117,25 +145,35 @@ def _softmax_scale(problem: Problem, f: Tensor, dim: int) -> Tensor | None:
 
 
 def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
-    p = f.detach().softmax(dim)
-    q, size, classes = p.sqrt(), scale.sqrt(), f.shape[dim]
-    positions = f[0].numel() // classes
+    """Factor ``scale (diag p - p p^T)`` by Cholesky, likeliest class first (closed form of Tanabe and Sagae, 1992).
+
+    Where two classes compete, as in a trained model, the first column is nearly all there is: a draw of signs then
+    has next to no variance, while the symmetric root's columns would cancel or add up at random.
+    """
+    p, order = f.detach().softmax(dim).sort(dim, descending=True)
+    tail = p.flip(dim).cumsum(dim).flip(dim)  # sums of small numbers first: 1 - cumsum would cancel
+    classes = f.shape[dim]
+    zero = torch.zeros_like(p.narrow(dim, 0, 1))
+    after = torch.cat([tail.narrow(dim, 1, classes - 1), zero], dim)
+    tiny = torch.finfo(p.dtype).tiny
+    size = scale.sqrt()
+    here = size * (p * after / tail.clamp(min=tiny)).sqrt()
+    below = size * (p / (tail * after).clamp(min=tiny)).sqrt()
 
     def draw(signs: Tensor) -> Tensor:
-        v = q * signs
-        return size * (v - p * v.sum(dim, keepdim=True))
+        before = torch.cat([zero, (below * signs).narrow(dim, 0, classes - 1).cumsum(dim)], dim)
+        s = here * signs - p * before
+        return torch.empty_like(s).scatter_(dim, order, s)
 
     def columns() -> Iterator[Tensor]:
-        # diag(q) B with B an orthonormal basis of q's complement (a Householder reflection takes q to the last
-        # axis): one column fewer than the symmetric root that draw uses
-        last = q.narrow(dim, classes - 1, 1)
         for c in range(classes - 1):
-            b = -q * q.narrow(dim, c, 1) / (1 + last)
-            b.narrow(dim, classes - 1, 1).sub_(q.narrow(dim, c, 1) / (1 + last))
-            b.narrow(dim, c, 1).add_(1)
-            yield from _one_position_each(size * q * b, dim)
+            column = torch.zeros_like(p)
+            column.narrow(dim, c, 1).copy_(here.narrow(dim, c, 1))
+            later = p.narrow(dim, c + 1, classes - c - 1)
+            column.narrow(dim, c + 1, classes - c - 1).copy_(-later * below.narrow(dim, c, 1))
+            yield from _one_position_each(torch.empty_like(p).scatter_(dim, order, column), dim)
 
-    return Root((classes - 1) * positions, draw, columns)
+    return Root((classes - 1) * (f[0].numel() // classes), draw, columns)
 
 
 def _one_position_each(column: Tensor, dim: int) -> Iterator[Tensor]:

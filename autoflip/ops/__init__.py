@@ -4,6 +4,7 @@
 from autoflip.ops import delta as delta
 
 # hessian
+from autoflip.ops.hessian import conv_pull_back as conv_pull_back
 from autoflip.ops.hessian import conv_squares as conv_squares
 from autoflip.ops.hessian import rademacher as rademacher
 from autoflip.ops.hessian import sequence_squares as sequence_squares

@@ -8,23 +8,17 @@ Nothing here is differentiable: the results are statistics.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from autoflip.ops import backend, reference
+from autoflip.ops import _hessian, backend, reference
+from autoflip.ops._hessian import Pair
 
-__all__ = ["conv_squares", "rademacher", "sequence_squares", "squared_matmul"]
+__all__ = ["conv_pull_back", "conv_squares", "rademacher", "sequence_squares", "squared_matmul"]
 
-# no C++ here: torch's matrix product of materialised squares was 1.6 to 2 times as fast as a fused kernel
-# (N 256, O 200, K 784: 0.65 against 1.04 ms, one AVX-512 thread)
-backend.register("squared_matmul", "triton", optional=True)
-for _name in ("sequence_squares", "conv_squares", "rademacher"):
-    backend.register(_name, "cpp", optional=True)
-
-Pair = tuple[int, int]
+Factors = Tensor | Sequence[Tensor]  # iterating gives one tensor a factor
 
 
 def squared_matmul(d: Tensor, a: Tensor) -> Tensor:
@@ -54,14 +48,15 @@ def squared_matmul(d: Tensor, a: Tensor) -> Tensor:
             "For a sequence (several rows a sample) use sequence_squares."
         )
     d, a = d.detach().contiguous(), a.detach().contiguous()
-    return torch.ops.autoflip.squared_matmul.default(d, a) if _traced() else _squared_matmul(d, a)
+    return torch.ops.autoflip.squared_matmul.default(d, a) if _traced() else _hessian.squared_matmul(d, a)
 
 
-def sequence_squares(d: Tensor, u: Tensor) -> Tensor:
-    """Square what is summed over positions: ``D[o, k] = sum_qn (sum_p d[q, n, o, p] u[n, p, k])^2``.
+def sequence_squares(d: Factors, u: Tensor) -> Tensor:
+    """Square what is summed over positions: ``D[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, p, k])^2``.
 
     Args:
-        d: ``(Q, N, O, P)``, floating: Q factors' gradients at the output of a layer that serves P positions.
+        d: Q tensors ``(N, O, P)`` (or one ``(Q, N, O, P)``), floating: Q factors' gradients at the output of a layer
+            that serves P positions.
         u: ``(N, P, K)``, dtype and device of ``d``, the layer's input at each position.
 
     Returns:
@@ -72,18 +67,19 @@ def sequence_squares(d: Tensor, u: Tensor) -> Tensor:
 
     Cost: ``2 * Q * N * O * P * K`` FLOPs, less where the C++ kernel skips positions at which ``d`` is zero.
     """
-    _check_pair("sequence_squares", "d", d, 4, "u", u, 3)
-    if (d.shape[1], d.shape[3]) != (u.shape[0], u.shape[1]):
+    d = _factors("sequence_squares", d)
+    _check_pair("sequence_squares", "d", d[0], 3, "u", u, 3)
+    if (d[0].shape[0], d[0].shape[2]) != (u.shape[0], u.shape[1]):
         raise ValueError(
-            f"sequence_squares: d (Q, N, O, P) has shape {tuple(d.shape)} and u (N, P, K) has {tuple(u.shape)}; "
-            "samples N and positions P must agree. Is u still (N, K, P)? Then transpose it."
+            f"sequence_squares: d has {len(d)} factors (N, O, P) of shape {tuple(d[0].shape)} and u (N, P, K) has "
+            f"{tuple(u.shape)}; samples N and positions P must agree. Is u still (N, K, P)? Then transpose it."
         )
-    d, u = d.detach().contiguous(), u.detach().contiguous()
-    return (torch.ops.autoflip.sequence_squares.default(d, u) if _traced() else _sequence_squares(d, u))[0]
+    u = u.detach().contiguous()
+    return (torch.ops.autoflip.sequence_squares.default(d, u) if _traced() else _hessian.sequence_squares(d, u))[0]
 
 
 def conv_squares(
-    d: Tensor,
+    d: Factors,
     x: Tensor,
     kernel_size: Pair,
     *,
@@ -91,20 +87,23 @@ def conv_squares(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
+    at: Tensor | None = None,
 ) -> Tensor:
     """Sum the squared per-sample gradients of a 2-d convolution over samples and factors.
 
-    ``D[o, k] = sum_qn (sum_p d[q, n, o, p] u[n, k, p])^2`` with ``u[n]`` the patches (im2col) of ``x[n]``, made
+    ``D[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, k, p])^2`` with ``u[n]`` the patches (im2col) of ``x[n]``, made
     for a few samples at a time.
 
     Args:
-        d: ``(Q, N, O, H', W')``, floating: Q factors' gradients at the layer's output.
+        d: Q tensors ``(N, O, H', W')`` (or one with Q in front), floating: Q factors' gradients at the layer's output.
         x: ``(N, C, H, W)``, dtype and device of ``d``, the layer's input.
         kernel_size: height and width, as are the next three; positions, not elements.
         stride: step between patches.
         padding: zeros added on each side.
         dilation: step inside a patch.
         groups: as in ``torch.nn.Conv2d``.
+        at: for gradients that are zero nearly everywhere, as under max-pooling: ``(N, O, h, w)``, int64, the position
+            (row times W' plus column) of each value; ``d`` is shaped like it then. Values at one position add up.
 
     Returns:
         ``(O, C // groups * kernel height * kernel width)``, dtype of ``d``: the weight's, flattened.
@@ -112,23 +111,74 @@ def conv_squares(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * Q * N * O * H' * W' * K`` FLOPs, less where the C++ kernel skips positions at which ``d`` is zero
-    (after ReLU and max-pooling most are).
+    Cost: ``2 * d's values * K`` FLOPs, less where the C++ kernel skips values that are zero (after ReLU and
+    max-pooling most are).
     """
-    _check_pair("conv_squares", "d", d, 5, "x", x, 4)
-    sizes = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
-    if d.shape[1] != x.shape[0] or list(d.shape[3:]) != sizes:
+    d = _factors("conv_squares", d)
+    _check_pair("conv_squares", "d", d[0], 4, "x", x, 4)
+    height, width = _hessian.positions(x.shape[2:], kernel_size, stride, padding, dilation)
+    sizes = (height, width) if at is None else tuple(at.shape[2:])
+    if d[0].shape[0] != x.shape[0] or d[0].shape[2:] != sizes:
         raise ValueError(
-            f"conv_squares: x {tuple(x.shape)} gives {x.shape[0]} samples of {sizes[0]}x{sizes[1]} positions, but d "
-            f"(Q, N, O, H', W') has shape {tuple(d.shape)}; pass the layer's own stride, padding and dilation"
+            f"conv_squares: x {tuple(x.shape)} gives {x.shape[0]} samples of {sizes[0]}x{sizes[1]} positions, but d's "
+            f"factors (N, O, H', W') have shape {tuple(d[0].shape)}; pass the layer's own stride, padding and dilation"
         )
-    if groups < 1 or x.shape[1] % groups or d.shape[2] % groups:
-        raise ValueError(f"conv_squares: {groups} groups must divide {x.shape[1]} inputs and {d.shape[2]} outputs")
-    d, x = d.detach().contiguous(), x.detach().contiguous()
-    arguments = (d, x, list(kernel_size), list(stride), list(padding), list(dilation), groups)
-    return (torch.ops.autoflip.conv_squares.default(*arguments) if _traced() else _conv_squares(*arguments))[0]
+    outputs = d[0].shape[1]
+    if groups < 1 or x.shape[1] % groups or outputs % groups:
+        raise ValueError(f"conv_squares: {groups} groups must divide {x.shape[1]} inputs and {outputs} outputs")
+    if at is not None:
+        _check_positions("conv_squares", at, d[0], height * width)
+        at = at.contiguous()
+    x = x.detach().contiguous()
+    arguments = (d, x, list(kernel_size), list(stride), list(padding), list(dilation), groups, at)
+    return (torch.ops.autoflip.conv_squares.default(*arguments) if _traced() else _hessian.conv_squares(*arguments))[0]
+
+
+def conv_pull_back(
+    d: Factors,
+    weight: Tensor,
+    input_size: tuple[int, int, int],
+    at: Tensor,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Return a convolution's gradient at its input from few values of the gradient at its output, as max-pooling has.
+
+    Args:
+        d: Q tensors ``(N, O, h, w)`` (or one with Q in front), floating: values of the gradient at the output.
+        weight: ``(O, C // groups, kernel height, kernel width)``, dtype and device of ``d``.
+        input_size: ``(C, H, W)`` of the layer's input.
+        at: ``(N, O, h, w)``, int64: the position in the output (row times W' plus column) of each value.
+        stride: as the layer's, like the next three.
+        padding: zeros added on each side.
+        dilation: step inside a patch.
+        groups: as in ``torch.nn.Conv2d``.
+
+    Returns:
+        ``(Q, N, C, H, W)``, dtype of ``d``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+
+    Cost: ``2 * d's values * K`` FLOPs, K the weights of an output, less where the C++ kernel skips zeros.
+    """
+    d = _factors("conv_pull_back", d)
+    _check_pair("conv_pull_back", "d", d[0], 4, "weight", weight, 4)
+    height, width = _hessian.positions(input_size[1:], weight.shape[2:], stride, padding, dilation)
+    if d[0].shape[1] != weight.shape[0] or weight.shape[1] * groups != input_size[0] or weight.shape[0] % groups:
+        raise ValueError(
+            f"conv_pull_back: d's factors (N, O, h, w) have shape {tuple(d[0].shape)}, weight has "
+            f"{tuple(weight.shape)} in {groups} groups and the input {input_size}; outputs and channels must agree"
+        )
+    _check_positions("conv_pull_back", at, d[0], height * width)
+    geometry = list(stride), list(padding), list(dilation), groups
+    arguments = (d, weight.detach().contiguous(), list(input_size), at.contiguous(), *geometry)
+    return (
+        torch.ops.autoflip.conv_pull_back.default(*arguments) if _traced() else _hessian.conv_pull_back(*arguments)
+    )[0]
 
 
 def rademacher(
@@ -164,6 +214,27 @@ def rademacher(
     return reference.rademacher(seed, stream, tuple(shape)).to(device, dtype)
 
 
+def _factors(op: str, d: Factors) -> list[Tensor]:
+    factors = [one.detach().contiguous() for one in d]
+    if not factors or any(one.shape != factors[0].shape or one.dtype != factors[0].dtype for one in factors):
+        got = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in factors[:4])
+        raise ValueError(f"{op}: d holds {len(factors)} factors ({got}); wanted one or more of one shape and dtype")
+    return factors
+
+
+def _check_positions(op: str, at: Tensor, d: Tensor, positions: int) -> None:
+    if at.shape != d.shape or at.dtype != torch.int64 or at.device != d.device:
+        raise ValueError(
+            f"{op}: at is {at.dtype} {tuple(at.shape)} on {at.device}; wanted torch.int64 {tuple(d.shape)} on "
+            f"{d.device}, the position of each of d's values"
+        )
+    # on a GPU the answer would have to be waited for; there the kernel leaves out what is out of range
+    if at.device.type == "cpu" and not torch.compiler.is_compiling() and at.numel():
+        low, high = (int(v) for v in at.aminmax())
+        if low < 0 or high >= positions:
+            raise ValueError(f"{op}: at holds positions {low} to {high}; the output has {positions}")
+
+
 def _check_pair(op: str, left: str, a: Tensor, a_dims: int, right: str, b: Tensor, b_dims: int) -> None:
     if a.dim() != a_dims or b.dim() != b_dims:
         raise ValueError(
@@ -180,82 +251,3 @@ def _check_pair(op: str, left: str, a: Tensor, a_dims: int, right: str, b: Tenso
 def _traced() -> bool:
     """Return whether someone watches (FlopCounterMode, compile, fake tensors): then the registered op must be seen."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def _pair(sizes: list[int]) -> Pair:
-    return sizes[0], sizes[1]
-
-
-def _kernels(op: str, tensor: Tensor) -> Any:
-    """Return the C++ kernels when they serve ``op``; they are written for float32, the reference for the rest."""
-    if backend.serve(op, tensor.device) != "cpp" or tensor.dtype != torch.float32:
-        return None
-    return backend.extension("_C")[0]
-
-
-def _squared_matmul(d: Tensor, a: Tensor) -> Tensor:
-    if backend.serve("squared_matmul", d.device) == "triton" and d.dtype != torch.float64:
-        from autoflip.kernels.hessian import squared_matmul
-
-        return squared_matmul(d, a)
-    return reference.squared_matmul(d, a)
-
-
-def _sequence_squares(d: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    if (kernels := _kernels("sequence_squares", d)) is None:
-        return reference.sequence_squares(d, u), torch.tensor(2 * d.numel() * u.shape[2])
-    out = u.new_empty(d.shape[2], u.shape[2])
-    pointers = (d.data_ptr(), u.data_ptr(), out.data_ptr())
-    ran = kernels.sequence_squares(*pointers, *d.shape, u.shape[2], torch.get_num_threads())
-    return out, torch.tensor(2 * ran)
-
-
-def _conv_squares(
-    d: Tensor, x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> tuple[Tensor, Tensor]:
-    if (kernels := _kernels("conv_squares", d)) is None:
-        out = reference.conv_squares(d, x, _pair(kernel), _pair(stride), _pair(padding), _pair(dilation), groups)
-        return out, torch.tensor(2 * d.numel() * out.shape[1])
-    out = x.new_empty(d.shape[2], x.shape[1] // groups * kernel[0] * kernel[1])
-    sizes = (*d.shape[:3], groups, *x.shape[1:], *d.shape[3:], *kernel, *stride, *padding, *dilation)
-    pointers = (d.data_ptr(), x.data_ptr(), out.data_ptr())
-    return out, torch.tensor(2 * kernels.conv_squares(*pointers, *sizes, torch.get_num_threads()))
-
-
-_lib = torch.library.Library("autoflip", "FRAGMENT")
-_lib.define("squared_matmul(Tensor d, Tensor a) -> Tensor")
-_lib.define("sequence_squares(Tensor d, Tensor u) -> (Tensor, Tensor)")
-_lib.define(
-    "conv_squares(Tensor d, Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups)"
-    " -> (Tensor, Tensor)"
-)
-for _device in ("CPU", "CUDA"):
-    _lib.impl("squared_matmul", _squared_matmul, _device)
-    _lib.impl("sequence_squares", _sequence_squares, _device)
-    _lib.impl("conv_squares", _conv_squares, _device)
-
-
-@torch.library.register_fake("autoflip::squared_matmul", lib=_lib)
-def _(d: Tensor, a: Tensor) -> Tensor:
-    return d.new_empty(d.shape[1], a.shape[1])
-
-
-@torch.library.register_fake("autoflip::sequence_squares", lib=_lib)
-def _(d: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    return d.new_empty(d.shape[2], u.shape[2]), torch.empty((), dtype=torch.int64)
-
-
-@torch.library.register_fake("autoflip::conv_squares", lib=_lib)
-def _(d: Tensor, x: Tensor, kernel_size: list[int], *rest: Any) -> tuple[Tensor, Tensor]:
-    columns = x.shape[1] // rest[-1] * kernel_size[0] * kernel_size[1]
-    return d.new_empty(d.shape[2], columns), torch.empty((), dtype=torch.int64)
-
-
-@register_flop_formula(torch.ops.autoflip.squared_matmul)
-def _squared_matmul_flops(d_shape: Any, a_shape: Any, *, out_shape: Any = None, **_: Any) -> int:
-    return 2 * d_shape[0] * d_shape[1] * a_shape[1]
-
-
-@register_flop_formula([torch.ops.autoflip.sequence_squares, torch.ops.autoflip.conv_squares], get_raw=True)
-def _squares_flops(*_: Any, out_val: tuple[Tensor, Tensor], **__: Any) -> int:
-    return int(out_val[1])  # the kernel counts what it ran: zeros that it skips are known to it alone

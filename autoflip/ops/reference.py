@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 # --- masked matmul
 
@@ -233,15 +234,46 @@ def conv_squares(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    at: Tensor | None = None,
 ) -> Tensor:
     """``D[o, k] = sum_qn (sum_p d[q, n, o, p] u[n, k, p])^2``, ``u`` the patches (im2col) of ``x (N, C, H, W)``.
 
-    ``d`` is ``(Q, N, O, H', W')``, the result ``(O, C // groups * kernel height * kernel width)``.
+    ``d`` is ``(Q, N, O, H', W')``, the result ``(O, C // groups * kernel height * kernel width)``; with ``at`` the
+    values of ``d (Q, N, O, h, w)`` stand at positions ``at (N, O, h, w)`` and all others are zero.
     """
     o_group = d.shape[2] // groups
     out = [x.new_zeros(o_group, x.shape[1] // groups * kernel_size[0] * kernel_size[1]) for _ in range(groups)]
     for n in range(len(x)):
         patches = torch.nn.functional.unfold(x[n : n + 1], kernel_size, dilation, padding, stride)[0].chunk(groups)
+        rows = d[:, n].flatten(2)
+        if at is not None:
+            whole = rows.new_zeros(*rows.shape[:2], patches[0].shape[1])
+            rows = whole.scatter_add_(2, at[n].flatten(1).expand_as(rows), rows)
         for i, (total, u) in enumerate(zip(out, patches)):
-            total += (d[:, n, i * o_group : (i + 1) * o_group].flatten(2) @ u.T).square().sum(0)
+            total += (rows[:, i * o_group : (i + 1) * o_group] @ u.T).square().sum(0)
     return torch.cat(out)
+
+
+def conv_pull_back(
+    d: Tensor,
+    weight: Tensor,
+    input_size: tuple[int, ...],
+    at: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Gradient ``(Q, N, C, H, W)`` at a convolution's input from values ``d (Q, N, O, h, w)`` at positions ``at``."""
+    sizes = [
+        (input_size[1 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    out = []
+    for one in d:
+        rows = one.flatten(2)
+        whole = rows.new_zeros(*rows.shape[:2], sizes[0] * sizes[1]).scatter_add_(2, at.flatten(2), rows)
+        whole = whole.unflatten(2, sizes)
+        shape = (len(one), *input_size)
+        out.append(conv2d_input(shape, weight, whole, stride, padding, dilation, groups))
+    return torch.stack(out)

@@ -11,6 +11,7 @@ struct SquaresShape {
   int64_t out_height, out_width;        // of d
   int64_t kernel_height, kernel_width;  // patch
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t entries;  // values of d per sample and output: positions(), or fewer when `at` says where they are
 
   int64_t positions() const { return out_height * out_width; }
   int64_t columns() const { return channels / groups * kernel_height * kernel_width; }
@@ -19,10 +20,17 @@ struct SquaresShape {
 struct HessianKernels {
   // Scratch, in floats, that `squares` needs for `threads` threads.
   int64_t (*squares_scratch)(const SquaresShape&, int threads);
-  // out[o, k] = sum_qn (sum_p d[q, n, o, p] u[n, p, k])^2, u the patches of x; x is NCHW, or (N, P, K) rows
-  // when `rows`. Returns the multiply-adds that ran. The sums do not depend on the number of threads.
-  int64_t (*squares)(const float* d, const float* x, float* out, float* scratch, const SquaresShape&,
-                     bool rows, int threads);
+  // out[o, k] = sum_qn (sum_e d[q][n, o, e] u[n, p, k])^2, p = at[n, o, e], or e when `at` is null; u the
+  // patches of x; x is NCHW, or (N, P, K) rows when `rows`. Returns the multiply-adds that ran. The sums do
+  // not depend on the number of threads.
+  int64_t (*squares)(const float* const* d, const float* x, const int64_t* at, float* out, float* scratch,
+                     const SquaresShape&, bool rows, int threads);
+  // Scratch of `pull_back`, in floats.
+  int64_t (*pull_back_scratch)(const SquaresShape&, int threads);
+  // dx[q, n, c, i, j] = sum_e d[q][n, o, e] weight[o, c, ...] over the outputs that read it, e at at[n, o,
+  // e]. Returns the multiply-adds that ran.
+  int64_t (*pull_back)(const float* const* d, const float* weight, const int64_t* at, float* dx,
+                       float* scratch, const SquaresShape&, int threads);
   // out[i] = +-1, bit i % 64 of SplitMix64's word i / 64
   void (*rademacher)(uint64_t seed, uint64_t stream, float* out, int64_t count, int threads);
 };

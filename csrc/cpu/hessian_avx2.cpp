@@ -1,5 +1,6 @@
+#include "cpu/hessian_back.h"
 #include "cpu/hessian_impl.h"
 
 namespace autoflip {
-const HessianKernels kHessianAvx2 = {squares_scratch, squares, rademacher};
+const HessianKernels kHessianAvx2 = {squares_scratch, squares, pull_back_scratch, pull_back, rademacher};
 }

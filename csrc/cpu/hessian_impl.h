@@ -18,76 +18,11 @@
 
 #include "cpu/hessian.h"
 #include "cpu/hessian_plan.h"
+#include "cpu/hessian_tile.h"
 
 namespace {
 
 using autoflip::SquaresShape;
-
-// sums[r][v] = sum_j row r's value j * u[list[j]], then D_r += sums^2
-template <int R, int V, bool kList>
-inline void tile(const float* u, int64_t ld, const Plan::Row* rows, float* const* out) {
-  Vec sums[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sums[r][v] = splat(0.f);
-  const int32_t* list = rows->list;
-  int64_t count = rows->count;
-  const float* values[R];
-  for (int r = 0; r < R; ++r) values[r] = rows[r].values;
-  for (int64_t j = 0; j < count; ++j) {
-    const float* row = u + (kList ? list[j] : j) * ld;
-    Vec b[V];
-    for (int v = 0; v < V; ++v) b[v] = load(row + v * W);
-    for (int r = 0; r < R; ++r) {
-      Vec a = splat(values[r][j]);
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(a, b[v], sums[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      Vec d = load(out[r] + v * W);
-      store(out[r] + v * W, fma(sums[r][v], sums[r][v], d));
-    }
-}
-
-template <int R, bool kList>
-inline void columns(const float* u, int64_t ld, const Plan::Row* rows, float* const* out, int64_t width) {
-  float* at[R];
-  int64_t k = 0;
-  auto shift = [&] {
-    for (int r = 0; r < R; ++r) at[r] = out[r] + k;
-  };
-  for (; k + 4 * W <= width; k += 4 * W) shift(), tile<R, 4, kList>(u + k, ld, rows, at);
-  for (; k + 2 * W <= width; k += 2 * W) shift(), tile<R, 2, kList>(u + k, ld, rows, at);
-  for (; k < width; k += W) shift(), tile<R, 1, kList>(u + k, ld, rows, at);
-}
-
-template <int R>
-inline void columns(const float* u, int64_t ld, const Plan::Row* rows, float* const* out, int64_t width) {
-  if (rows->list)
-    columns<R, true>(u, ld, rows, out, width);
-  else
-    columns<R, false>(u, ld, rows, out, width);
-}
-
-inline void columns(int64_t n, const float* u, int64_t ld, const Plan::Row* rows, float* const* out,
-                    int64_t width) {
-  switch (n) {
-    case 1:
-      return columns<1>(u, ld, rows, out, width);
-    case 2:
-      return columns<2>(u, ld, rows, out, width);
-    case 3:
-      return columns<3>(u, ld, rows, out, width);
-#if defined(__AVX512F__)
-    case 4:
-      return columns<4>(u, ld, rows, out, width);
-    case 5:
-      return columns<5>(u, ld, rows, out, width);
-    case 6:
-      return columns<6>(u, ld, rows, out, width);
-#endif
-  }
-}
 
 // Positions p with alive[p], without a branch that would be mispredicted.
 inline int64_t compact(const unsigned char* alive, int64_t P, int32_t* list) {
@@ -99,43 +34,52 @@ inline int64_t compact(const unsigned char* alive, int64_t P, int32_t* list) {
   return count;
 }
 
-// Find a team's live positions; row(r) is row r's P values. Returns the multiply-adds per column of D.
+// Find a team's live entries; row(r) is row r's values, at: the positions of a scattered row's entries.
+// Returns the multiply-adds per column of D.
 template <class RowOf>
-int64_t gather(const Plan& plan, const Plan::Team& team, const Scratch& s, RowOf row) {
-  int64_t P = plan.positions, live[kMaxRows], alone = 0, shared = 0;
-  std::memset(s.alive, 0, P);
+int64_t gather(const Plan& plan, const Plan::Team& team, const Scratch& s, const int64_t* at, RowOf row) {
+  int64_t E = plan.entries, live[kMaxRows], alone = 0, shared = 0;
+  std::memset(s.alive, 0, E);
   for (int64_t r = 0; r < team.rows; ++r) {
     const float* v = row(team.first + r);
     int32_t count = 0;
-    for (int64_t p = 0; p < P; ++p) {
-      unsigned char on = v[p] != 0.f;
-      s.alive[p] |= on;
+    for (int64_t e = 0; e < E; ++e) {
+      unsigned char on = v[e] != 0.f;
+      s.alive[e] |= on;
       count += on;
     }
     live[r] = count;
     alone += count;
   }
-  for (int64_t p = 0; p < P; ++p) shared += s.alive[p];
+  for (int64_t e = 0; e < E; ++e) shared += s.alive[e];
   Plan::Row* rows = s.rows + team.first;
   // few columns: finding the zeros costs more than multiplying by them
-  bool dense = plan.ld <= kTile ? shared > 0 : 10 * shared >= 9 * P && 2 * alone >= shared * team.rows;
+  bool dense =
+      !at && (plan.ld <= kTile ? shared > 0 : 10 * shared >= 9 * E && 2 * alone >= shared * team.rows);
   if (dense) {
-    for (int64_t r = 0; r < team.rows; ++r) rows[r] = {row(team.first + r), nullptr, P};
-    return P * team.rows;
+    for (int64_t r = 0; r < team.rows; ++r) rows[r] = {row(team.first + r), nullptr, E};
+    return E * team.rows;
   }
   // a row by itself does one multiply-add a load, in a team one load serves all rows
   bool split = team.rows > 1 && 2 * alone < shared * team.rows;
-  if (!split) compact(s.alive, P, s.lists + team.first * P);
+  if (!split) compact(s.alive, E, s.lists + team.first * E);
   for (int64_t r = 0; r < team.rows; ++r) {
     const float* v = row(team.first + r);
-    int32_t* list = s.lists + (team.first + (split ? r : 0)) * P;
+    int32_t* list = s.lists + (team.first + (split ? r : 0)) * E;
     if (split) {
-      for (int64_t p = 0; p < P; ++p) s.alive[p] = v[p] != 0.f;
-      compact(s.alive, P, list);
+      for (int64_t e = 0; e < E; ++e) s.alive[e] = v[e] != 0.f;
+      compact(s.alive, E, list);
     }
-    float* to = s.values + (team.first + r) * P;
+    float* to = s.values + (team.first + r) * E;
     rows[r] = {to, list, split ? live[r] : shared};
     for (int64_t j = 0; j < rows[r].count; ++j) to[j] = v[list[j]];
+  }
+  if (at) {  // from entries to positions, once a list
+    for (int64_t r = 0; r < (split ? team.rows : 1); ++r) {
+      int32_t* list = s.lists + (team.first + r) * E;
+      const int64_t* where = at + (team.first + r) / plan.factors * E;
+      for (int64_t j = 0; j < rows[r].count; ++j) list[j] = static_cast<int32_t>(where[list[j]]);
+    }
   }
   return split ? alone : shared * team.rows;
 }
@@ -147,17 +91,18 @@ void multiply(const Plan& plan, const Plan::Team& team, const Scratch& s, float*
   float* out[kMaxRows];
   for (int64_t r = 0; r < team.rows; ++r) out[r] = D + (team.first + r) / plan.factors * plan.ld + begin;
   if (team.rows == 1 || rows[1].list == rows[0].list) {
-    if (rows->count) columns(team.rows, u, plan.ld, rows, out, end - begin);
+    if (rows->count) columns<true>(team.rows, u, plan.ld, rows, out, end - begin);
     return;
   }
   for (int64_t r = 0; r < team.rows; ++r)
-    if (rows[r].count) columns(1, u, plan.ld, rows + r, out + r, end - begin);
+    if (rows[r].count) columns<true>(1, u, plan.ld, rows + r, out + r, end - begin);
 }
 
-// fill(sample, scratch) makes u; row(sample, scratch, r) is a row of d. D is [outputs, ld] at scratch's
+// fill(sample, scratch) makes u; row(sample, r) is a row of d. D is [outputs, ld] at scratch's
 // beginning.
 template <class Fill, class RowOf>
-int64_t accumulate(const Plan& plan, int64_t samples, float* scratch, int threads, Fill fill, RowOf row) {
+int64_t accumulate(const Plan& plan, int64_t samples, const int64_t* at, float* scratch, int threads,
+                   Fill fill, RowOf row) {
   float* D = scratch;
   float* blocks = D + plan.outputs * plan.ld;
   std::memset(D, 0, sizeof(float) * plan.outputs * plan.ld);
@@ -174,7 +119,8 @@ int64_t accumulate(const Plan& plan, int64_t samples, float* scratch, int thread
         Scratch s(blocks + (n - from) * plan.sample_floats(), plan);
         fill(n, s);
         for (int64_t t = 0; t < plan.teams(); ++t)
-          ran += gather(plan, plan.team(t), s, [&](int64_t r) { return row(n, s, r); });
+          ran += gather(plan, plan.team(t), s, at ? at + n * plan.outputs * plan.entries : nullptr,
+                        [&](int64_t r) { return row(n, r); });
       }
       // not `omp for`: a thread keeps its tiles of D and walks the samples outside, so patches stay in its
       // cache
@@ -193,13 +139,9 @@ int64_t accumulate(const Plan& plan, int64_t samples, float* scratch, int thread
   return ran * plan.columns;
 }
 
-inline float* aligned(float* p) {
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
-}
-
-inline Plan plan_of(const SquaresShape& c) {
+inline Plan plan_of(const SquaresShape& c, bool scattered) {
   int64_t pixels = c.channels * (c.height + 2 * c.pad_h) * (c.width + 2 * c.pad_w);
-  return Plan(c.factors, c.outputs, c.groups, c.positions(), c.columns(), pixels);
+  return Plan(c, pixels, scattered);
 }
 
 // One group's image as [H + 2 pad, W + 2 pad, C], then rows u[p, (i, j, c)]: copies of kernel_width * C
@@ -228,9 +170,9 @@ void patches(const float* x, const SquaresShape& c, const Plan& plan, float* ima
   }
 }
 
-int64_t squares(const float* d, const float* x, float* out, float* scratch, const SquaresShape& c,
-                bool given_rows, int threads) {
-  Plan plan = plan_of(c);
+int64_t squares(const float* const* d, const float* x, const int64_t* at, float* out, float* scratch,
+                const SquaresShape& c, bool given_rows, int threads) {
+  Plan plan = plan_of(c, at);
   scratch = aligned(scratch);
   int64_t P = plan.positions, K = plan.columns, C = c.channels / c.groups, pixels = c.height * c.width;
   auto fill = [&](int64_t n, const Scratch& s) {
@@ -244,10 +186,10 @@ int64_t squares(const float* d, const float* x, float* out, float* scratch, cons
         patches(x + (n * c.channels + g * C) * pixels, c, plan, s.image, s.u + g * P * plan.ld);
     }
   };
-  auto row = [&](int64_t n, const Scratch&, int64_t r) {
-    return d + ((r % c.factors * c.samples + n) * c.outputs + r / c.factors) * P;
+  auto row = [&](int64_t n, int64_t r) {
+    return d[r % c.factors] + (n * c.outputs + r / c.factors) * c.entries;
   };
-  int64_t ran = accumulate(plan, c.samples, scratch, threads, fill, row);
+  int64_t ran = accumulate(plan, c.samples, at, scratch, threads, fill, row);
   int64_t taps = c.kernel_height * c.kernel_width;  // D's columns are (i, j, c), the weight's (c, i, j)
   for (int64_t o = 0; o < c.outputs; ++o)
     for (int64_t k = 0; k < K; ++k) out[o * K + k % C * taps + k / C] = scratch[o * plan.ld + k];
@@ -255,7 +197,8 @@ int64_t squares(const float* d, const float* x, float* out, float* scratch, cons
 }
 
 int64_t squares_scratch(const SquaresShape& c, int threads) {
-  return plan_of(c).scratch(c.samples, threads) + kAlign;
+  Plan scattered = plan_of(c, true), whole = plan_of(c, false);
+  return most(scattered.scratch(c.samples, threads), whole.scratch(c.samples, threads)) + kAlign;
 }
 
 inline uint64_t mix(uint64_t z) {

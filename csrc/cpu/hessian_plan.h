@@ -1,5 +1,6 @@
 // How a sum of squares is cut: teams of rows that share registers, blocks of samples that share the cache.
 #pragma once
+#include "cpu/hessian.h"
 #include "cpu/hessian_simd.h"
 
 namespace {
@@ -13,37 +14,43 @@ inline int64_t padded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+inline float* aligned(float* p) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
+}
+
 // How rows of d (row = output * factors + factor) are grouped into teams that share registers: the factors of
 // one output in `parts` teams, or `together` outputs with all their factors. An owner is what one thread adds
 // to D.
 struct Plan {
-  int64_t factors, outputs, groups, positions, columns, ld;
+  int64_t factors, outputs, groups, positions, entries, columns, ld;
   int64_t parts, together, owners;
   int64_t image;  // floats that a sample's preparation needs
 
-  Plan(int64_t q, int64_t o, int64_t g, int64_t p, int64_t k, int64_t preparation)
-      : factors(q),
-        outputs(o),
-        groups(g),
-        positions(p),
-        columns(k),
-        ld(padded(k)),
+  // scattered: outputs have their values at different positions, so no two of them share a team
+  Plan(const autoflip::SquaresShape& c, int64_t preparation, bool scattered)
+      : factors(c.factors),
+        outputs(c.outputs),
+        groups(c.groups),
+        positions(c.positions()),
+        entries(c.entries),
+        columns(c.columns()),
+        ld(padded(c.columns())),
         image(padded(preparation) + kAlign) {
-    parts = (q + kMaxRows - 1) / kMaxRows;
-    together = most(1, kMaxRows / q);
-    owners = g * owners_per_group();
+    parts = (factors + kMaxRows - 1) / kMaxRows;
+    together = scattered ? 1 : most(1, kMaxRows / factors);
+    owners = groups * owners_per_group();
   }
   int64_t owners_per_group() const { return (outputs / groups + together - 1) / together; }
   int64_t teams() const { return owners * parts; }
   int64_t patch_floats() const { return padded(groups * positions * ld + kAlign); }
-  int64_t value_floats() const { return padded(outputs * factors * positions); }
+  int64_t value_floats() const { return padded(outputs * factors * entries); }
   int64_t list_floats() const {
-    return padded(outputs * factors * positions);
+    return padded(outputs * factors * entries);
   }  // int32, at most one list a row
   int64_t row_bytes() const { return outputs * factors * static_cast<int64_t>(sizeof(Row)); }
   int64_t sample_floats() const {
     return patch_floats() + value_floats() + list_floats() + image + padded(row_bytes() / 4 + 1) +
-           padded(positions / 4 + 1);
+           padded(entries / 4 + 1);
   }
   int64_t block(int64_t samples, int threads) const {
     return least(samples, most(threads, kBlockFloats / sample_floats()));

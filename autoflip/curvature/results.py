@@ -1,0 +1,94 @@
+"""What curvature answers with: diagonals and traces that say how they came about and how sure they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Diagonal(dict[str, Tensor]):
+    """Parameter name -> diagonal entries shaped like the parameter, and how they came about.
+
+    Attributes:
+        method: "ggn-exact", "ggn-mc" or "hutchinson".
+        matrix: "hessian" when the expected value is the Hessian's diagonal, "ggn" when it is only Gauss-Newton's.
+        note: why "auto" did not take the exact method; empty when it did, or was not asked.
+    """
+
+    def __init__(self, entries: Mapping[str, Tensor], method: str, matrix: str, note: str = "") -> None:
+        super().__init__(entries)
+        self.method, self.matrix, self.note = method, matrix, note
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace and its parts.
+
+    Attributes:
+        total: sum of the diagonal over all parameters that require grad.
+        stderr: standard error of ``total``, from the spread of independent repeats; 0 for an exact method, infinite
+            for a single one (which says nothing about its own error).
+        repeats: how many independent repeats that was; draws of ``ggn-mc`` are repeats in blocks of four.
+        by_parameter: parameter name -> its part of ``total``.
+        by_channel: parameter name -> ``(shape[0],)`` sums over all but the first axis, or None if not asked for.
+        method: "ggn-exact", "ggn-mc" or "hutchinson".
+        matrix: "hessian" or "ggn", as in Diagonal.
+        note: as in Diagonal.
+    """
+
+    total: float
+    stderr: float
+    by_parameter: dict[str, float]
+    by_channel: dict[str, Tensor] | None
+    method: str
+    matrix: str
+    repeats: int
+    note: str = ""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Interval that holds the expected value 19 times in 20: Student's t for the few repeats that there are."""
+        freedom = self.repeats - 1
+        quantile = _STUDENT[freedom - 1] if 0 < freedom <= len(_STUDENT) else 1.96 + 2.4 / max(freedom, 1)
+        half = quantile * self.stderr if self.stderr else 0.0
+        return self.total - half, self.total + half
+
+
+def mean_of(draws: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Average estimates, entry by entry."""
+    total, count = dict(next(draws)), 1
+    for draw in draws:
+        count += 1
+        for name, value in draw.items():
+            total[name] += value
+    return {name: value / count for name, value in total.items()}
+
+
+def trace_of(draws: Iterator[dict[str, Tensor]], per: str, method: str, matrix: str, note: str = "") -> Trace:
+    """Sum estimates of the diagonal; their spread is the standard error."""
+    totals: list[dict[str, float]] = []
+    channels: dict[str, Tensor] = {}
+    for draw in draws:
+        rows = {n: d.reshape(len(d) if d.dim() else 1, -1).sum(1, dtype=torch.float64) for n, d in draw.items()}
+        totals.append({name: float(row.sum()) for name, row in rows.items()})
+        if per == "channel":
+            channels = {name: channels[name] + row if channels else row for name, row in rows.items()}
+    count = len(totals)
+    by_parameter = {name: math.fsum(t[name] for t in totals) / count for name in totals[0]}
+    sums = [math.fsum(t.values()) for t in totals]
+    total = math.fsum(sums) / count
+    if method == "ggn-exact":
+        stderr = 0.0
+    elif count == 1:
+        stderr = math.inf
+    else:
+        stderr = math.sqrt(math.fsum((s - total) ** 2 for s in sums) / (count - 1) / count)
+    by_channel = {name: value / count for name, value in channels.items()} if per == "channel" else None
+    return Trace(total, stderr, by_parameter, by_channel, method, matrix, count, note)
