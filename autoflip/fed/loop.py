@@ -234,9 +234,11 @@ class _Job:
         state = self.states[method]
         mine = [r for r in records if r.method == method]
         params = dict(state.params)
+        accuracy = mine[-1].accuracy
+        assert accuracy is not None  # the last round is always evaluated
         result = Result(
             config,
-            mine[-1].accuracy,
+            accuracy,
             total_cost(mine),
             tuple(records),
             summary,

@@ -21,6 +21,7 @@ class Fed:
     seed: int = 0
     threads: int = 1  # 0: torch's own setting
     quorum: float = 0.5  # a round fails below this share of usable updates
+    eval_every: int = 1  # rounds from one test-set evaluation to the next; the last round always has one
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ RANGES = {
     "fed.seed": _range(0, 2**31 - 1),
     "fed.threads": _range(0, 1024),
     "fed.quorum": _range(0, 1),
+    "fed.eval_every": _COUNT,
     "data.alpha": _range(0, 1e6, open_low=True),
     "data.classes": _COUNT,
     "data.samples_per_client": _range(0, 10**9),

@@ -75,7 +75,10 @@ class Server:
         client_seconds = sum(c.seconds for c in clients)
         server_seconds = time.perf_counter() - start - work.client_wall
         start = time.perf_counter()
-        accuracy, loss = self.workshop.evaluate(after.params, after.masks, *self.test)
+        last = after.round == cfg.rounds
+        accuracy, loss = None, None
+        if last or after.round % cfg.eval_every == 0:
+            accuracy, loss = self.workshop.evaluate(after.params, after.masks, *self.test)
         record = Record(
             method=self.strategy.name,
             seed=cfg.seed,
