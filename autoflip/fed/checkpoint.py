@@ -44,6 +44,7 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int, config: 
     about: dict[str, object] = {"records": records, "config": config, "methods": {}}
     for method, state in states.items():
         _put(tensors, f"{method}/params/", state.params)
+        _put(tensors, f"{method}/memory/", state.memory)
         if state.guidance is not None:
             _put(tensors, f"{method}/importance/", state.guidance.importance)
             _put(tensors, f"{method}/agreement/", state.guidance.agreement)
@@ -131,4 +132,5 @@ def _state(tensors: Mapping[str, Tensor], method: str, entry: dict) -> ServerSta
         guidance=Guidance(*(_take(tensors, f"{method}/{part}/") for part in ("importance", "agreement", "weights")))
         if entry["guidance"]
         else None,
+        memory=_take(tensors, f"{method}/memory/"),
     )

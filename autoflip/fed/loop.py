@@ -22,7 +22,7 @@ from autoflip.fed.ledger import Record, read_records, summarise, total_cost
 from autoflip.fed.seeding import derive
 from autoflip.fed.server import Server
 from autoflip.fed.state import ServerState
-from autoflip.fed.strategies import METHODS
+from autoflip.fed.strategies import METHODS, Strategy
 from autoflip.fed.transport import InProcess
 from autoflip.fed.workshop import Workshop
 from autoflip.masks import MaskSet
@@ -174,17 +174,17 @@ class _Job:
             name, input_shape=self.dataset.input_shape, num_classes=self.dataset.num_classes, seed=seed
         )
         start = {k: v.detach().clone() for k, v in self.blank.state_dict().items() if v.is_floating_point()}
-        self.states = states or {method: ServerState(dict(start)) for method in self.methods}
+        strategies = {method: METHODS[method](config, self.blank) for method in self.methods}
+        self.states = states or {method: s.begin(ServerState(dict(start))) for method, s in strategies.items()}
         if set(self.states) != set(self.methods) or any(
             {k: v.shape for k, v in s.params.items()} != {k: v.shape for k, v in start.items()}
             for s in self.states.values()
         ):
             raise checkpoint.CheckpointError("the checkpoint is of other methods or another model than config.toml")
         _warm_up(self.blank, name, self.dataset)
-        self.servers = {method: self._server(method, start, parts) for method in self.methods}
+        self.servers = {method: self._server(method, s, start, parts) for method, s in strategies.items()}
 
-    def _server(self, method: str, start: dict[str, Tensor], parts: list[Tensor]) -> Server:
-        strategy = METHODS[method](self.config, self.blank)
+    def _server(self, method: str, strategy: Strategy, start: dict[str, Tensor], parts: list[Tensor]) -> Server:
         schema = codec.Schema.of(start)
         workshop = Workshop(self.blank)
         state = self.states[method]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CHOICES", "METHOD_NAMES", "RANGES", "Data", "Explore", "Fed", "Model", "Prune", "Train", "Wire"]
+__all__ = ["CHOICES", "METHOD_NAMES", "RANGES", "Data", "Explore", "Fed", "Model", "Prune", "Server", "Train", "Wire"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,18 @@ class Train:
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # 0: no clipping of the gradient's norm
+    proximal: float = 0.01  # mu of method fedprox
+
+
+@dataclass(frozen=True)
+class Server:
+    """How the server steps along the clients' mean update."""
+
+    optimizer: str = "none"  # of autoflip: none | momentum | adam; fedavgm and fedadam have theirs
+    momentum: float = 0.9
+    momentum_lr: float = 0.3
+    adam_lr: float = 0.01
+    adam_eps: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -87,11 +99,23 @@ class Wire:
     downlink: str = "bf16"  # bf16 (as XOR against what the client holds) | fp32
 
 
-METHOD_NAMES = ("autoflip", "autoflip-paper", "fedavg")
+METHOD_NAMES = (
+    "autoflip",
+    "autoflip-paper",
+    "fedavg",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "random",
+    "magnitude",
+    "prunefl",
+    "ssfl",
+)
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.partition": ("iid", "dirichlet", "pathological", "natural"),
     "wire.values": ("fp32", "bf16", "int8", "int4"),
     "wire.downlink": ("fp32", "bf16"),
+    "server.optimizer": ("none", "momentum", "adam"),
 }
 
 
@@ -120,6 +144,11 @@ RANGES = {
     "train.momentum": _range(0, 1),
     "train.weight_decay": _range(0, 1e3),
     "train.clip_norm": _range(0, 1e9),
+    "train.proximal": _range(0, 1e3),
+    "server.momentum": _range(0, 1),
+    "server.momentum_lr": _range(0, 1e3, open_low=True),
+    "server.adam_lr": _range(0, 1e3, open_low=True),
+    "server.adam_eps": _range(0, 1e3, open_low=True),
     "explore.fraction": _SHARE,
     "explore.epochs": _COUNT,
     "explore.agreement": _range(0, 100),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from autoflip import codec
@@ -17,12 +18,15 @@ from autoflip.fed.ledger import ClientRecord, Record
 from autoflip.fed.message import EXPLORE, NO_VIEW, RESYNC, TRAIN, UPDATE, Message
 from autoflip.fed.seeding import sample
 from autoflip.fed.state import ServerState, View, make_view
-from autoflip.fed.strategies import Strategy
+from autoflip.fed.strategies import Ask, Strategy
 from autoflip.fed.transport import Reply, Transport
 from autoflip.fed.workshop import Workshop
 from autoflip.masks import MaskSet
 
 __all__ = ["RoundError", "Server"]
+
+
+_ABSURD = 1e12
 
 
 class RoundError(RuntimeError):
@@ -58,11 +62,10 @@ class Server:
             RoundError: fewer updates than the quorum were usable.
         """
         cfg = self.config.fed
-        exploring = self.strategy.explores and state.round == 0
-        share = self.config.explore.fraction if exploring else cfg.fraction
-        called = sample(cfg.seed, state.round, cfg.clients, share)
+        ask = self.strategy.ask(state.round)
+        called = sample(cfg.seed, state.round, cfg.clients, ask.fraction)
         start = time.perf_counter()
-        work = _Round(self, state, EXPLORE if exploring else TRAIN)
+        work = _Round(self, state, ask)
         clients = [work.call(client) for client in called]
         accepted = [c for c in clients if c.error is None]
         if len(accepted) < max(1, cfg.quorum * len(called)):
@@ -83,7 +86,7 @@ class Server:
             method=self.strategy.name,
             seed=cfg.seed,
             round=state.round,
-            phase="exploration" if exploring else "training",
+            phase=ask.phase,
             accuracy=accuracy,
             loss=loss,
             flops=sum(c.flops for c in clients),
@@ -115,8 +118,9 @@ class Server:
 class _Round:
     """What one round gathers before it is known whether it counts."""
 
-    def __init__(self, server: Server, state: ServerState, kind: int) -> None:
-        self.server, self.state, self.kind = server, state, kind
+    def __init__(self, server: Server, state: ServerState, ask: Ask) -> None:
+        self.server, self.state, self.ask = server, state, ask
+        self.kind = EXPLORE if ask.phase == "exploration" else TRAIN
         self.view = make_view(state.params, state.masks, downlink.DTYPES[server.strategy.downlink])
         shapes = {name: t.shape for name, t in state.params.items()}
         self.aggregator = Aggregator(shapes, server.schema)
@@ -178,23 +182,30 @@ class _Round:
             raise codec.DecodeError(
                 f"the update claims {message.examples} examples; the client registered {self.server.examples[client]}"
             )
-        curved = self.kind == EXPLORE and self.server.strategy.curvature
-        if len(message.frames) != 1 + curved:
-            raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {1 + curved}")
+        trained, probed = bool(self.ask.epochs), bool(self.ask.probe)
+        if len(message.frames) != trained + probed:
+            raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {trained + probed}")
         weight, masks, schema = float(message.examples), self.state.masks, self.server.schema
         if self.sums is None:
             self.aggregator.add(message.frames[0], weight, masks)
             return
-        delta = codec.decode(message.frames[0], masks=masks, schema=schema)
-        squares = {n: r**2 for n, r in codec.decode(message.frames[1], schema=schema).items()} if curved else None
+        delta = {name: torch.zeros(t.shape) for name, t in self.state.params.items()}
+        if trained:
+            delta = codec.decode(message.frames[0], masks=masks, schema=schema)
+        powers = None
+        if probed:
+            probe = codec.decode(message.frames[-1], schema=schema)
+            powers = {name: p**self.ask.power for name, p in probe.items()}
+        for name, t in (*delta.items(), *(powers or {}).items()):
+            if t.numel() and float(t.abs().max()) > _ABSURD:  # its square would drown all guidance
+                raise codec.DecodeError(f"the update moves {name!r} by more than {_ABSURD:g}")
         self.aggregator.add_decoded(delta, weight, masks)
-        self.sums.add(delta, weight, squares)
+        self.sums.add(delta, weight, powers)
 
     def finish(self) -> ServerState:
         """Return the state after the round: new parameters, guidance and masks, and who holds what."""
         state, strategy = self.state, self.server.strategy
-        mean = self.aggregator.mean()
-        params = {name: value + mean[name] for name, value in state.params.items()}
+        params, memory = strategy.step(state, self.aggregator.mean())
         guidance = strategy.guidance(state, params, self.sums) if self.sums is not None else state.guidance
         masks = strategy.masks(ServerState(params, state.masks, state.round, guidance=guidance))
         if masks is not None and masks is not state.masks:
@@ -204,5 +215,5 @@ class _Round:
             held.update(dict.fromkeys(self.holders, self.view.id))
             views[self.view.id] = self.view
             views = {name: view for name, view in views.items() if name in set(held.values())}
-        following = ServerState(params, masks, state.round + 1, views, held)
+        following = ServerState(params, masks, state.round + 1, views, held, memory=memory)
         return replace(following, guidance=guidance) if strategy.may_prune(following) else following

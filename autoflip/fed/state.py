@@ -58,6 +58,7 @@ class ServerState:
         views: id -> view, those that some client still holds.
         held: client -> id of the view that it holds.
         guidance: what the exploration found; None before it, and again when no mask is to change any more.
+        memory: of the server's optimizer, ``slot/name`` -> tensor.
     """
 
     params: Params
@@ -66,6 +67,7 @@ class ServerState:
     views: Mapping[bytes, View] = field(default_factory=dict)
     held: Mapping[int, bytes] = field(default_factory=dict)
     guidance: Guidance | None = None
+    memory: Params = field(default_factory=dict)
 
 
 def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype) -> View:
