@@ -133,7 +133,7 @@ def test_pruned_weights_stay_zero_and_the_model_is_the_one_that_was_measured():
 
 
 def test_downlink_patches_are_lossless_and_smaller_than_full_broadcasts(tapped):
-    fed.run(_config("fed.against=none", "fed.fraction=1.0", "fed.rounds=5"))
+    fed.run(_config("fed.against=none", "fed.fraction=1.0", "fed.rounds=5", "wire.start=broadcast"))
     sizes = [len(down) for client, down, _ in tapped if client == 0]
     assert sizes[1] < 0.4 * sizes[0]  # pruned
     assert sizes[3] < sizes[1]  # masks have travelled, words change little

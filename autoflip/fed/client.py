@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from autoflip import codec, explore, meter
 from autoflip.fed.config import Config
-from autoflip.fed.downlink import DTYPES, receive
+from autoflip.fed.downlink import receive
 from autoflip.fed.message import NO_VIEW, RESYNC, UPDATE, Message
 from autoflip.fed.seeding import derive, generator
 from autoflip.fed.state import View
@@ -60,7 +60,7 @@ class Client:
         if message.base != (base.id if base is not None else NO_VIEW):
             reply = Message(RESYNC, message.round, self.id).pack()
         else:
-            view = receive(message, base, self.schema, DTYPES[self.strategy.downlink])
+            view = receive(message, base, self.schema, self.strategy.downlink)
             self.held = view if self.strategy.stateful else None
             reply = self._work(message, view).pack()
         meter.synchronise()

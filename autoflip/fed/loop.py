@@ -19,7 +19,7 @@ from autoflip.fed import checkpoint, data, models, partition
 from autoflip.fed.client import Client
 from autoflip.fed.config import Config
 from autoflip.fed.ledger import Record, read_records, summarise, total_cost
-from autoflip.fed.seeding import derive
+from autoflip.fed.seeding import derive, sample
 from autoflip.fed.server import Server
 from autoflip.fed.state import ServerState
 from autoflip.fed.strategies import METHODS, Strategy
@@ -203,7 +203,9 @@ class _Job:
         }
         test = self.dataset.test.x, self.dataset.test.y
         examples = {k: len(part) for k, part in enumerate(parts)}
-        return Server(self.config, strategy, schema, InProcess(clients), workshop, test, examples)
+        fed = self.config.fed
+        slow = set(sample(derive(fed.seed, "slow"), 0, fed.clients, fed.slow)) if fed.slow else set()
+        return Server(self.config, strategy, schema, InProcess(clients), workshop, test, examples, slow)
 
     def finish(self, folder: Path | None, records: list[Record], sinks: list[Sink]) -> Result:
         """Run what is left, write what is asked for, and return the result."""

@@ -18,6 +18,7 @@ class Fed:
     rounds: int = 40  # exploration round included
     clients: int = 20
     fraction: float = 0.25  # share of the clients that a training round calls
+    slow: float = 0.0  # share of the clients that train a narrower model, see prune.slow_channels
     seed: int = 0
     threads: int = 1  # 0: torch's own setting
     quorum: float = 0.5  # a round fails below this share of usable updates
@@ -84,6 +85,7 @@ class Prune:
 
     density: float = 0.15  # kept share of the weights
     channels: float = 0.5  # kept share of channels and neurons
+    slow_channels: float = 0.25  # the same for slow clients (fed.slow); autoflip only
     block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
     until: int = 1  # rounds over which the density falls to its target; 1: at once
     every: int = 5  # rounds between two mask changes while it falls
@@ -96,7 +98,8 @@ class Wire:
     """What crosses the link. Applies to pruning methods; fedavg sends fp32 both ways."""
 
     values: str = "int8"  # uplink: fp32 | bf16 | int8 | int4
-    downlink: str = "bf16"  # bf16 (as XOR against what the client holds) | fp32
+    downlink: str = "bf16"  # against what the client holds: bf16 (XOR, lossless) | int8 | int4 | fp32 (whole)
+    start: str = "seed"  # initial weights: seed (each client draws them itself) | broadcast
 
 
 METHOD_NAMES = (
@@ -114,7 +117,8 @@ METHOD_NAMES = (
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.partition": ("iid", "dirichlet", "pathological", "natural"),
     "wire.values": ("fp32", "bf16", "int8", "int4"),
-    "wire.downlink": ("fp32", "bf16"),
+    "wire.downlink": ("fp32", "bf16", "int8", "int4"),
+    "wire.start": ("seed", "broadcast"),
     "server.optimizer": ("none", "momentum", "adam"),
 }
 
@@ -130,6 +134,7 @@ RANGES = {
     "fed.rounds": _COUNT,
     "fed.clients": _COUNT,
     "fed.fraction": _SHARE,
+    "fed.slow": _range(0, 1),
     "fed.seed": _range(0, 2**31 - 1),
     "fed.threads": _range(0, 1024),
     "fed.quorum": _range(0, 1),
@@ -154,6 +159,7 @@ RANGES = {
     "explore.agreement": _range(0, 100),
     "prune.density": _SHARE,
     "prune.channels": _SHARE,
+    "prune.slow_channels": _SHARE,
     "prune.until": _COUNT,
     "prune.every": _COUNT,
     "prune.rescale": _range(1, 100),

@@ -77,12 +77,23 @@ class AutoFlip(Strategy):
         last = state.round + 1 == cfg.until
         if state.guidance is None or not (state.round == 0 or last or state.round % cfg.every == 0):
             return state.masks
+        return self._hybrid(state.guidance, self.target_density(state.round), cfg.channels)
+
+    def narrow(self, masks: MaskSet, guidance: Guidance | None) -> MaskSet | None:
+        """The best channels only (as HeteroFL, Diao et al., ICLR 2021, but by guidance, not by position)."""
+        cfg = self.config.prune
+        if guidance is None or cfg.slow_channels >= cfg.channels:
+            return None
+        return masks & self._hybrid(guidance, 1.0, cfg.slow_channels)
+
+    def _hybrid(self, guidance: Guidance, density: float, channels: float) -> MaskSet:
+        block = self.config.prune.block
         return prune.hybrid(
             self.model,
-            {name: self._score(name, state.guidance) for name in self.weights},
-            density=self.target_density(state.round),
-            channels=cfg.channels,
-            block=(cfg.block[0], cfg.block[1]) if cfg.block else None,
+            {name: self._score(name, guidance) for name in self.weights},
+            density=density,
+            channels=channels,
+            block=(block[0], block[1]) if block else None,
             groups=self._groups,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autoflip.explore import Sums
 from autoflip.fed.config import Config
 from autoflip.fed.optimizers import OPTIMIZERS
-from autoflip.fed.state import Guidance, ServerState
+from autoflip.fed.state import Guidance, ServerState, make_view
 from autoflip.masks import MaskSet
 
 __all__ = ["Ask", "Strategy", "zeroed"]
@@ -61,8 +61,14 @@ class Strategy:
         self.weights = [name for name, _ in model.named_parameters()]
 
     def begin(self, state: ServerState) -> ServerState:
-        """Return the state from which round 0 starts; ``state`` holds the initial parameters only."""
-        return state
+        """Return the state from which round 0 starts; ``state`` holds the initial parameters only.
+
+        With ``wire.start=seed`` every client that keeps views has drawn the initial weights itself.
+        """
+        if not self.stateful or self.downlink == "fp32" or self.config.wire.start != "seed":
+            return state
+        view = make_view(state.params, None, torch.bfloat16)
+        return replace(state, views={view.id: view}, held=dict.fromkeys(range(self.config.fed.clients), view.id))
 
     def ask(self, round_number: int) -> Ask:
         """Return what a round wants of its clients."""
@@ -89,6 +95,10 @@ class Strategy:
     def masks(self, state: ServerState) -> MaskSet | None:
         """Return what is kept from the next round on, given the new parameters and guidance of this one."""
         return state.masks
+
+    def narrow(self, masks: MaskSet, guidance: Guidance | None) -> MaskSet | None:
+        """Return what slow clients keep, within the new ``masks``; None: the same."""
+        return None
 
     def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
         """Return parameters with pruned entries zero, when masks have changed."""

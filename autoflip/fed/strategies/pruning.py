@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class Random(_Pruning):
             scores = torch.rand(shapes[name], generator=generator)
             masks[name] = prune.by_scores({name: scores}, density)[name]
         drawn = MaskSet(masks)
-        return ServerState(self.settle(dict(state.params), drawn), drawn)
+        return replace(super().begin(state), params=self.settle(dict(state.params), drawn), masks=drawn)
 
 
 def _erdos_renyi(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
