@@ -215,3 +215,28 @@ def test_the_proximal_term_pulls_local_steps_back():
     start = _Job(far.config).states["fedprox"].params
     moved = [sum(float((r.params[n] - start[n]).norm()) for n in start) for r in (near, far)]
     assert moved[0] < 0.95 * moved[1]
+
+
+def test_batch_norm_may_be_replaced_by_group_norm():
+    net = ["model.name=tests.test_fed:NormNet", "fed.against=none", "fed.rounds=3", "prune.channels=0.5"]
+    result = fed.run(_config(*net, "model.norm=group"))
+    assert not any("running" in name for name in result.params)
+    assert isinstance(result.model().norm, torch.nn.GroupNorm)
+    assert result.records[-1].channels < 1
+    kept = fed.run(_config(*net))
+    assert isinstance(kept.model().norm, torch.nn.BatchNorm2d)
+    there = kept.masks["norm.weight"]  # a removed channel has no variance
+    assert float(kept.params["norm.running_var"][there].min()) > 0
+
+
+def test_group_norm_keeps_affine_weights_and_divides_any_width():
+    from autoflip.fed.norms import to_group_norm
+
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(12), torch.nn.BatchNorm2d(7, affine=False))
+    weight = model[0].weight
+    to_group_norm(model)
+    assert (model[0].num_groups, model[1].num_groups) == (4, 1)
+    assert model[0].weight is weight
+    assert model[1].weight is None
+    with pytest.raises(ValueError, match="run the model once"):
+        to_group_norm(torch.nn.Sequential(torch.nn.LazyBatchNorm2d()))

@@ -19,6 +19,7 @@ from autoflip.fed import checkpoint, data, models, partition
 from autoflip.fed.client import Client
 from autoflip.fed.config import Config
 from autoflip.fed.ledger import Record, read_records, summarise, total_cost
+from autoflip.fed.norms import to_group_norm
 from autoflip.fed.seeding import derive, sample
 from autoflip.fed.server import Server
 from autoflip.fed.state import ServerState
@@ -173,6 +174,8 @@ class _Job:
         self.blank = models.build(
             name, input_shape=self.dataset.input_shape, num_classes=self.dataset.num_classes, seed=seed
         )
+        if config.model.norm == "group":
+            self.blank = to_group_norm(self.blank)
         start = {k: v.detach().clone() for k, v in self.blank.state_dict().items() if v.is_floating_point()}
         strategies = {method: METHODS[method](config, self.blank) for method in self.methods}
         self.states = states or {method: s.begin(ServerState(dict(start))) for method, s in strategies.items()}

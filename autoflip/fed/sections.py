@@ -42,6 +42,7 @@ class Model:
     """Which network: a name of fed.models, or module:callable."""
 
     name: str = "auto"
+    norm: str = "keep"  # BatchNorm: keep (its buffers are averaged like weights) | group (GroupNorm instead)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "wire.values": ("fp32", "bf16", "int8", "int4"),
     "wire.downlink": ("fp32", "bf16", "int8", "int4"),
     "wire.start": ("seed", "broadcast"),
+    "model.norm": ("keep", "group"),
     "server.optimizer": ("none", "momentum", "adam"),
 }
 
