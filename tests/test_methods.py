@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from autoflip import MaskSet, fed, report
+from autoflip import MaskSet, fed, meter, report
 from autoflip.fed.client import Client
 from autoflip.fed.loop import _Job
 from autoflip.fed.sections import METHOD_NAMES
 from autoflip.fed.state import ServerState
 from autoflip.fed.strategies import METHODS
+from autoflip.nn import compact
 from autoflip.report.runs import curve_of
 
 SMALL = ["fed.rounds=5", "fed.clients=4", "fed.fraction=0.5", "train.epochs=1", "data.samples_per_client=40"]
@@ -240,3 +241,45 @@ def test_group_norm_keeps_affine_weights_and_divides_any_width():
     assert model[1].weight is None
     with pytest.raises(ValueError, match="run the model once"):
         to_group_norm(torch.nn.Sequential(torch.nn.LazyBatchNorm2d()))
+
+
+@pytest.mark.parametrize("budget, value", [("flops", 0.3), ("bytes", 0.05)])
+def test_budgets_are_met_by_fewer_channels_and_not_by_far_fewer(budget, value):
+    wire = ["wire.values=int4", "wire.downlink=int4", "prune.density=1", "prune.channels=1", "prune.round_to=1"]
+    config = _config("fed.against=none", "fed.rounds=2", *wire, f"prune.{budget}={value}")
+    result = fed.run(config)
+    job = _Job(config)
+    small = compact(job.blank, masks=result.masks)
+
+    def cost(net):
+        if budget == "bytes":
+            return sum(p.numel() for p in net.parameters()) * (8.25 if net is small else 64)
+        x = torch.zeros(2, *job.dataset.input_shape)
+        return meter.count_flops(lambda: net(x).sum().backward())
+
+    assert 0.9 * value < cost(small) / cost(job.blank) <= 1.01 * value
+    assert fed.run(_config("fed.against=none", "fed.rounds=2", *wire)).records[-1].channels == 1
+
+
+def test_a_budget_that_nothing_fits_gives_the_smallest_model():
+    from autoflip.fed.budget import channels_within
+
+    assert channels_within(lambda share: (0.2 + share, 0.0), 0.1, 0.0, 1.0) < 0.01
+    assert channels_within(lambda share: (share**2, share), 0.25, 0.9, 1.0) == pytest.approx(0.5, abs=0.01)
+    assert channels_within(lambda share: (share**2, share), 0.25, 0.3, 1.0) == pytest.approx(0.3, abs=0.01)
+    assert channels_within(lambda share: (share, share), 0.0, 0.0, 0.7) == 0.7
+
+
+@pytest.mark.parametrize("restore", ["layer", "row"])
+def test_pruned_layers_get_their_norm_back(restore):
+    strategy = METHODS["autoflip"](_config(f"prune.restore={restore}", "prune.rescale=100"), torch.nn.Linear(6, 3))
+    g = torch.Generator().manual_seed(0)
+    params = {"weight": torch.randn(3, 6, generator=g), "bias": torch.ones(3)}
+    mask = torch.tensor([[True, False] * 3, [False] * 6, [True] * 6])
+    settled = strategy.settle(params, MaskSet({"weight": mask}))["weight"]
+    assert float(settled[~mask].abs().sum()) == 0
+    if restore == "layer":
+        assert float(settled.norm()) == pytest.approx(float(params["weight"].norm()), rel=1e-5)
+    else:
+        assert settled.norm(dim=1)[[0, 2]].tolist() == pytest.approx(params["weight"].norm(dim=1)[[0, 2]].tolist())
+        assert torch.equal(settled[2], params["weight"][2])

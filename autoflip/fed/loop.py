@@ -177,7 +177,7 @@ class _Job:
         if config.model.norm == "group":
             self.blank = to_group_norm(self.blank)
         start = {k: v.detach().clone() for k, v in self.blank.state_dict().items() if v.is_floating_point()}
-        strategies = {method: METHODS[method](config, self.blank) for method in self.methods}
+        strategies = {method: METHODS[method](config, self.blank, self.dataset.train.x[:2]) for method in self.methods}
         self.states = states or {method: s.begin(ServerState(dict(start))) for method, s in strategies.items()}
         if set(self.states) != set(self.methods) or any(
             {k: v.shape for k, v in s.params.items()} != {k: v.shape for k, v in start.items()}

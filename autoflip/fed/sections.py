@@ -86,11 +86,15 @@ class Prune:
 
     density: float = 0.15  # kept share of the weights
     channels: float = 0.5  # kept share of channels and neurons
+    flops: float = 0.0  # budget: share of a dense round's FLOPs, met by fewer channels; 0: none
+    bytes: float = 0.0  # the same for bytes, both ways against float32
+    round_to: int = 0  # channels of a convolution are kept in multiples of this; 0: by its size, see prune.hybrid
     slow_channels: float = 0.25  # the same for slow clients (fed.slow); autoflip only
     block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
     until: int = 1  # rounds over which the density falls to its target; 1: at once
     every: int = 5  # rounds between two mask changes while it falls
     rescale: float = 3.0  # largest factor that restores a pruned layer's norm; 1: leave the weights alone
+    restore: str = "layer"  # whose norm: layer | row (of each output that is left)
     paper_quantile: float = 0.3  # T_p of method autoflip-paper: the pruned share
 
 
@@ -121,6 +125,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "wire.downlink": ("fp32", "bf16", "int8", "int4"),
     "wire.start": ("seed", "broadcast"),
     "model.norm": ("keep", "group"),
+    "prune.restore": ("layer", "row"),
     "server.optimizer": ("none", "momentum", "adam"),
 }
 
@@ -161,6 +166,9 @@ RANGES = {
     "explore.agreement": _range(0, 100),
     "prune.density": _SHARE,
     "prune.channels": _SHARE,
+    "prune.flops": _range(0, 1),
+    "prune.bytes": _range(0, 1),
+    "prune.round_to": _range(0, 1024),
     "prune.slow_channels": _SHARE,
     "prune.until": _COUNT,
     "prune.every": _COUNT,

@@ -1,6 +1,6 @@
 """Which setting of autoflip brings what: variants of the default on the cheap rows, each against dense FedAvg.
 
-    python bench/experiments/study.py har-subject digits-dirichlet-0.1 --data-root DIR [--seeds 3] [--only a,b]
+    python bench/experiments/study.py har-subject digits-dirichlet-0.1 --data-root DIR [--seeds 3] [--only "a;b"]
 
 Writes bench/results/study-ROW.json and prints its table; a (variant, seed) whose configuration is there is not run
 again. Costs are of the whole run and up to dense FedAvg's final accuracy with the same seed.
@@ -64,11 +64,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", choices=list(ROWS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="variants, separated by commas; default: all")
+    parser.add_argument("--only", default="", help="variants, separated by semicolons; default: all")
     parser.add_argument("--data-root", default=os.environ.get("AUTOFLIP_DATA", ""))
     parser.add_argument("--table", action="store_true", help="only print what is there")
     chosen = parser.parse_args()
-    names = ["fedavg", *(chosen.only.split(",") if chosen.only else VARIANTS)]
+    names = ["fedavg", *(chosen.only.split(";") if chosen.only else VARIANTS)]
     for row in chosen.rows:
         path = RESULTS / f"study-{row}.json"
         found = json.loads(path.read_text()) if path.exists() else {}

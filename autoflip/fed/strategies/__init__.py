@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
-from autoflip.fed.config import Config
 from autoflip.fed.strategies.autoflip import AutoFlip, AutoFlipPaper
 from autoflip.fed.strategies.base import Ask, Strategy
 from autoflip.fed.strategies.dense import FedAdam, FedAvgM, FedProx
@@ -14,7 +9,7 @@ from autoflip.fed.strategies.pruning import SSFL, Magnitude, PruneFL, Random
 
 __all__ = ["METHODS", "Ask", "Strategy"]
 
-METHODS: dict[str, Callable[[Config, nn.Module], Strategy]] = {
+METHODS: dict[str, type[Strategy]] = {
     kind.name: kind
     for kind in (AutoFlip, AutoFlipPaper, Strategy, FedProx, FedAvgM, FedAdam, Random, Magnitude, PruneFL, SSFL)
 }

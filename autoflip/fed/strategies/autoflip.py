@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from autoflip import prune
 from autoflip.explore import Sums, rank
+from autoflip.fed.budget import channels_within, cost_of
 from autoflip.fed.config import Config
 from autoflip.fed.state import Guidance, ServerState
 from autoflip.fed.strategies.base import Ask, Strategy
@@ -24,8 +25,8 @@ class AutoFlip(Strategy):
     name = "autoflip"
     stateful = True
 
-    def __init__(self, config: Config, model: nn.Module) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
+        super().__init__(config, model, example)
         self.values = config.wire.values
         self.downlink = config.wire.downlink
         self.optimizer = config.server.optimizer
@@ -77,7 +78,21 @@ class AutoFlip(Strategy):
         last = state.round + 1 == cfg.until
         if state.guidance is None or not (state.round == 0 or last or state.round % cfg.every == 0):
             return state.masks
-        return self._hybrid(state.guidance, self.target_density(state.round), cfg.channels)
+        density = self.target_density(state.round)
+        return self._hybrid(state.guidance, density, self._channels(state.guidance, density))
+
+    def _channels(self, guidance: Guidance, density: float) -> float:
+        """Return the share of channels: as configured, or what the budgets leave."""
+        cfg, wire = self.config.prune, self.config.wire
+        if not (cfg.flops or cfg.bytes) or self.example is None:
+            return cfg.channels
+        example = self.example
+
+        def cost(share: float) -> tuple[float, float]:
+            masks = self._hybrid(guidance, density, share)
+            return cost_of(self.model, masks, example, self._groups, wire.values, wire.downlink)
+
+        return channels_within(cost, cfg.flops, cfg.bytes, cfg.channels)
 
     def narrow(self, masks: MaskSet, guidance: Guidance | None) -> MaskSet | None:
         """The best channels only (as HeteroFL, Diao et al., ICLR 2021, but by guidance, not by position)."""
@@ -94,6 +109,7 @@ class AutoFlip(Strategy):
             density=density,
             channels=channels,
             block=(block[0], block[1]) if block else None,
+            round_to=self.config.prune.round_to or None,
             groups=self._groups,
         )
 
@@ -104,10 +120,11 @@ class AutoFlip(Strategy):
         first have to win it back. The factor is at most ``prune.rescale``.
         """
         settled = super().settle(params, masks)
-        most = self.config.prune.rescale
-        for name in (n for n in self.weights if n in masks):
-            if params[name].ndim >= 2 and (norm := float(settled[name].norm())) > 0:
-                settled[name] = settled[name] * min(most, float(params[name].norm()) / norm)
+        most, whole = self.config.prune.rescale, self.config.prune.restore == "layer"
+        for name in (n for n in self.weights if n in masks and params[n].ndim >= 2):
+            old, new = ((t.flatten() if whole else t.flatten(1)).norm(dim=-1) for t in (params[name], settled[name]))
+            factor = torch.where(new > 0, old / new, 1.0).clamp(max=most)
+            settled[name] = settled[name] * factor.reshape(-1, *[1] * (params[name].ndim - 1))
         return settled
 
     def _score(self, name: str, guidance: Guidance) -> Tensor:
@@ -121,8 +138,8 @@ class AutoFlipPaper(AutoFlip):
 
     name = "autoflip-paper"
 
-    def __init__(self, config: Config, model: nn.Module) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
+        super().__init__(config, model, example)
         self.values = self.downlink = "fp32"
         self.optimizer = "none"
         self.probe = ""

@@ -46,6 +46,7 @@ class Strategy:
     Args:
         config: the run's configuration.
         model: the full model, whose layers pruning looks at.
+        example: inputs of a small batch, to count FLOPs on; only budgets need it.
     """
 
     name = "fedavg"
@@ -55,9 +56,10 @@ class Strategy:
     downlink = "fp32"
     optimizer = "none"  # of the server, see fed.optimizers
 
-    def __init__(self, config: Config, model: nn.Module) -> None:
+    def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
         self.config = config
         self.model = model
+        self.example = example
         self.weights = [name for name, _ in model.named_parameters()]
 
     def begin(self, state: ServerState) -> ServerState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from autoflip.fed.config import Config
 from autoflip.fed.strategies.base import Strategy
@@ -18,8 +18,8 @@ class FedProx(Strategy):
 
     name = "fedprox"
 
-    def __init__(self, config: Config, model: nn.Module) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
+        super().__init__(config, model, example)
         self.proximal = config.train.proximal
 
 

@@ -26,8 +26,8 @@ __all__ = ["SSFL", "Magnitude", "PruneFL", "Random"]
 class _Pruning(Strategy):
     stateful = True
 
-    def __init__(self, config: Config, model: nn.Module) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
+        super().__init__(config, model, example)
         self.values, self.downlink = config.wire.values, config.wire.downlink
         self.covered = list(prune.weights(model))
 
