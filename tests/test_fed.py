@@ -246,6 +246,9 @@ def test_a_schedule_walks_down_to_the_density():
     assert all(a >= b - 1e-9 for a, b in zip(densities, densities[1:]))
     assert len(set(densities)) >= 4
     assert densities[-1] == pytest.approx(0.1, rel=0.03)
+    channels = [r.channels for r in result.records]
+    assert 0.5 < channels[0] < 1
+    assert channels[-1] < channels[2] < channels[0]
 
 
 def test_a_cut_weight_returns_when_it_is_worth_more_than_a_kept_one():

@@ -91,8 +91,8 @@ class Prune:
     round_to: int = 0  # channels of a convolution are kept in multiples of this; 0: by its size, see prune.hybrid
     slow_channels: float = 0.25  # the same for slow clients (fed.slow); autoflip only
     block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
-    until: int = 1  # rounds over which the density falls to its target; 1: at once
-    every: int = 5  # rounds between two mask changes while it falls
+    until: int = 1  # rounds over which density and channels fall to their targets; 1: at once
+    every: int = 5  # rounds between two mask changes while they fall
     rescale: float = 3.0  # largest factor that restores a pruned layer's norm; 1: leave the weights alone
     restore: str = "layer"  # whose norm: layer | row (of each output that is left)
     paper_quantile: float = 0.3  # T_p of method autoflip-paper: the pruned share

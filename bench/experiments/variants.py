@@ -7,6 +7,7 @@ QUARTER = "explore.fraction=0.25"
 INT4 = ["wire.values=int4", "wire.downlink=int4"]
 N25 = [*NARROW, "prune.channels=0.25", *INT4, QUARTER]
 N15 = [*N25, "prune.channels=0.15"]
+N35 = [*N25, "prune.channels=0.35"]
 
 VARIANTS: dict[str, list[str]] = {
     "fedavg": ["fed.method=fedavg"],
@@ -46,6 +47,11 @@ VARIANTS: dict[str, list[str]] = {
     "N15 row lr x2": [*N15, "prune.restore=row", "train.lr=0.1"],
     "N35": [*N25, "prune.channels=0.35"],
     "N35 lr x2": [*N25, "prune.channels=0.35", "train.lr=0.1"],
+    "N35 adam": [*N35, *ADAM],
+    "N35 row adam": [*N35, *ADAM, "prune.restore=row"],
+    "N35 row": [*N35, "prune.restore=row"],
+    "N50": [*N25, "prune.channels=0.5"],
+    "N50 adam": [*N25, *ADAM, "prune.channels=0.5"],
     "fedavg lr x2": ["fed.method=fedavg", "train.lr=0.1"],
     "fedadam": ["fed.method=fedadam"],
 }

@@ -66,11 +66,10 @@ class AutoFlip(Strategy):
             weights[name] = torch.where(held, params[name], state.guidance.weights[name])
         return Guidance(state.guidance.importance, agreement, weights)
 
-    def target_density(self, round_number: int) -> float:
-        """Return the density after a round: falls from 1 to its target along a cubic (Zhu and Gupta 2017)."""
-        cfg = self.config.prune
-        progress = min(1.0, (round_number + 1) / cfg.until)
-        return cfg.density + (1 - cfg.density) * (1 - progress) ** 3
+    def after(self, round_number: int, share: float) -> float:
+        """Return what is kept after a round: falls from 1 to ``share`` along a cubic (Zhu and Gupta 2017)."""
+        progress = min(1.0, (round_number + 1) / self.config.prune.until)
+        return share + (1 - share) * (1 - progress) ** 3
 
     def masks(self, state: ServerState) -> MaskSet | None:
         """Hybrid pruning after the exploration round and at each step of the schedule."""
@@ -78,10 +77,10 @@ class AutoFlip(Strategy):
         last = state.round + 1 == cfg.until
         if state.guidance is None or not (state.round == 0 or last or state.round % cfg.every == 0):
             return state.masks
-        density = self.target_density(state.round)
-        return self._hybrid(state.guidance, density, self._channels(state.guidance, density))
+        channels = self.after(state.round, self._channels(state.guidance))
+        return self._hybrid(state.guidance, self.after(state.round, cfg.density), channels)
 
-    def _channels(self, guidance: Guidance, density: float) -> float:
+    def _channels(self, guidance: Guidance) -> float:
         """Return the share of channels: as configured, or what the budgets leave."""
         cfg, wire = self.config.prune, self.config.wire
         if not (cfg.flops or cfg.bytes) or self.example is None:
@@ -89,7 +88,7 @@ class AutoFlip(Strategy):
         example = self.example
 
         def cost(share: float) -> tuple[float, float]:
-            masks = self._hybrid(guidance, density, share)
+            masks = self._hybrid(guidance, cfg.density, share)
             return cost_of(self.model, masks, example, self._groups, wire.values, wire.downlink)
 
         return channels_within(cost, cfg.flops, cfg.bytes, cfg.channels)
