@@ -1,10 +1,7 @@
 """The GPU's delta kernels write the CPU's bytes: in Triton's interpreter always, on a device where there is one."""
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -79,40 +76,3 @@ def test_a_mask_is_located_once():
     assert torch.equal(
         where.offsets[1:], torch.tensor([int(delta.bits(mask)[: 1024 * (i + 1)].sum()) for i in range(5)])
     )
-
-
-COMPILE = """
-import json, test_kernels_compile as t
-source = t.COMPILE.split("size = dict(")[0].replace("masked_matmul as m", "delta as m")
-exec(source)
-fp = lambda *names: {n: "*fp32" for n in names}
-mask, key = dict(p_words="*u8", p_offsets="*i64", n="i32"), dict(key0="u32", key1="u32", n="i32")
-out = {}
-for flag in (True, False):
-    out[f"gather {flag}"] = compile(
-        m.delta_gather_kernel, {**fp("p_x", "p_base", "p_out"), **mask, "p_bad": "*i32"},
-        dict(HAS_BASE=flag, B=m.ENTRIES), 90)
-    out[f"quantise {flag}"] = compile(
-        m.delta_quantise_kernel,
-        {**fp("p_x", "p_scales"), **key, "p_codes": "*i8", "levels": "fp32", "largest": "fp32"},
-        dict(NEAREST=flag, B=m.RANKS), 90)
-    for add in (True, False):
-        out[f"expand {flag} {add}"] = compile(
-            m.delta_expand_kernel,
-            {**fp("p_scales", "p_out"), **mask, "p_values": "*i8" if flag else "*fp32", "weight": "fp32"},
-            dict(CODES=flag, ADD=add, R=m.RANKS, B=m.ENTRIES), 90)
-out["round"] = compile(
-    m.delta_round_kernel, {**fp("p_x"), **key, "p_words": "*i16"}, dict(NEAREST=False, B=m.ENTRIES), 90)
-print(json.dumps(out))
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_kernels_compile_for_sm_90_without_spills():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    for name, (registers, stack) in json.loads(run.stdout).items():
-        assert registers < 255, name
-        assert stack == 0, name

@@ -98,7 +98,38 @@ def _block_dws(kind: str) -> list[tuple[dict, dict]]:
     return [(types, {**one, "GATHER": g, "BN": 64, "BO": o, "BK": k, **ALIGNED}) for one, g, o, k in cases]
 
 
+_BITS = {"p_words": "*u8", "p_offsets": "*i64"}
+_KEY = {"key0": "u32", "key1": "u32"}
+
+
+def _delta() -> dict[str, list[tuple[dict, dict]]]:
+    both, still = (True, False), {"enable_fp_fusion": False}  # a fused multiply-add would not round as the CPU does
+    wanted, codes = _pointers("fp32", "p_x", "p_base", "p_out"), {"p_codes": "*i8", "levels": "fp32", "largest": "fp32"}
+    return {
+        "delta_gather_kernel": [
+            (wanted | _BITS | {"p_bad": "*i32"}, {"HAS_BASE": flag, "B": 1024, **still}) for flag in both
+        ],
+        "delta_quantise_kernel": [
+            (_pointers("fp32", "p_x", "p_scales") | codes | _KEY, {"NEAREST": flag, "B": 256, **still}) for flag in both
+        ],
+        "delta_round_kernel": [
+            (_pointers("fp32", "p_x") | {"p_words": "*i16"} | _KEY, {"NEAREST": flag, "B": 1024}) for flag in both
+        ],
+        "delta_expand_kernel": [
+            (
+                _pointers("fp32", "p_scales", "p_out")
+                | _BITS
+                | {"p_values": "*i8" if flag else "*fp32", "weight": "fp32"},
+                {"CODES": flag, "ADD": add, "R": 256, "B": 1024, **still},
+            )
+            for flag in both
+            for add in both
+        ],
+    }
+
+
 TRITON = {
+    **_delta(),
     "block_matmul_kernel": _block_walks("bf16") + _block_walks("fp32"),
     "block_dw_kernel": _block_dws("bf16") + _block_dws("fp32"),
     "masked_matmul_fwd_kernel": [
@@ -143,12 +174,13 @@ def _triton_row(kernel, types: dict[str, str], constants: dict, arch: int) -> di
     aligned = constants.get("aligned", False)
     constants = {k: v for k, v in constants.items() if k in names}
     types = {n: kind for n, kind in types.items() if n in names}
+    pointers = [n for n, kind in types.items() if kind.startswith("*")]
     sizes = {n: "i32" for n in names if n not in types and n not in constants}
     source = ASTSource(
         kernel,
         {n: "constexpr" if n in constants else {**types, **sizes}[n] for n in names},
         {(names.index(k),): v for k, v in constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in [*types, *(sizes if aligned else ())]},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in [*pointers, *(sizes if aligned else ())]},
     )
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
