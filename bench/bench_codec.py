@@ -1,139 +1,174 @@
-"""Bytes and seconds of a frame beside pickle, torch.save, safetensors, dense zstd-3 and memcpy.
+"""Speed of the codec in GB/s of dense float32, beside memcpy, pickle, torch.save and dense zstd-3.
 
-Interleaved: every pass runs each method once, so that a busy moment hits all alike; the middle of the passes is
-reported with its spread. Synthetic deltas (normal, 1e-3) flatter nobody: real ones have more zeros and pack better.
+Interleaved: every pass runs each method once, so that a busy moment hits all alike; medians of CPU seconds of one
+thread. "fresh": into memory that the system hands out anew, page by page; elsewhere memory is used again. Synthetic
+deltas (normal, 1e-3, random mask) flatter nobody: real ones have more zeros and pack better (bench/codec_bytes.py).
 
-    python bench/bench_codec.py [--entries 4000000] [--passes 15]
+    python bench/bench_codec.py [--entries 10000000 50000000] [--densities 0.5 0.2 0.1 0.05] [--passes 7] [--out FILE]
+
+Results are added to FILE (default bench/results/codec-speed.json) under the instruction set that served:
+AUTOFLIP_CPU=base|avx2|avx512 chooses it.
 """
 
 import argparse
 import io
+import json
 import pickle
-import platform
 import statistics
 import time
+from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 import zstandard
+from conftest import machine
 
 from autoflip import MaskSet, codec
-from autoflip.ops import backend
+from autoflip.ops import backend, delta_stream
+from autoflip.ops import delta as ops
+
+KEY = (1, 2)
 
 
-def methods(delta, masks):
-    """Name -> (encode, decode); decode takes what encode returned."""
+def example(entries, density):
+    """Return a delta of about ``entries`` in rows of 1000, and a random mask."""
+    g = torch.Generator().manual_seed(0)
+    rows = max(1, entries // 1000)
+    delta = {"w": torch.randn(rows, 1000, generator=g) * 1e-3}
+    return delta, MaskSet({"w": torch.rand(rows, 1000, generator=g) < density})
+
+
+def kernels(delta, masks):
+    """Name -> call of one op alone."""
+    x = delta["w"].view(-1)
+    base, out, total = torch.randn_like(x), torch.zeros_like(x), torch.zeros_like(x)
+    mask = ops.pack(masks["w"])
+    values, _ = delta_stream.code(x, mask, delta_stream.FP32, KEY)
+    codes, _ = delta_stream.code(x, mask, delta_stream.INT8, KEY)
+    return {
+        "memcpy": lambda: out.copy_(x),
+        "memcpy, fresh": lambda: x.clone(),
+        "pack": lambda: ops.gather(x, mask),
+        "nonzero to bits": lambda: ops.pack_nonzero(x),
+        "subtract + pack": lambda: ops.gather(x, mask, base),
+        "subtract + int8": lambda: delta_stream.code(x, mask, delta_stream.INT8, KEY, base),
+        "int8": lambda: delta_stream.code(x, mask, delta_stream.INT8, KEY),
+        "expand fp32": lambda: delta_stream.decode(values, mask, out),
+        "expand int8": lambda: delta_stream.decode(codes, mask, out),
+        "expand int8, fresh": lambda: delta_stream.decode(codes, mask),
+        "add int8": lambda: delta_stream.accumulate(codes, mask, total, 0.5),
+    }
+
+
+def frames(delta, masks):
+    """Name -> (encode, decode) of whole frames; decode takes what encode returned."""
     schema = codec.Schema.of(delta)
     kept = {n: t * masks[n] for n, t in delta.items()}
-    scratch = {n: torch.empty_like(t) for n, t in delta.items()}
     sums = {n: torch.zeros_like(t) for n, t in delta.items()}
+    out = {n: torch.zeros_like(t) for n, t in delta.items()}
+    local = {"masks": masks, "schema": schema}
 
-    def save(tensors):
+    def encode(values):
+        return lambda: codec.encode(delta, values=values, **local)
+
+    return {
+        "mask fp32": (encode("fp32"), lambda b: codec.decode(b, **local, out=out)),
+        "mask bf16": (encode("bf16"), lambda b: codec.decode(b, **local, out=out)),
+        "mask int8": (encode("int8"), lambda b: codec.decode(b, **local, out=out)),
+        "mask int8, fresh": (encode("int8"), lambda b: codec.decode(b, **local)),
+        "mask int8, accumulate": (encode("int8"), lambda b: codec.accumulate(b, sums, 1.0, **local)),
+        "explicit int8": (
+            lambda: codec.encode(kept, values="int8", schema=schema),
+            lambda b: codec.decode(b, schema=schema, out=out),
+        ),
+    }
+
+
+def peers(delta, masks):
+    kept = {n: t * masks[n] for n, t in delta.items()}
+
+    def save():
         buffer = io.BytesIO()
-        torch.save(tensors, buffer)
+        torch.save(kept, buffer)
         return buffer.getvalue()
 
-    def raw():
-        return b"".join(t.numpy().tobytes() for t in kept.values())
-
-    def copy():
-        for n, t in kept.items():
-            scratch[n].copy_(t)
-        return b""
-
-    coo = {n: t.to_sparse() for n, t in kept.items()}
-    out = {
-        "memcpy": (copy, lambda _: copy()),
-        "pickle": (lambda: pickle.dumps(kept), pickle.loads),
-        "torch.save": (lambda: save(kept), lambda b: torch.load(io.BytesIO(b))),
-        "torch.save, sparse COO": (lambda: save(coo), lambda b: torch.load(io.BytesIO(b))),
-        "safetensors": (lambda: safetensors.torch.save(kept), safetensors.torch.load),
+    return {
+        "pickle": (lambda: pickle.dumps({n: t.numpy() for n, t in kept.items()}, protocol=5), pickle.loads),
+        "torch.save": (save, lambda b: torch.load(io.BytesIO(b))),
         "dense zstd-3": (
-            lambda: zstandard.ZstdCompressor(level=3).compress(raw()),
+            lambda: zstandard.ZstdCompressor(level=3).compress(kept["w"].numpy().data.cast("B")),
             lambda b: zstandard.ZstdDecompressor().decompress(b),
         ),
     }
-    for values in ("fp32", "bf16", "int8", "int4"):
-        out[f"mask {values}"] = (
-            lambda v=values: codec.encode(delta, masks=masks, values=v, schema=schema),
-            lambda b: codec.decode(b, masks=masks, schema=schema),
-        )
-    out["mask int8, accumulate"] = (
-        lambda: codec.encode(delta, masks=masks, values="int8", schema=schema),
-        lambda b: codec.accumulate(b, sums, 1.0, masks=masks, schema=schema),
-    )
-    out["explicit int8"] = (
-        lambda: codec.encode(kept, values="int8", schema=schema),
-        lambda b: codec.decode(b, schema=schema),
-    )
-    new = {n: (t + 1).to(torch.bfloat16) for n, t in delta.items()}
-    base = {n: torch.ones_like(t).to(torch.bfloat16) for n, t in delta.items()}
-    out["patch"] = (
-        lambda: codec.encode_patch(new, base, masks=masks, schema=schema),
-        lambda b: codec.decode_patch(b, base, masks=masks, schema=schema),
-    )
-    return out
 
 
 def seconds(call):
-    start = time.perf_counter()
+    start = time.thread_time()
     result = call()
-    return time.perf_counter() - start, result
+    return time.thread_time() - start, result
 
 
-@pytest.mark.parametrize("name", ["memcpy", "pickle", "safetensors", "mask int8", "mask bf16", "explicit int8"])
+def measure(entries, density, passes):
+    """Return rows: what, GB/s, times memcpy (median of the pairs of one pass), bytes."""
+    delta, masks = example(entries, density)
+    dense = delta["w"].numel() * 4
+    alone, whole = kernels(delta, masks), frames(delta, masks) | peers(delta, masks)
+    times, sizes = {}, {}
+    for i in range(passes + 1):
+        took = {name: seconds(call)[0] for name, call in alone.items()}
+        for name, (encode, decode) in whole.items():
+            took[f"{name}: encode"], blob = seconds(encode)
+            took[f"{name}: decode"] = seconds(lambda d=decode, b=blob: d(b))[0]
+            sizes[name] = len(blob)
+        for name, spent in took.items():
+            if i:  # the first pass warms up
+                times.setdefault(name, []).append(spent)
+    rows = []
+    for name, spent in times.items():
+        ratio = statistics.median(m / s for m, s in zip(times["memcpy"], spent, strict=True))
+        row = {"what": name, "gb_per_second": dense / statistics.median(spent) / 1e9, "times_memcpy": ratio}
+        if size := sizes.get(name.rpartition(":")[0]):
+            row["bytes"] = size
+        rows.append({"entries": delta["w"].numel(), "density": density, **row})
+    return rows
+
+
+@pytest.mark.parametrize("name", ["pickle", "mask int8", "mask bf16", "explicit int8"])
 @pytest.mark.parametrize("density", [0.1, 0.05])
 @pytest.mark.parametrize("way", ["encode", "decode"])
 def test_codec(benchmark, gate, way, density, name):
     benchmark.group = f"codec {way}, density {density}"
     delta, masks = example(2_000_000, density)
-    encode, decode = methods(delta, masks)[name]
+    encode, decode = (frames(delta, masks) | peers(delta, masks))[name]
     blob = encode()
-    if name.startswith(("mask", "explicit")):
+    if name != "pickle":
         # a block's int8 step is its largest value over 127; bf16 keeps 8 bits
         gate(decode(blob)["w"], delta["w"] * masks["w"], atol=float(delta["w"].abs().max()) / 100)
     benchmark.extra_info.update(bytes=len(blob), dense_bytes=delta["w"].numel() * 4)
     benchmark(encode if way == "encode" else lambda: decode(blob))
 
 
-def example(entries, density):
-    """Return a square normal delta of about ``entries`` and a random mask."""
-    g = torch.Generator().manual_seed(0)
-    side = int(entries**0.5)
-    delta = {"w": torch.randn(side, side, generator=g) * 1e-3}
-    return delta, MaskSet({"w": torch.rand(side, side, generator=g) < density})
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--entries", type=int, default=4_000_000)
-    parser.add_argument("--passes", type=int, default=15)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--entries", type=int, nargs="+", default=[10_000_000, 50_000_000])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05])
+    parser.add_argument("--passes", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "codec-speed.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    ext = backend.extension("_C")[0]
-    machine = platform.processor() or platform.machine()
-    print(f"{machine}, torch {torch.__version__}, 1 thread, {ext.isa() if ext else 'no _C'}")
-    for density in (0.5, 0.1, 0.05):
-        delta, masks = example(args.entries, density)
-        dense = delta["w"].numel() * 4
-        all_methods = methods(delta, masks)
-        times = {name: ([], []) for name in all_methods}
-        sizes = {}
-        for _ in range(args.passes + 1):
-            for name, (encode, decode) in all_methods.items():
-                spent, blob = seconds(encode)
-                times[name][0].append(spent)
-                times[name][1].append(seconds(lambda d=decode, b=blob: d(b))[0])
-                sizes[name] = len(blob)
-        print(f"\n{dense / 1e6:.0f} MB dense, density {density}; GB/s of dense bytes, middle (10-90 %)")
-        for name, (up, down) in times.items():
-            cells = []
-            for spent in (up[1:], down[1:]):  # the first pass warms up
-                low, *_, high = (dense / q / 1e9 for q in reversed(statistics.quantiles(spent, n=10)))
-                cells.append(f"{dense / statistics.median(spent) / 1e9:6.2f} ({low:.2f}-{high:.2f})")
-            share = f"{dense / sizes[name]:6.1f}x" if sizes[name] else "      -"
-            print(f"{name:24s} {sizes[name]:>10d} B {share}  encode {cells[0]:>22s}  decode {cells[1]:>22s}")
+    isa = backend.extension("_C")[0].isa()
+    result = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+    result["machine"] = machine()
+    for entries in args.entries:
+        for density in args.densities:
+            rows = [{"isa": isa, **row} for row in measure(entries, density, args.passes)]
+            place = (isa, rows[0]["entries"], density)
+            result["rows"] = [r for r in result["rows"] if (r["isa"], r["entries"], r["density"]) != place] + rows
+            print(f"\n{isa}, {entries / 1e6:.0f} M entries, density {density}: GB/s of dense float32, times memcpy")
+            for row in rows:
+                size = f"  {row['bytes']} B" if "bytes" in row else ""
+                print(f"{row['what']:32s} {row['gb_per_second']:7.2f} {row['times_memcpy']:7.2f}x{size}", flush=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

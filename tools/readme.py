@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import codec_marks  # noqa: E402
 import layer_marks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +97,7 @@ def filled(text: str, marker: str, part: str) -> str:
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    new = filled(filled(text, "results", tables()), "layers", layers())
+    new = filled(filled(filled(text, "results", tables()), "layers", layers()), "codec", codec_marks.tables())
     if "--check" in sys.argv:
         return int(new != text)
     readme.write_text(new)

@@ -33,8 +33,8 @@ _CHUNK = 1 << 18  # entries of a thread's range; Pack.offsets counts by it
 
 Array = np.ndarray[Any, Any]
 
-# there is no CUDA or Triton kernel: on a GPU torch gathers, so that only kept entries cross to the host
-# (optional: a wish for a GPU backend is about GPU tensors; a frame is made on the host all the same)
+# the GPU's kernels are unmeasured: torch gathers on a GPU, so that only kept entries cross to the host, unless
+# AUTOFLIP_BACKEND names one of them (delta_stream.gpu_server); frames are finished on the host all the same
 backend.register("delta", "cpp", optional=True)
 _HOST = torch.device("cpu")
 

@@ -17,6 +17,7 @@ DELTA = {"w": torch.randn(20, 30, generator=_G), "b": torch.randn(20, generator=
 SPARSE = {n: t * (torch.rand(t.shape, generator=_G) < 0.1) for n, t in DELTA.items()}
 MASKS = MaskSet({"w": torch.rand(20, 30, generator=_G) < 0.2})
 OTHER = MaskSet({"w": torch.rand(20, 30, generator=_G) < 0.2})
+PART = {n: t * (torch.rand(t.shape, generator=_G) < 0.2) for n, t in DELTA.items()}
 SCHEMA = codec.Schema.of(DELTA)
 BASE = codec.decode_patch(codec.encode_patch(DELTA))
 COMB = {"w": torch.zeros(64, 256).index_fill_(1, torch.arange(0, 256, 40), 1.25)}
@@ -41,6 +42,8 @@ FRAMES = {
         for values in ("fp32", "bf16", "int8", "int4")
         for entropy in ("zstd", "none")
     },
+    "ranks": (codec.encode(PART, masks=MASKS, values="int4"), partial(codec.decode, masks=MASKS)),
+    "nearest": (codec.encode(SPARSE, values="bf16", rounding="nearest", level=19), codec.decode),
     "id-only": (codec.encode(DELTA, masks=MASKS, schema=SCHEMA), partial(codec.decode, masks=MASKS, schema=SCHEMA)),
     "explicit": (codec.encode(SPARSE, entropy="none"), codec.decode),
     "comb": (codec.encode(COMB, values="int8"), codec.decode),
@@ -59,6 +62,29 @@ def sign(blob):
     blob[92:96] = bytes(4)
     blob[92:96] = struct.pack("<I", zlib.crc32(blob))
     return bytes(blob)
+
+
+def _places(blob):
+    """Every byte but those that sign() writes."""
+    return [i for i in range(len(blob)) if not 72 <= i < 80 and not 92 <= i < 96]
+
+
+def mutated(blob, rng):
+    """Return ``blob`` with one to six bytes changed, put in, left out, or pieces of other frames spliced in."""
+    bad, places, others = bytearray(blob), _places(blob), [other for other, _ in FRAMES.values()]
+    for _ in range(rng.randint(1, 6)):
+        kind, i, other = rng.randrange(4), rng.choice(places), rng.choice(others)
+        if kind == 0:
+            bad[i % len(bad)] = rng.randrange(256)
+        elif kind == 1:
+            bad[i:i] = rng.randbytes(rng.randint(1, 9))
+        elif kind == 2:
+            del bad[i : i + rng.randint(1, 9)]
+        else:
+            j = rng.randrange(96, len(other))
+            bad[i:i] = other[j : j + rng.randint(1, 40)]
+        bad = bad if len(bad) > 96 else bytearray(blob)
+    return bad
 
 
 def survives(blob, decode):
@@ -98,26 +124,12 @@ def test_a_cut_or_lengthened_frame_is_refused(name):
 def test_signed_mutations_end_in_an_error_or_in_order(name):
     blob, decode = FRAMES[name]
     rng = random.Random(name)
-    others = [other for other, _ in FRAMES.values()]
-    places = [i for i in range(len(blob)) if not 72 <= i < 80 and not 92 <= i < 96]
+    places = _places(blob)
     for i in places[:400]:
         for value in {0, 1, 0x7F, 0x80, 0xFF, blob[i] ^ 1, blob[i] ^ 0x80}:
             survives(sign(blob[:i] + bytes([value]) + blob[i + 1 :]), decode)
     for _ in range(400):
-        bad = bytearray(blob)
-        for _ in range(rng.randint(1, 6)):
-            kind, i, other = rng.randrange(4), rng.choice(places), rng.choice(others)
-            if kind == 0:
-                bad[i % len(bad)] = rng.randrange(256)
-            elif kind == 1:
-                bad[i:i] = rng.randbytes(rng.randint(1, 9))
-            elif kind == 2:
-                del bad[i : i + rng.randint(1, 9)]
-            else:
-                j = rng.randrange(96, len(other))
-                bad[i:i] = other[j : j + rng.randint(1, 40)]
-            bad = bad if len(bad) > 96 else bytearray(blob)
-        survives(sign(bad), decode)
+        survives(sign(mutated(blob, rng)), decode)
 
 
 def test_accumulate_touches_nothing_unless_all_is_well():
