@@ -18,6 +18,7 @@ import json, pathlib, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from autoflip.kernels import hessian as h
 from autoflip.kernels import masked_matmul as m
 
 def compile(kernel, types, constants, capability):
@@ -48,6 +49,13 @@ for flag in (True, False):
         dict(HAS_BIAS=flag, RELU=flag, B=m.TILE), 90)
 out["dx"] = compile(m.masked_matmul_dx_kernel, {**fp("p_dy", "p_w", "p_dx"), **tables, **size}, dict(B=m.TILE), 90)
 out["dw"] = compile(m.masked_matmul_dw_kernel, {**fp("p_dy", "p_x", "p_dw"), **tables, **size}, dict(B=m.TILE), 90)
+out["squared_matmul"] = compile(
+    h.squared_matmul_kernel, {**fp("p_d", "p_a", "p_out"), **size}, dict(BN=32, BO=64, BK=64), 90)
+numbers = h.conv_squares_kernel.arg_names[3:-3]
+out["conv_squares"] = compile(
+    h.conv_squares_kernel, {**fp("p_d", "p_x", "p_out"), **{n: "i32" for n in numbers}}, dict(BO=32, BK=32, BP=32), 90)
+out["rademacher"] = compile(
+    h.rademacher_kernel, {"p_start": "*i64", **fp("p_out"), "count": "i32"}, dict(B=1024), 90)
 print(json.dumps(out))
 """
 
