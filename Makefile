@@ -71,6 +71,7 @@ gpu-check:
 	else echo "no compute-sanitizer here: memory was not checked" >&2; fi
 	mkdir -p bench/results
 	$(PY) -m pytest bench $(BENCH) --benchmark-json bench/results/gpu-$$(date +%Y-%m-%d).json
+	$(PY) bench/bench_masked_gpu.py
 
 clean:
 	rm -rf build dist .python *.egg-info autoflip/*.so autoflip/_build.txt .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

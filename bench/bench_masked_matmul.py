@@ -7,12 +7,14 @@ prints the table from which CROSSOVER in autoflip/ops/_masked_matmul.py was read
 
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import interleaved, machine
 
 from autoflip.ops import Pack
 from autoflip.ops import _masked_matmul as steps
@@ -29,7 +31,7 @@ def pair(N, O, K, density, step):
     mask = torch.rand(O, K, generator=g) < density
     x, dy = torch.randn(N, K, generator=g), torch.randn(N, O, generator=g)
     w = torch.randn(O, K, generator=g) * mask
-    parts = Pack(mask, path="sparse").parts()
+    parts = Pack(mask, path="sparse").parts(N)
     ours, dense, terms = {
         "forward": (lambda: steps.linear(x, w, None, parts), lambda: F.linear(x, w), K),
         "dx": (lambda: steps.dx(dy, w, parts), lambda: dy @ w, O),
@@ -43,18 +45,7 @@ def pair(N, O, K, density, step):
 
 def ratios(ours, dense, pairs=15, seconds=0.001):
     """Return ours / dense, one number a pair: each is timed for about ``seconds``, alternating."""
-    # on one thread its CPU time: what other processes take of a shared core is not ours
-    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def clock(f, calls):
-        start = now()
-        for _ in range(calls):
-            f()
-        return (now() - start) / calls
-
-    calls = max(1, int(seconds / clock(dense, 3)))
-    clock(ours, 2)
-    return [clock(ours, calls) / clock(dense, calls) for _ in range(pairs)]
+    return interleaved(dense, {"": ours}, pairs, seconds)[0][""]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -72,9 +63,6 @@ def test_masked_matmul(benchmark, gate, N, O, K, density, step):
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from conftest import machine
-
     print(", ".join(f"{k} {v}" for k, v in machine().items()))
     print("ours / dense, middle of alternating pairs")
     with torch.no_grad():

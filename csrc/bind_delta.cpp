@@ -1,3 +1,8 @@
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
 #include "bindings.h"
 #include "common/cpu.h"
 #include "cpu/delta.h"
@@ -15,6 +20,8 @@ const DeltaKernels& kernels() {
 #endif
   return chosen;
 }
+
+constexpr int64_t kAroundCaches = 1 << 21;  // entries from which outputs are written around the caches
 
 int64_t words_of(int64_t n) { return (n + 63) / 64; }
 
@@ -57,6 +64,14 @@ void delta_offsets(uintptr_t words, int64_t n, uintptr_t offsets, int threads) {
   for (int64_t c = 0; c < chunks; ++c) out[c + 1] += out[c];
 }
 
+void delta_within(uintptr_t mask, uintptr_t offsets, uintptr_t ranks, int64_t num_ranks, int64_t n,
+                  uintptr_t out, int threads) {
+  each_chunk(n, threads, [&](int64_t word, int64_t, int64_t size, int64_t c) {
+    kernels().within(at<uint64_t>(mask) + word, words_of(size), at<uint64_t>(ranks), num_ranks,
+                     at<int64_t>(offsets)[c], at<uint64_t>(out) + word);
+  });
+}
+
 // returns whether all differences are finite
 bool delta_gather(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offsets, int64_t n, uintptr_t out,
                   int threads) {
@@ -91,10 +106,14 @@ void delta_expand_add(uintptr_t values, uintptr_t words, uintptr_t offsets, int6
   });
 }
 
+DeltaKey key_of(uint32_t key0, uint32_t key1, bool nearest) {
+  return {key0, key1, nearest ? 0 : ~0u, nearest ? 1u << 31 : 0};
+}
+
 void delta_quantise(uintptr_t values, int64_t n, int levels, float largest, uint32_t key0, uint32_t key1,
-                    uintptr_t codes, uintptr_t scales, int threads) {
+                    bool nearest, uintptr_t codes, uintptr_t scales, int threads) {
   each_chunk(n, threads, [&](int64_t, int64_t first, int64_t size, int64_t) {
-    kernels().quantise(at<float>(values) + first, size, levels, largest, key0, key1, first,
+    kernels().quantise(at<float>(values) + first, size, levels, largest, key_of(key0, key1, nearest), first,
                        at<int8_t>(codes) + first, at<float>(scales) + first / kDeltaBlock);
   });
 }
@@ -106,11 +125,87 @@ void delta_dequantise(uintptr_t codes, uintptr_t scales, int64_t n, uintptr_t va
   });
 }
 
-void delta_round_bf16(uintptr_t values, int64_t n, uint32_t key0, uint32_t key1, uintptr_t words,
-                      int threads) {
+void delta_round_bf16(uintptr_t values, int64_t n, uint32_t key0, uint32_t key1, bool nearest,
+                      uintptr_t words, int threads) {
   each_chunk(n, threads, [&](int64_t, int64_t first, int64_t size, int64_t) {
-    kernels().round_bf16(at<float>(values) + first, size, key0, key1, first, at<uint16_t>(words) + first);
+    kernels().round_bf16(at<float>(values) + first, size, key_of(key0, key1, nearest), first,
+                         at<uint16_t>(words) + first);
   });
+}
+
+// The streams' addresses come as a tuple of up to four.
+DeltaCoding coding_of(int kind, const std::array<uintptr_t, 4>& streams, uintptr_t scales) {
+  DeltaCoding c{};
+  c.kind = kind;
+  for (int i = 0; i < 4; ++i) c.streams[i] = at<uint8_t>(streams[size_t(i)]);
+  c.scales = at<float>(scales);
+  return c;
+}
+
+// offsets may be null with words: then every entry is kept. Returns whether all differences are finite.
+bool delta_encode(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offsets, int64_t n, int kind,
+                  std::array<uintptr_t, 4> streams, uintptr_t scales, float largest, uint32_t key0,
+                  uint32_t key1, bool nearest, int threads) {
+  DeltaCoding c = coding_of(kind, streams, scales);
+  c.largest = largest, c.key = key_of(key0, key1, nearest);
+  const int64_t* ranks = at<int64_t>(offsets);
+  const int64_t entries = 64 * kDeltaChunkWords, chunks = (n + entries - 1) / entries;
+  auto rank = [&](int64_t chunk) { return words ? ranks[chunk] : chunk < chunks ? chunk * entries : n; };
+  std::vector<float> loose(size_t(chunks) * 2 * kDeltaBlock);
+  int bad = 0;
+  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t chunk) {
+    const float* b = base ? at<float>(base) + first : nullptr;
+    const uint64_t* w = words ? at<uint64_t>(words) + word : nullptr;
+    if (kernels().encode(at<float>(x) + first, b, w, size, rank(chunk), c,
+                         &loose[size_t(chunk) * 2 * kDeltaBlock])) {
+#pragma omp atomic write
+      bad = 1;
+    }
+  });
+  if (bad || (kind != kInt8 && kind != kInt4)) return !bad;
+  // blocks that reach over a range's end, put together here
+  float block[kDeltaBlock];
+  int64_t held = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t start = rank(chunk), end = rank(chunk + 1), before = -start & (kDeltaBlock - 1);
+    const int64_t head = before < end - start ? before : end - start,
+                  tail = (end - start - head) % kDeltaBlock;
+    const float* values = &loose[size_t(chunk) * 2 * kDeltaBlock];
+    for (int64_t i = 0; i < head + tail; ++i) {
+      const int64_t place = i < head ? start + i : end - tail + (i - head);
+      block[held++] = values[i];
+      if ((place + 1) % kDeltaBlock == 0 || place + 1 == rank(chunks)) {
+        kernels().code_values(block, held, place + 1 - held, c);
+        held = 0;
+      }
+    }
+  }
+  return !bad;
+}
+
+void delta_decode(int kind, std::array<uintptr_t, 4> streams, uintptr_t scales, uintptr_t words,
+                  uintptr_t offsets, int64_t n, uintptr_t out, int threads) {
+  const DeltaCoding c = coding_of(kind, streams, scales);
+  const int64_t* ranks = at<int64_t>(offsets);
+  const bool nt = n >= kAroundCaches && out % 64 == 0;
+  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t chunk) {
+    const uint64_t* w = words ? at<uint64_t>(words) + word : nullptr;
+    kernels().decode(c, w, size, words ? ranks[chunk] : first, nt, at<float>(out) + first);
+  });
+}
+
+void delta_decode_add(int kind, std::array<uintptr_t, 4> streams, uintptr_t scales, uintptr_t words,
+                      uintptr_t offsets, int64_t n, float weight, uintptr_t out, int threads) {
+  const DeltaCoding c = coding_of(kind, streams, scales);
+  const int64_t* ranks = at<int64_t>(offsets);
+  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t chunk) {
+    const uint64_t* w = words ? at<uint64_t>(words) + word : nullptr;
+    kernels().decode_add(c, w, size, words ? ranks[chunk] : first, weight, at<float>(out) + first);
+  });
+}
+
+bool delta_valid(int kind, std::array<uintptr_t, 4> streams, int64_t n) {
+  return kernels().valid(coding_of(kind, streams, 0), n);
 }
 
 void delta_split(uintptr_t values, int64_t n, int width, uintptr_t planes) {
@@ -131,8 +226,8 @@ int64_t delta_rice_bits(uintptr_t words, int64_t n, int k) {
   return kernels().rice_bits(at<uint64_t>(words), words_of(n), k);
 }
 
-void delta_rice_encode(uintptr_t words, int64_t n, int k, uintptr_t out, int64_t bytes) {
-  kernels().rice_encode(at<uint64_t>(words), words_of(n), k, at<uint8_t>(out), bytes);
+int64_t delta_rice_encode(uintptr_t words, int64_t n, int k, uintptr_t out) {
+  return kernels().rice_encode(at<uint64_t>(words), words_of(n), k, at<uint8_t>(out));
 }
 
 int64_t delta_rice_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t kept, int k, uintptr_t words) {
@@ -155,12 +250,17 @@ void bind_delta(py::module_& m) {
   m.def("delta_pack", delta_pack, free_gil());
   m.def("delta_pack_nonzero", delta_pack_nonzero, free_gil());
   m.def("delta_offsets", delta_offsets, free_gil());
+  m.def("delta_within", delta_within, free_gil());
   m.def("delta_gather", delta_gather, free_gil());
   m.def("delta_expand", delta_expand, free_gil());
   m.def("delta_expand_add", delta_expand_add, free_gil());
   m.def("delta_quantise", delta_quantise, free_gil());
   m.def("delta_dequantise", delta_dequantise, free_gil());
   m.def("delta_round_bf16", delta_round_bf16, free_gil());
+  m.def("delta_encode", delta_encode, free_gil());
+  m.def("delta_decode", delta_decode, free_gil());
+  m.def("delta_decode_add", delta_decode_add, free_gil());
+  m.def("delta_valid", delta_valid, free_gil());
   m.def("delta_split", delta_split, free_gil());
   m.def("delta_merge", delta_merge, free_gil());
   m.def("delta_rice_bits", delta_rice_bits, free_gil());

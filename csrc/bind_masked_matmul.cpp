@@ -1,11 +1,14 @@
 // Addresses in; scratch panels live in this file, one buffer per calling thread, kept between calls because
 // fresh pages cost more than a small product.
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <new>
+#include <stdexcept>
 
 #include "bindings.h"
 #include "common/cpu.h"
-#include "cpu/masked_matmul.h"
+#include "cpu/masked_matmul_layout.h"
 
 namespace py = pybind11;
 
@@ -42,23 +45,27 @@ class Scratch {
 };
 thread_local Scratch scratch;
 
-Layout layout_at(uintptr_t address, int64_t rows, int64_t cols) {
-  const int64_t entries = ceil_div(rows, kGroup) * ceil_div(cols, kChunk) * kTable;
-  const int32_t* table = at<const int32_t>(address);
-  return {table, reinterpret_cast<const uint8_t*>(table + entries), rows, cols};
-}
-
-int64_t padded(int64_t n) { return ceil_div(n, kernels().vector) * kernels().vector; }
-
 int useful_threads(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
 
-int64_t layout(uintptr_t mask, int64_t rows, int64_t cols, bool transposed, uintptr_t out) {
-  py::gil_scoped_release release;
-  return masked_matmul_layout(at<const uint8_t>(mask), rows, cols, transposed, at<uint8_t>(out));
+py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk) {
+  if (rows * cols > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("masked_matmul: a mask of 2^31 entries or more has no layout");
+  std::vector<uint8_t> bytes;
+  {
+    py::gil_scoped_release release;
+    bytes = masked_matmul_layout(at<const uint8_t>(mask), rows, cols, chunk);
+  }
+  return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
-int64_t layout_bound(int64_t rows, int64_t cols, bool transposed) {
-  return transposed ? masked_matmul_layout_bound(cols, rows) : masked_matmul_layout_bound(rows, cols);
+// Whether AUTOFLIP_BACKEND leaves CPU tensors to this extension: os.environ takes ten times as long to ask.
+bool wanted() {
+  const char* wish = std::getenv("AUTOFLIP_BACKEND");
+  return !wish || !*wish || !std::strcmp(wish, "auto") || !std::strcmp(wish, "cpp");
+}
+
+Layout layout_at(uintptr_t address, int64_t rows, int64_t cols, int64_t chunk) {
+  return masked_matmul_layout_at(at<const uint8_t>(address), rows, cols, chunk);
 }
 
 void select(uintptr_t w, uintptr_t mask, int64_t n, uintptr_t out, int threads) {
@@ -72,54 +79,58 @@ bool is_clean(uintptr_t w, uintptr_t mask, int64_t n) {
   return kernels().is_clean(at<const float>(w), at<const uint8_t>(mask), n);
 }
 
-void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, uintptr_t bias, int64_t n, int64_t rows,
-             int64_t cols, bool relu, uintptr_t y, int threads) {
+void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t bias, int64_t n,
+             int64_t rows, int64_t cols, bool relu, uintptr_t values, uintptr_t y, int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
+  const Layout layout = layout_at(lay, rows, cols, chunk);
   threads = useful_threads(n * cols, threads);
-  float* panels = scratch.take(padded(n) * cols);
-  k.to_panels(at<const float>(x), n, cols, panels, threads);
-  k.multiply(layout_at(lay, rows, cols), {at<const float>(weight), cols, 1}, panels, n, at<const float>(bias),
-             relu, at<float>(y), threads);
+  float* panel = scratch.take(k.panel_scratch(n, cols));
+  k.pack(layout, at<const float>(weight), at<float>(values), threads);
+  k.multiply(layout, at<const float>(values), at<const float>(x), n, at<const float>(bias), relu,
+             at<float>(y), panel, threads);
   scratch.settle();
 }
 
-void dx(uintptr_t dy, uintptr_t weight, uintptr_t transposed_lay, int64_t n, int64_t rows, int64_t cols,
-        uintptr_t out, int threads) {
+void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t values,
+              int64_t n, int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw, int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
-  threads = useful_threads(n * rows, threads);
-  float* panels = scratch.take(padded(n) * rows);
-  k.to_panels(at<const float>(dy), n, rows, panels, threads);
-  k.multiply(layout_at(transposed_lay, cols, rows), {at<const float>(weight), 1, cols}, panels, n, nullptr,
-             false, at<float>(out), threads);
+  const Layout layout = layout_at(lay, rows, cols, chunk);
+  threads = useful_threads(n * cols, threads);
+  float* panels = scratch.take(k.panels_scratch(n, rows + cols));
+  if (weight) k.pack(layout, at<const float>(weight), at<float>(values), threads);
+  k.backward(layout, at<const float>(values), at<const float>(dy), at<const float>(x), n, at<float>(dx),
+             at<float>(dw), panels, threads);
   scratch.settle();
 }
 
-void dw(uintptr_t dy, uintptr_t x, uintptr_t lay, int64_t n, int64_t rows, int64_t cols, uintptr_t out,
-        int threads) {
-  py::gil_scoped_release release;
+bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, int64_t cols, uintptr_t dw,
+           int threads) {
   const MaskedMatmul& k = kernels();
+  if (!k.outer) return false;
+  py::gil_scoped_release release;
   threads = useful_threads(n * cols, threads);
-  float* x_panels = scratch.take(padded(n) * (rows + cols));
-  float* dy_panels = x_panels + padded(n) * cols;
-  k.to_panels(at<const float>(x), n, cols, x_panels, threads);
-  k.to_panels(at<const float>(dy), n, rows, dy_panels, threads);
-  k.sample(layout_at(lay, rows, cols), dy_panels, x_panels, n, at<float>(out), threads);
+  k.outer(at<const float>(dy), at<const float>(x), at<const uint8_t>(mask), n, rows, cols, at<float>(dw),
+          scratch.take(k.outer_scratch(n, rows)), threads);
   scratch.settle();
+  return true;
 }
 
 }  // namespace
 
 void bind_masked_matmul(py::module_& m) {
-  m.def("masked_matmul_layout_bound", layout_bound, "most bytes that masked_matmul_layout can write");
-  m.def("masked_matmul_layout", layout,
-        "fills the layout of mask (rows, cols) or of its transpose; bytes written");
+  m.def("masked_matmul_wanted", wanted, "whether AUTOFLIP_BACKEND leaves CPU tensors to this extension");
+  m.def("masked_matmul_layout", layout, "the layout of mask (rows, cols) with this many columns a chunk");
   m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
   m.def("masked_matmul_is_clean", is_clean, "whether w is zero wherever mask is not set");
-  m.def("masked_matmul_forward", forward, "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
-  m.def("masked_matmul_dx", dx, "dx (n, cols) = dy (n, rows) @ (w * mask)");
-  m.def("masked_matmul_dw", dw, "dw (rows, cols) = dy.T @ x where mask, untouched elsewhere");
+  m.def("masked_matmul_forward", forward,
+        "values = w at the layout; y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
+  m.def("masked_matmul_backward", backward,
+        "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0)");
+  m.def("masked_matmul_outer", outer,
+        "dw (rows, cols) = where(mask, dy.T @ x, 0), every product computed; False: nothing done, a vendor "
+        "is faster");
 }
 
 }  // namespace autoflip

@@ -84,7 +84,7 @@ def conv_squares(d, x, size, kernel, stride, padding, dilation, groups, strides)
     Q, N, O, P = d.shape  # noqa: E741
     C, H, W = (n // g for n, g in zip(x.shape[1:], (groups, 1, 1)))
     columns, outputs = C * kernel[0] * kernel[1], O // groups
-    BO, BK, BP = 32, 32, 32  # wider tiles of addresses spill
+    BO, BK, BP = 32, 32, 32  # wider tiles of addresses spill, and so do these with four warps
     tiles = triton.cdiv(outputs, BO) * triton.cdiv(columns, BK)
     # enough programs for the largest GPU of today, no more partial sums than samples
     parts = max(1, min(N, 512 // (tiles * groups)))
@@ -93,7 +93,7 @@ def conv_squares(d, x, size, kernel, stride, padding, dilation, groups, strides)
     out = torch.empty(parts, O, columns, dtype=torch.float32, device=d.device)
     conv_squares_kernel[(tiles, groups, parts)](
         d, x, out, Q, N, outputs, columns, P, C, H, W, size[1], *kernel, *stride, *padding, *dilation, *strides,
-        per_part, BO=BO, BK=BK, BP=BP, num_warps=4,
+        per_part, BO=BO, BK=BK, BP=BP, num_warps=8,
     )  # fmt: skip
     return out.sum(0).to(d.dtype)
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import masked_blocks
+
 TILE = 32
 
 
@@ -96,7 +98,13 @@ def _grid(rows: int, cols: int) -> tuple[int]:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, live: Tensor, y: Tensor, *, relu: bool
 ) -> None:
-    """Write ``y (N, O) = act(x @ (weight * mask).T + bias)``; contiguous float32, bool mask, uint8 live."""
+    """Write ``y (N, O) = act(x @ (weight * mask).T + bias)``; contiguous, one dtype, bool mask, uint8 live.
+
+    Masks of whole blocks go to ``masked_blocks`` where tensor cores may be used, here and in ``dx`` and ``dw``.
+    """
+    if table := masked_blocks.serves(x, mask):
+        masked_blocks.forward(x, weight, bias, table, y, relu=relu)
+        return
     (n, k), o = x.shape, len(weight)
     if y.numel():
         masked_matmul_fwd_kernel[_grid(n, o)](
@@ -106,13 +114,19 @@ def forward(
 
 def dx(dy: Tensor, weight: Tensor, mask: Tensor, live: Tensor, out: Tensor) -> None:
     """Write ``out (N, K) = dy @ (weight * mask)``."""
+    if table := masked_blocks.serves(dy, mask):
+        masked_blocks.dx(dy, weight, mask, table, out)
+        return
     (n, o), k = dy.shape, weight.shape[1]
     if out.numel():
         masked_matmul_dx_kernel[_grid(n, k)](dy, weight, mask, live, out, n, o, k, TILE)
 
 
 def dw(dy: Tensor, x: Tensor, mask: Tensor, live: Tensor, out: Tensor) -> None:
-    """Write ``out (O, K) = dy.T @ x`` where the mask is set, zero elsewhere."""
+    """Write ``dy.T @ x`` where the mask is set into ``out (O, K)``, which holds zeros."""
+    if table := masked_blocks.serves(dy, mask):
+        masked_blocks.dw(dy, x, table, out)
+        return
     (n, o), k = dy.shape, x.shape[1]
     if out.numel():
         masked_matmul_dw_kernel[_grid(o, k)](dy, x, mask, live, out, n, o, k, TILE)

@@ -4,6 +4,9 @@ import os
 
 import torch
 
+# by rule, not by a timing of the machine at hand: tests/test_trials.py turns trials on
+os.environ.setdefault("AUTOFLIP_TRIALS", "off")
+
 if not torch.cuda.is_available():  # must stand before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -262,6 +262,18 @@ def test_info_for_people_and_programs(capsys):
     assert all(row.keys() == {"op", "device", "backend", "why_not"} for row in facts["kernels"])
 
 
+def test_info_shows_what_trials_found(capsys, tmp_path, monkeypatch):
+    from autoflip.ops import trials
+
+    monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path))
+    trials.forget()
+    trials.choose("masked_linear 200x784 n64 forward", {"dense": lambda: None})
+    trials.forget()
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("masked_linear 200x784 n64", "1 choices", "dense"))
+
+
 def test_version_and_help(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"autoflip {autoflip.__version__}\n"

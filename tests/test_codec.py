@@ -163,6 +163,63 @@ def test_shared_mask_sends_values_only():
     assert len(pickle.dumps(delta)) > 35 * len(blob)
 
 
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+def test_entries_inside_the_mask_are_named_by_rank(values):
+    """A top-k inside the mask: ranks are a quarter below positions, and what decodes is the same."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(700, 900, generator=g)
+    masks = MaskSet({"w": torch.rand(700, 900, generator=g) < 0.1})
+    x = torch.where(masks["w"] & (x.abs() > 1.96), x, 0)
+    schema = codec.Schema.of({"w": x})
+    blob = codec.encode({"w": x}, masks=masks, values=values, schema=schema)
+    told = codec.inspect(blob, schema=schema)
+    assert told["tensors"][0]["coding"].startswith("ranks")
+    assert told["tensors"][0]["kept"] == int(x.count_nonzero())
+    positions = codec.inspect(codec.encode({"w": x}, values=values, schema=schema), schema=schema)
+    assert told["sections"][0]["bytes"] < 0.75 * positions["sections"][0]["bytes"]
+    got = codec.decode(blob, masks=masks, schema=schema)["w"]
+    assert bool((got == 0)[x == 0].all())
+    if values == "fp32":
+        assert torch.equal(got, x)
+    total = {"w": torch.ones(700, 900)}
+    codec.accumulate(blob, total, 2.0, masks=masks, schema=schema)
+    assert torch.equal(total["w"], 1 + 2 * got)
+    # fixed lengths for secure aggregation: no ranks there
+    plain = codec.encode({"w": x}, masks=masks, values=values, entropy="none")
+    assert codec.inspect(plain)["tensors"][0]["coding"] == "shared mask"
+
+
+def test_decode_writes_into_out():
+    delta = {
+        "w": torch.randn(30, 40, generator=torch.Generator().manual_seed(0)),
+        "b": torch.ones(3),
+        "n": torch.tensor(2),
+    }
+    masks = MaskSet({"w": delta["w"] > 1})
+    blob = codec.encode(delta, masks=masks, values="fp32")
+    out = {"w": torch.full((30, 40), 9.0), "b": torch.zeros(3)}
+    got = codec.decode(blob, masks=masks, out=out)
+    assert got["w"].data_ptr() == out["w"].data_ptr()
+    assert list(got) == list(delta)
+    assert_same(got, masked(delta, masks))
+    before = out["w"].clone()
+    with pytest.raises(codec.DecodeError):
+        codec.decode(blob[:-1] + b"?", masks=masks, out=out)
+    with pytest.raises(codec.DecodeError, match="out holds no tensor of that name"):
+        codec.decode(blob, masks=masks, out={"w": out["w"]})
+    with pytest.raises(ValueError, match="leave integer tensors out"):
+        codec.decode(blob, masks=masks, out=out | {"n": torch.tensor(1)})
+    assert torch.equal(out["w"], before)
+
+
+def test_a_higher_level_is_smaller_and_decodes_alike():
+    x = torch.zeros(400, 500)
+    x[:, ::7] = torch.arange(400.0).view(-1, 1) / 64
+    small, fast = (codec.encode({"x": x}, values="fp32", level=level) for level in (19, 1))
+    assert len(small) <= len(fast)
+    assert torch.equal(codec.decode(small)["x"], x)
+
+
 def test_length_without_entropy_stage_depends_on_mask_and_schema_alone():
     g = torch.Generator().manual_seed(0)
     masks = MaskSet({"w": torch.rand(100, 100, generator=g) < 0.3})
@@ -232,6 +289,7 @@ def test_schema_id_depends_on_names_shapes_kinds_and_order():
     [
         (lambda d, m: codec.encode(d, values="int2"), "wanted one of fp32, bf16, int8, int4"),
         (lambda d, m: codec.encode(d, entropy="lz4"), "entropy='lz4'"),
+        (lambda d, m: codec.encode(d, level=0), "level=0, wanted 1"),
         (lambda d, m: codec.encode(d, round=-1), "wanted 0 to 2"),
         (lambda d, m: codec.encode(d, base_id=b"short"), "base_id has 5 bytes, wanted 16"),
         (lambda d, m: codec.encode(d | {"w": d["w"] / 0}), "'w' has 12 entries of 12 that are NaN or infinite"),

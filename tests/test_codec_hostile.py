@@ -159,16 +159,20 @@ def golden_update():
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 def test_golden_frames_decode_for_ever(path):
     update, masks = golden_update()
-    blob, name = path.read_bytes(), path.stem.removeprefix("v1_")
+    blob, name = path.read_bytes(), path.stem.partition("_")[2]
     if name == "masks":
         assert codec.decode_masks(blob) == masks
     elif name == "change":
         assert codec.decode_masks(blob, MaskSet({"w": update["w"] > 0.15})) == masks
-    elif name == "patch":
-        got = codec.decode_patch(blob, {n: torch.zeros_like(t) for n, t in update.items()}, base_id=b"golden base 0001")
+    elif name.startswith("patch"):
+        base = {n: torch.full_like(t, 2) if "difference" in name else torch.zeros_like(t) for n, t in update.items()}
+        got = codec.decode_patch(blob, base, base_id=b"golden base 0001")
         assert torch.equal(got["w"], update["w"].to(torch.bfloat16))
     else:
-        shared = name.startswith("shared")
+        shared = name.startswith(("shared", "ranks"))
+        if name.startswith("ranks"):
+            assert codec.inspect(blob)["tensors"][0]["coding"].startswith("ranks")
+            update["w"] = torch.where(update["w"] > 0.4, update["w"], 0)
         got = codec.decode(blob, masks=masks if shared else None)
         want = torch.where(masks["w"], update["w"], 0)
         assert torch.equal(got["b"], update["b"])
@@ -180,4 +184,4 @@ def test_golden_frames_decode_for_ever(path):
 
 
 def test_golden_frames_are_there():
-    assert len(GOLDEN) == 9
+    assert len(GOLDEN) == 9 + 14

@@ -133,7 +133,7 @@ def test_pruned_weights_stay_zero_and_the_model_is_the_one_that_was_measured():
 
 
 def test_downlink_patches_are_lossless_and_smaller_than_full_broadcasts(tapped):
-    fed.run(_config("fed.against=none", "fed.fraction=1.0", "fed.rounds=5"))
+    fed.run(_config("fed.against=none", "fed.fraction=1.0", "fed.rounds=5", "wire.start=broadcast"))
     sizes = [len(down) for client, down, _ in tapped if client == 0]
     assert sizes[1] < 0.4 * sizes[0]  # pruned
     assert sizes[3] < sizes[1]  # masks have travelled, words change little
@@ -246,6 +246,9 @@ def test_a_schedule_walks_down_to_the_density():
     assert all(a >= b - 1e-9 for a, b in zip(densities, densities[1:]))
     assert len(set(densities)) >= 4
     assert densities[-1] == pytest.approx(0.1, rel=0.03)
+    channels = [r.channels for r in result.records]
+    assert 0.5 < channels[0] < 1
+    assert channels[-1] < channels[2] < channels[0]
 
 
 def test_a_cut_weight_returns_when_it_is_worth_more_than_a_kept_one():

@@ -108,6 +108,8 @@ FROZEN = {
     "matmul": (lambda m, x: x.mean((2, 3)) @ m.extra, 8, nn.Parameter(torch.ones(8, 8)), "matmul"),
     "attention": (lambda m, x: m.extra(*[x.flatten(2).transpose(1, 2)] * 3)[0].mean(1), 8,
                   nn.MultiheadAttention(8, 2, batch_first=True), "MultiheadAttention"),
+    "one channel flattened": (lambda m, x: x.mean((2, 3)) + m.extra(x).flatten(1), 8,
+                              nn.ConvTranspose2d(8, 1, (1, 3)), "add"),
     "weights tied": (lambda m, x: m.extra(x.mean((2, 3))), 8, "tie", "tied"),
 }  # fmt: skip
 
@@ -151,6 +153,8 @@ def test_shape_arithmetic_that_can_be_followed():
         lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1),
         lambda m, x: x.permute(0, 2, 3, 1)[:, 0, ...].transpose(1, 2).amax(dim=2),
         lambda m, x: (2 * x - 1).sum(dim=(-1, -2), keepdim=True).flatten(1),
+        lambda m, x: F.adaptive_avg_pool2d(x, 1).view(x.shape[0], x.shape[1]),
+        lambda m, x: (F.max_pool2d(x, 2).view(x.size(0), x.size(1), 1, 1).expand_as(x) + x).reshape(x.size(0), -1),
     ):
         out = do(None, torch.zeros(2, 8, 2, 2)).shape[1]
         model, x = Body(do, out).eval(), torch.randn(2, 1, 4, 4)
@@ -163,6 +167,43 @@ def test_shape_arithmetic_that_can_be_followed():
         with torch.no_grad():
             model.fc.weight *= masks["fc.weight"]
         torch.testing.assert_close(small(x), model(x))
+
+
+def test_one_unit_spread_over_the_units_of_another_layer():
+    class Net(nn.Module):
+        def __init__(self, times):
+            super().__init__()
+            self.a, self.gate, self.b, self.times = nn.Linear(3, 6), nn.Linear(3, 1), nn.Linear(6, 2), times
+
+        def forward(self, x):
+            a, gate = self.a(x), self.gate(x)
+            return self.b(gate * a if self.times else a - gate)
+
+    for times in (True, False):
+        groups = find_groups(Net(times))
+        assert owners(groups) == {"a": {"a.weight", "a.bias", "b.weight"}}
+        assert groups.frozen["gate"].startswith("spread by")
+        assert bool(groups.pure[groups.by_layer()["a"]].all()) == times  # minus a number, zero is none any more
+
+
+def test_both_directions_of_a_recurrent_layer_shrink_alike():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.out = nn.LSTM(2, 3, num_layers=2, bidirectional=True), nn.Linear(6, 2)
+
+        def forward(self, x, lengths):
+            packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+            y, (h, _) = self.lstm(packed)
+            y, _ = nn.utils.rnn.pad_packed_sequence(y)
+            return self.out(y[0] + torch.cat([h[2], h[-1, :, :]], dim=1))
+
+    groups = find_groups(Net())
+    assert [len(units) for units in groups.families[0]] == [3, 3, 3, 3]
+    unit = next(u for u in groups.units if u.layer == "lstm:1_reverse")
+    assert unit.consumers == (Slice("lstm.weight_hh_l1_reverse", 1, (0,)), Slice("out.weight", 1, (3,)))
+    below = next(u for u in groups.units if u.layer == "lstm:0_reverse")
+    assert below.consumers[1:] == (Slice("lstm.weight_ih_l1", 1, (3,)), Slice("lstm.weight_ih_l1_reverse", 1, (3,)))
 
 
 def test_both_modes_are_followed():
@@ -198,6 +239,21 @@ def test_models_that_cannot_be_traced_give_an_empty_result():
     assert not groups.axes
     assert "cannot trace Net" in groups.reason
     assert find_groups(nn.Linear(2, 2)).frozen == {"": "output of the model"}
+
+
+def test_buffers_may_be_cut_by_a_size_or_asked_for_their_value():
+    class Net(nn.Module):
+        def __init__(self, ask):
+            super().__init__()
+            self.a, self.b, self.ask = nn.Linear(3, 6), nn.Linear(6, 2), ask
+            self.register_buffer("table", torch.ones(9, 1))
+
+        def forward(self, x):
+            x = x + self.table[: x.size(0)] if not self.ask else x * float(self.table.sum())
+            return self.b(self.a(x))
+
+    for ask in (False, True):
+        assert len(find_groups(Net(ask)).by_layer()["a"]) == 6
 
 
 def test_level_takes_back_what_cannot_go():

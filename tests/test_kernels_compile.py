@@ -1,4 +1,4 @@
-"""The GPU kernels compile without a GPU: Triton's ahead of time for sm_90, and none of them spills.
+"""The GPU kernels compile without a GPU, for sm_80, sm_90 and sm_100, and none of them spills (tools/gpu_compile.py).
 
 A process that interprets Triton cannot compile it, hence the subprocess.
 """
@@ -8,68 +8,62 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import gpu_compile
+
 from autoflip.ops import backend
 
-COMPILE = """
-import json, pathlib, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from autoflip.kernels import hessian as h
-from autoflip.kernels import masked_matmul as m
+ROOT = gpu_compile.ROOT
 
-def compile(kernel, types, constants, capability):
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        {n: types.get(n, "constexpr") for n in names},
-        {(names.index(k),): v for k, v in constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in types if types[n][0] == "*"},
+needs_nvcc = pytest.mark.skipif(gpu_compile.find_nvcc() is None, reason="there is no nvcc")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+WAYS = [pytest.param("cuda", marks=needs_nvcc), pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:record_property")
+def test_gpu_kernels_compile_without_spills(way, record_property):
+    run = subprocess.run(
+        [sys.executable, gpu_compile.__file__, "--only", way, "--json"], capture_output=True, text=True
     )
-    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(done.asm["cubin"])
-        f.flush()
-        tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
-    return int(registers), int(stack)
+    assert run.stdout, run.stderr[-3000:]
+    rows = json.loads(run.stdout)
+    for row in rows:
+        name = f"{row['kernel']} sm_{row['arch']}"
+        record_property(name, f"{row['registers']} registers, {row['stack']} bytes of stack")
+        assert row["stack"] == row["spills"] == 0, name
+        assert row["registers"] < 255, name
+    # an older nvcc does not know sm_100
+    assert {80, 90} <= {row["arch"] for row in rows} <= set(gpu_compile.ARCHS)
+    assert run.returncode == 0, run.stderr[-3000:]
 
-size = dict(N="i32", O="i32", K="i32")
-tables = dict(p_mask="*i1", p_live="*u8")
-fp = lambda *names: {n: "*fp32" for n in names}
-out = {}
-for flag in (True, False):
-    out[f"forward {flag}"] = compile(
-        m.masked_matmul_fwd_kernel,
-        {**fp("p_x", "p_w", "p_bias", "p_y"), **tables, **size},
-        dict(HAS_BIAS=flag, RELU=flag, B=m.TILE), 90)
-out["dx"] = compile(m.masked_matmul_dx_kernel, {**fp("p_dy", "p_w", "p_dx"), **tables, **size}, dict(B=m.TILE), 90)
-out["dw"] = compile(m.masked_matmul_dw_kernel, {**fp("p_dy", "p_x", "p_dw"), **tables, **size}, dict(B=m.TILE), 90)
-out["squared_matmul"] = compile(
-    h.squared_matmul_kernel, {**fp("p_d", "p_a", "p_out"), **size}, dict(BN=32, BO=64, BK=64), 90)
-numbers = h.conv_squares_kernel.arg_names[3:-3]
-out["conv_squares"] = compile(
-    h.conv_squares_kernel, {**fp("p_d", "p_x", "p_out"), **{n: "i32" for n in numbers}}, dict(BO=32, BK=32, BP=32), 90)
-out["rademacher"] = compile(
-    h.rademacher_kernel, {"p_start": "*i64", **fp("p_out"), "count": "i32"}, dict(B=1024), 90)
-print(json.dumps(out))
+
+SPILL = """
+import sys
+sys.path.insert(0, "tools")
+import gpu_compile as g
+name = "masked_matmul_dx_kernel"
+types, _ = g.TRITON[name][0]
+print(g._triton_row(g.triton_kernels()[name], types, {"B": 32, "maxnreg": 48}, 90))
+g.TRITON.popitem()
+try:
+    g.triton([])
+except AssertionError as error:
+    print(error)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.filterwarnings("ignore:record_property")
-def test_triton_kernels_compile_for_sm_90_without_spills(record_property):
+@needs_triton
+def test_a_spill_and_a_kernel_that_nobody_lists_are_seen():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    for name, (registers, stack) in json.loads(run.stdout).items():
-        record_property(name, f"{registers} registers, {stack} bytes of stack")
-        assert registers < 255, name
-        assert stack == 0, name
+    run = subprocess.run([sys.executable, "-c", SPILL], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "'registers': 48" in run.stdout, run.stderr[-3000:]
+    assert "'stack': 0" not in run.stdout
+    assert "not in tools/gpu_compile.py" in run.stdout
 
 
 def test_cuda_module_imports_and_counts_devices_without_a_driver():

@@ -7,6 +7,7 @@ import torch
 from test_nn_layers import net, random_masks
 from torch import nn
 
+from autoflip import MaskSet
 from autoflip import nn as sparse
 
 
@@ -41,6 +42,30 @@ def test_replaced_head_and_new_layer_mask_are_respected():
     assert type(model.fc) is nn.Linear
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_masks_that_keep_everything_hook_nothing_until_one_prunes(copied):
+    model = net()
+    whole = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    sparse.sparsify(model, whole)
+    assert sparse.masks_of(model) == MaskSet(whole)
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert not model._forward_pre_hooks
+    x = torch.randn(5, 1, 8, 8)
+    model(x)
+    mask = torch.rand(64, 288) < 0.5
+    if copied:
+        assert not hasattr(copy.deepcopy(model.fc), "_keeper")  # it would bring the whole model along
+        model = copy.deepcopy(model)
+    model.fc.set_mask(mask)
+    with torch.no_grad():
+        model.fc.weight += 1
+    model(x)
+    assert torch.equal(model.fc.weight != 0, mask)
+    model.fc.weight_mask[:32] = False  # written into the buffer: seen too
+    model(x)
+    assert not model.fc.weight[:32].any()
+
+
 @pytest.mark.parametrize("born_inside", [False, True])
 def test_inference_mode_at_the_start_does_not_matter_later(born_inside):
     x = torch.randn(5, 1, 8, 8)
@@ -62,3 +87,27 @@ def test_traced_model_passes_torchs_own_check():
     sparse.sparsify(model, random_masks(model))
     x = torch.randn(5, 1, 8, 8)
     torch.testing.assert_close(torch.jit.trace(model, torch.randn(2, 1, 8, 8))(x), model(x))
+
+
+@pytest.mark.parametrize("channels, kernel", [(8, 3), (1, 3), (8, 1)])  # sizes of 1 leave the layout open
+@pytest.mark.parametrize("first", ["mask", "format"])
+def test_channels_last_is_kept(first, channels, kernel):
+    torch.manual_seed(0)
+    conv, plain = sparse.MaskedConv2d(channels, 6, kernel), nn.Conv2d(channels, 6, kernel)
+    mask = torch.rand(conv.weight.shape) < 0.5
+    steps = [lambda: conv.set_mask(mask), lambda: conv.to(memory_format=torch.channels_last)]
+    for step in steps if first == "mask" else steps[::-1]:
+        step()
+    with torch.no_grad():
+        conv.weight += torch.where(mask, 0, torch.nan)
+        plain.load_state_dict(conv.state_dict())
+        conv.weight += torch.where(mask, 0, torch.nan)  # and what stands there now is ignored
+    assert conv._effective("weight").stride() == conv.weight.stride() == conv.weight_mask.stride()
+    assert conv(torch.randn(2, channels, 5, 5)).is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, channels, 5, 5).contiguous(memory_format=torch.channels_last)
+    y, want = conv(x), plain(x)
+    # two layouts add in another order: 8 * 9 terms of size 1/10
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(conv.weight.grad, torch.where(mask, plain.weight.grad, 0), rtol=1e-5, atol=1e-5)

@@ -110,6 +110,25 @@ def test_kept_channels_fit_the_machine():
     assert compact(tiny, masks=prune.hybrid(tiny, scores_of(tiny), 1, 0.1))[0].out_channels == 4
 
 
+@pytest.mark.parametrize("cpu, wide, narrow", [("AVX512", 16, 8), ("AVX2", 8, 8), ("DEFAULT", 8, 8)])
+def test_the_pruner_knows_its_machine_when_asked(monkeypatch, cpu, wide, narrow):
+    model = image_model(24)  # convolutions of 24 and 48 channels
+    before = prune.hybrid(model, scores_of(model), 1, 0.45)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    assert prune.hybrid(model, scores_of(model), 1, 0.45) == before  # only when asked
+    kept = set()
+    for channels in (0.3, 0.45, 0.6, 0.75):
+        small = compact(model, masks=prune.hybrid(model, scores_of(model), 1, channels, round_to="auto"))
+        assert (
+            small[0].out_channels % narrow == small[2].out_channels % (wide if small[2].out_channels > 12 else 8) == 0
+        )
+        kept |= {small[0].out_channels, small[2].out_channels}
+    assert any(n % 16 for n in kept)  # 8 is really used
+    assert compact(model, masks=prune.hybrid(model, scores_of(model), 1, 0.1, round_to="auto"))[2].out_channels == 8
+    with pytest.raises(ValueError, match="or 'auto' for the multiple that pays"):
+        prune.hybrid(model, scores_of(model), round_to="best")
+
+
 def test_channel_choice_does_not_depend_on_a_tensors_scale():
     model, scores = image_model(), scores_of(image_model())
     scaled = {n: s * 10.0 ** (3 * i - 4) for i, (n, s) in enumerate(scores.items())}

@@ -15,6 +15,7 @@ SIGNATURES = {
     "autoflip.compact": (["model", "example_inputs", "masks"], []),
     "autoflip.nn.MaskedLinear": (["in_features", "out_features", "bias"], []),
     "autoflip.nn.MaskedConv2d": (["in_channels", "out_channels", "kernel_size", "stride", "padding"], []),
+    "autoflip.nn.MaskedEmbedding": (["num_embeddings", "embedding_dim", "padding_idx", "max_norm"], []),
     "autoflip.nn.MaskedLSTM": ([], []),
     "autoflip.nn.MaskedGRU": ([], []),
     "autoflip.nn.MaskedLinear.set_mask": (["self", "mask"], []),

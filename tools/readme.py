@@ -1,11 +1,15 @@
 """Write README's tables out of the committed result files: ``python tools/readme.py`` (--check: only compare).
 
-Everything between ``<!-- results -->`` and ``<!-- /results -->`` is made here; no figure is typed by hand.
+Everything between ``<!-- results -->`` and ``<!-- /results -->``, and between ``<!-- layers -->`` and
+``<!-- /layers -->``, is made here; no figure is typed by hand.
 """
 
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import layer_marks
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"digits": "scikit-learn digits, Dirichlet 0.5", "fashion-mnist": "Fashion-MNIST, 2 classes a client"}
@@ -64,12 +68,35 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+def layers() -> str:
+    """Return the part of README about single layers; empty while no result file is committed."""
+    content = layer_marks.load()
+    if not content["sections"]:
+        return ""
+    lines = [
+        "A whole training step of a masked layer (forward, dx, dw, through autograd) over torch's dense layer in the "
+        "same run; lower is better. Geometric means over shapes / the mark set before measuring; * = mark missed.",
+        "",
+        *layer_marks.marks_table(content),
+        "",
+        f"{layer_marks.machine_line(content)}. `bench/results/layers-cpu.json`, made by `bench/bench_layers.py`.",
+    ]
+    if peers := layer_marks.peers_table(content, notes=False):
+        lines += ["", "The same step, everything in one process, masks of single weights unless said:", "", *peers]
+    return "\n".join(lines)
+
+
+def filled(text: str, marker: str, part: str) -> str:
+    """Return ``text`` with ``part`` between its two comments."""
+    head, rest = text.split(f"<!-- {marker} -->\n", 1)
+    tail = rest.split(f"<!-- /{marker} -->", 1)[1]
+    return f"{head}<!-- {marker} -->\n{part}\n<!-- /{marker} -->{tail}"
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    head, rest = text.split("<!-- results -->\n", 1)
-    tail = rest.split("<!-- /results -->", 1)[1]
-    new = f"{head}<!-- results -->\n{tables()}\n<!-- /results -->{tail}"
+    new = filled(filled(text, "results", tables()), "layers", layers())
     if "--check" in sys.argv:
         return int(new != text)
     readme.write_text(new)

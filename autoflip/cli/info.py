@@ -17,7 +17,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from autoflip import __version__, meter
-    from autoflip.ops import backend
+    from autoflip.ops import backend, trials
 
     cpp, why_no_cpp = backend.extension("_C")
     isa = cpp.isa() if cpp is not None else None
@@ -45,6 +45,11 @@ def collect() -> dict[str, Any]:
             {"op": op, "device": device, "backend": chosen, "why_not": why}
             for op, device, chosen, why in backend.table()
         ],
+        "trials": {
+            "wish": os.environ.get("AUTOFLIP_TRIALS") or "on",
+            "file": str(trials.file()),
+            "choices": trials.known(),
+        },
     }
 
 
@@ -87,3 +92,26 @@ def show(facts: dict[str, Any]) -> None:
     for row in facts["kernels"]:
         grid.add_row(*(Text(row[key]) for key in ("op", "device", "backend", "why_not")))
     console.print(grid)
+    kept = facts["trials"]
+    line("trials", f"{kept['wish']} (AUTOFLIP_TRIALS), {len(kept['choices'])} choices in {kept['file']}")
+    if kept["choices"]:
+        console.print(_choices(kept["choices"]))
+
+
+def _choices(choices: dict[str, str]) -> Any:
+    """Return a table with one line per kind of work and one column per step."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    rows: dict[str, dict[str, str]] = {}
+    for key, choice in choices.items():
+        work, _, step = key.rpartition(" ")
+        rows.setdefault(work, {})[step] = choice
+    steps = sorted({step for row in rows.values() for step in row}, key=lambda s: (s != "forward", s))
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("measured on this machine", *steps):
+        grid.add_column(heading)
+    for work, row in sorted(rows.items()):
+        grid.add_row(Text(work), *(Text(row.get(step, "-")) for step in steps))
+    return grid

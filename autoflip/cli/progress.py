@@ -34,6 +34,10 @@ def watch(config: Any, *, quiet: bool = False, prefix: str = "") -> Iterator[Sin
         yield _lines(config.fed.rounds, prefix)
 
 
+def _seen(record: Any) -> str:
+    return "–" if record.accuracy is None else percent_text(record.accuracy)
+
+
 class _Spent:
     """Bytes of a method so far."""
 
@@ -62,10 +66,7 @@ def _bars(methods: list[str], rounds: int, prefix: str) -> Iterator[Sink]:
         tasks = {name: progress.add_task(f"{prefix}{name}", total=rounds, state="starting") for name in methods}
 
         def sink(record: Any) -> None:
-            state = (
-                f"accuracy {percent_text(record.accuracy)}, density {percent_text(record.density)}, "
-                f"{bytes_text(spent.add(record))}"
-            )
+            state = f"accuracy {_seen(record)}, density {percent_text(record.density)}, {bytes_text(spent.add(record))}"
             progress.update(tasks[record.method], completed=record.round + 1, state=state)
 
         yield sink
@@ -79,7 +80,7 @@ def _lines(rounds: int, prefix: str) -> Sink:
         if done % stride == 0 or done in (1, rounds):
             print(
                 f"{prefix}{record.method:<14} round {done:>{len(str(rounds))}}/{rounds}  "
-                f"accuracy {percent_text(record.accuracy):>7}  density {percent_text(record.density):>7}  "
+                f"accuracy {_seen(record):>7}  density {percent_text(record.density):>7}  "
                 f"{bytes_text(total):>8} so far  {seconds_text(time.monotonic() - start)}",
                 flush=True,
             )

@@ -6,6 +6,7 @@ decoding raises :class:`DecodeError` and nothing else. The format is docs/wire_f
 """
 
 from autoflip.codec.delta import accumulate, decode, encode
+from autoflip.codec.feedback import Feedback
 from autoflip.codec.inspection import inspect
 from autoflip.codec.masksets import decode_masks, encode_masks
 from autoflip.codec.patch import decode_patch, encode_patch
@@ -14,6 +15,7 @@ from autoflip.codec.schema import Limits, Schema
 
 __all__ = [
     "DecodeError",
+    "Feedback",
     "Limits",
     "Schema",
     "accumulate",

@@ -11,7 +11,7 @@ from torch import Tensor
 from autoflip.codec.schema import Limits, Schema
 from autoflip.masks import MaskSet
 
-__all__ = ["check_base_id", "check_masks", "check_reader", "check_schema", "check_tensors", "whole"]
+__all__ = ["check_base_id", "check_masks", "check_out", "check_reader", "check_schema", "check_tensors", "whole"]
 
 
 def whole(what: str, name: str, value: object) -> int:
@@ -74,3 +74,17 @@ def check_reader(
         raise ValueError(f"{what}: limits is a {type(limits).__name__}, wanted codec.Limits(...)")
     if base_id is not None:
         check_base_id(what, base_id)
+
+
+def check_out(what: str, out: object) -> None:
+    """Raise ValueError unless ``out`` is None or maps names to tensors that a decoder can write into."""
+    if out is None:
+        return
+    check_tensors(f"{what}: out", out)
+    assert isinstance(out, Mapping)
+    for name, tensor in out.items():
+        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(
+                f"{what}: out[{name!r}] is {tensor.dtype} on {tensor.device}, wanted contiguous float32 on the CPU; "
+                "leave integer tensors out of it"
+            )

@@ -9,15 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoflip.codec import arguments, index, layout, values
+from autoflip.codec import arguments, index, layout, selection, values
 from autoflip.codec import frame as frames
-from autoflip.codec.layout import SHARED, Coding
+from autoflip.codec.index import WHOLE
+from autoflip.codec.layout import Coding
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.schema import DTYPES, NUMPY, Entry, Limits, Schema
-from autoflip.codec.values import BF16, FP32, INT, INT4, INT8
+from autoflip.codec.selection import Selection
+from autoflip.codec.values import BF16, FP32, INT, INT4, INT8, Stream
 from autoflip.masks import MaskSet
-from autoflip.ops import delta as ops
+from autoflip.ops import delta_stream
 from autoflip.ops.delta import Pack
+from autoflip.ops.delta_coding import Key
+from autoflip.ops.delta_stream import Coded
 
 __all__ = ["accumulate", "decode", "encode"]
 
@@ -29,7 +33,9 @@ def encode(
     *,
     masks: MaskSet | None = None,
     values: str = "bf16",
+    rounding: str = "stochastic",
     entropy: str = "zstd",
+    level: int = 1,
     schema: Schema | None = None,
     seed: int = 0,
     round: int = 0,
@@ -39,7 +45,8 @@ def encode(
     """Code named tensors into one frame: ``decode(encode(delta)) ~ delta``, exactly for ``values="fp32"``.
 
     A tensor that ``masks`` covers sends its kept entries only: **what lies outside the mask is dropped** and
-    decodes to zero. A tensor it does not cover travels whole. Without ``masks`` the nonzero entries travel with
+    decodes to zero. Where many of them are zero (a top-k inside the mask), the others are named by their rank
+    in it. A tensor it does not cover travels whole. Without ``masks`` the nonzero entries travel with
     an explicit index. Integer and bool tensors travel whole and exactly, whatever ``values`` says.
 
     Args:
@@ -50,8 +57,11 @@ def encode(
             three round stochastically: the expected decoded value is the value itself, zeros stay zero, the same
             arguments give the same bytes. Under int8 and int4 tensors of fewer than two dimensions travel as bf16:
             a running variance rounded at the scale of its block could turn negative.
+        rounding: ``stochastic``, or ``nearest``: half the error of one update, but it does not average out over
+            rounds and clients unless what was lost is added to the next update: :class:`Feedback` does both.
         entropy: ``zstd`` packs each section when that saves over 3 %; ``none`` keeps the length a function of
             masks and schema alone, as secure aggregation needs it (with ``masks``).
+        level: of zstd, 1 (fast) to 22 (small, slow: 19 takes 0.2 s for each megabyte that is sent).
         schema: ``Schema.of(tensors)`` that the reader holds too: only its id travels. None: names and shapes do.
         seed: with ``round``, ``client`` and the tensor's number the key of the random rounding.
         round: round number, 0 to 2^32 - 1; also written into the frame.
@@ -75,7 +85,9 @@ def encode(
     """
     if values not in _VALUES:
         raise ValueError(f"encode: values={values!r}, wanted one of {', '.join(_VALUES)}")
-    id = frames.check_options("encode", entropy, round, base_id)
+    if rounding not in ("stochastic", "nearest"):
+        raise ValueError(f"encode: rounding={rounding!r}, wanted 'stochastic' or 'nearest'")
+    id = frames.check_options("encode", entropy, level, round, base_id)
     seed, client = arguments.whole("encode", "seed", seed), arguments.whole("encode", "client", client)
     arguments.check_tensors("encode", delta)
     arguments.check_schema("encode", schema)
@@ -89,22 +101,21 @@ def encode(
 
     rows: list[Coding] = []
     sets: list[index.Set] = []
-    streams: list[tuple[int, np.ndarray]] = []
-    for entry in schema.entries:
-        row, mask, stream = _code(entry, delta[entry.name], packs.get(entry.name), masks is None, _VALUES[values])
+    streams: list[Stream] = []
+    for number, entry in enumerate(schema.entries):
+        mask, tensor = packs.get(entry.name), delta[entry.name]
+        where = selection.select(entry, tensor, mask, masks is None, _VALUES[values], entropy, level)
+        key = None if rounding == "nearest" else _key(seed, round, client, number)
+        row, stream = _code(entry, tensor, where, key)
         rows.append(row)
-        streams.append((row.values, stream))
-        if row.index not in (index.WHOLE, SHARED):
-            assert mask is not None
-            sets.append((row.index, row.k, mask))
-    sets, indices = index.write_sets(sets, entropy)
-    final = iter(sets)
-    for i, row in enumerate(rows):
-        if row.index not in (index.WHOLE, SHARED):
-            coding, k, _ = next(final)
-            rows[i] = Coding(coding, row.values, row.kept, k)
-    keys = [_key(seed, round, client, number) for number in range(len(rows))]
-    body = [layout.write_table(rows), *indices, *_write_values(streams, keys, entropy)]
+        streams.append(stream)
+        if where.named is not None:
+            sets.append((row.coding, row.k, where.named))
+    body = [
+        layout.write_table(rows),
+        *index.write_sets(sets, entropy, level),
+        *_write_values(streams, entropy, level),
+    ]
     mask_id = frames.NO_ID if masks is None else bytes.fromhex(masks.fingerprint())
     flags = 0 if masks is None else frames.MASKED
     return frames.seal(
@@ -124,35 +135,25 @@ def encode(
 _key, _write_values = values.rounding_key, values.write_values
 
 
-def _code(
-    entry: Entry, tensor: Tensor, mask: Pack | None, explicit: bool, codec: int
-) -> tuple[Coding, Pack | None, np.ndarray]:
+def _code(entry: Entry, tensor: Tensor, where: Selection, key: Key) -> tuple[Coding, Stream]:
     if entry.kind:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return Coding(index.WHOLE, INT, entry.numel), None, raw
-    x = tensor.detach().to(torch.float32)
-    if codec in (INT8, INT4) and len(entry.shape) < 2:
-        codec = BF16
-    coding, k = (index.WHOLE if mask is None else SHARED), 0
-    if explicit:
-        mask = ops.pack_nonzero(x)
-        coding, k, size = index.choose(mask)
-        if values.value_bytes(codec, entry.numel) <= values.value_bytes(codec, mask.kept) + size:
-            coding, k, mask = index.WHOLE, 0, None
-    stream, finite = ops.gather(x, mask)
+        return Coding(WHOLE, INT, entry.numel), raw
+    x = selection.single(tensor)
+    stream, finite = delta_stream.code(x, where.entries, where.codec, key)
     if not finite:
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(
             f"encode: {entry.name!r} has {bad} entries of {entry.numel} that are NaN or infinite (in float32); "
             "training diverged: lower the learning rate, or leave this update out"
         )
-    return Coding(coding, codec, len(stream), k), mask, stream
+    return Coding(where.coding, where.codec, stream.count, where.k), stream
 
 
 def _open(
     blob: bytes, masks: MaskSet | None, schema: Schema | None, limits: Limits, base_id: bytes | None
-) -> tuple[Schema, list[Pack | None], list[np.ndarray]]:
-    """Check a delta frame to its last byte; return its schema, which entries it holds, and their decoded values."""
+) -> tuple[Schema, list[Pack | None], list[Stream]]:
+    """Check a delta frame to its last byte; return its schema, which entries it holds, and their coded values."""
     frame = frames.open_frame(blob, limits, (frames.DELTA,), schema)
     frames.check_base(frame, base_id)
     assert frame.schema is not None
@@ -165,10 +166,9 @@ def _open(
     ]
     streams = values.read_values(reader, wanted)
     reader.finish()
-    for i, row in enumerate(rows):
-        if row.values == BF16:
-            values.check_finite_words(streams[i])
-            streams[i] = values.widen(streams[i])
+    for stream in streams:
+        if isinstance(stream, Coded) and stream.kind == BF16:
+            values.check(stream)
     return frame.schema, where, streams
 
 
@@ -179,6 +179,7 @@ def decode(
     schema: Schema | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     base_id: bytes | None = None,
+    out: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Decode a frame of :func:`encode` from anyone, hostile or not.
 
@@ -188,26 +189,40 @@ def decode(
         schema: the reader's own schema; needed when the frame carries only an id.
         limits: what the frame may ask for.
         base_id: 16 bytes that the frame must name as its base; None = any.
+        out: name -> contiguous float32 CPU tensor for every floating tensor, written over once the whole frame has
+            passed every check. Memory that is used again is several times faster than fresh memory. None = fresh.
 
     Returns:
-        name -> CPU tensor of the original shape, in the frame's order: float32 for every floating type that went
-        in (float16 and bfloat16 lose nothing under ``values="fp32"``, float64 keeps 24 bits), integers as they were.
+        name -> CPU tensor of the original shape (those of ``out`` where given), in the frame's order: float32 for
+        every floating type that went in (float16 and bfloat16 lose nothing under ``values="fp32"``, float64 keeps
+        24 bits), integers as they were.
 
     Raises:
         DecodeError: whatever is wrong with the frame; the message says what, and what to do.
         ValueError: another argument is of the wrong type.
     """
     arguments.check_reader("decode", masks=masks, schema=schema, limits=limits, base_id=base_id)
+    arguments.check_out("decode", out)
     found, where, streams = _open(blob, masks, schema, limits, base_id)
-    out: dict[str, Tensor] = {}
+    got: dict[str, Tensor] = {
+        entry.name: integers(entry, stream)
+        for entry, stream in zip(found.entries, streams, strict=True)
+        if not isinstance(stream, Coded)
+    }
+    places = {entry.name: _place(entry, out) for entry in found.entries if not entry.kind}
     for entry, mask, stream in zip(found.entries, where, streams, strict=True):
-        if entry.kind:
-            out[entry.name] = integers(entry, stream)
-        elif mask is None:
-            out[entry.name] = torch.from_numpy(stream.copy()).view(entry.shape)
-        else:
-            out[entry.name] = ops.expand(stream, mask).view(entry.shape)
-    return out
+        if isinstance(stream, Coded):
+            got[entry.name] = delta_stream.decode(stream, mask, places[entry.name]).view(entry.shape)
+    return {entry.name: got[entry.name] for entry in found.entries}
+
+
+def _place(entry: Entry, out: Mapping[str, Tensor] | None) -> Tensor | None:
+    if out is None:
+        return None
+    if entry.name not in out or tuple(out[entry.name].shape) != entry.shape:
+        have = tuple(out[entry.name].shape) if entry.name in out else "no tensor"
+        raise DecodeError(f"frame holds {entry.name!r} of shape {entry.shape}, out holds {have} of that name")
+    return out[entry.name]
 
 
 def integers(entry: Entry, raw: np.ndarray) -> Tensor:
@@ -256,10 +271,10 @@ def accumulate(
         if total.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"accumulate: sums[{name!r}] is {total.dtype}, wanted torch.float32 or torch.float64")
     found, where, streams = _open(blob, masks, schema, limits, base_id)
-    steps = []
+    steps: list[tuple[Entry, Pack | None, Tensor | Coded]] = []
     for entry, mask, stream in zip(found.entries, where, streams, strict=True):
         if entry.name in sums and tuple(sums[entry.name].shape) == entry.shape:
-            steps.append((entry, mask, integers(entry, stream) if entry.kind else stream))
+            steps.append((entry, mask, stream if isinstance(stream, Coded) else integers(entry, stream)))
         elif entry.name in sums or not entry.kind:
             have = tuple(sums[entry.name].shape) if entry.name in sums else "no tensor"
             raise DecodeError(f"frame holds {entry.name!r} of shape {entry.shape}, sums holds {have} of that name")
@@ -268,4 +283,4 @@ def accumulate(
         if isinstance(update, Tensor):
             total += (weight * update.to(torch.float64)).to(total)
         else:
-            ops.expand_add(update, mask, total, weight)
+            delta_stream.accumulate(update, mask, total, weight)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from autoflip.codec.reader import DecodeError, Reader, varint
 from autoflip.codec.schema import Limits, Schema
 
 __all__ = [
+    "Buffer",
     "DELTA",
     "ENTROPIES",
     "Frame",
@@ -23,21 +25,24 @@ __all__ = [
     "PATCH",
     "check_base",
     "check_options",
+    "length",
     "open_frame",
     "read_section",
     "seal",
     "section",
+    "squeeze",
 ]
 
 _HEADER = struct.Struct("<4sBBHIBBHII16s16s16sQQII")
 assert _HEADER.size == 96
-_MAGIC, _MAJOR, _MINOR = b"AFD1", 1, 0
+_MAGIC, _MAJOR, _MINOR = b"AFD1", 1, 1
 DELTA, PATCH, MASKS = 1, 2, 3
 KINDS = {DELTA: "delta", PATCH: "patch", MASKS: "masks"}
-_ADD, _XOR, _SET = 1, 2, 3
+_ADD, XOR, _SET, DIFFERENCE = 1, 2, 3, 4
 INLINE_SCHEMA, MASKED, BASED = 1, 2, 4
-ENTROPIES = ("zstd", "none")
+ENTROPIES = ("zstd", "none")  # what a writer may be asked for
 NO_ID = bytes(16)
+Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Frame:
     Attributes:
         kind: DELTA, PATCH or MASKS.
         flags: INLINE_SCHEMA | MASKED | BASED.
+        apply: XOR or DIFFERENCE for patches with a base.
         round: round number, 0 to 2^32 - 1.
         schema_id: names the schema.
         base_id: names what the frame is relative to, zeros = not stated.
@@ -59,6 +65,7 @@ class Frame:
 
     kind: int
     flags: int
+    apply: int
     round: int
     schema_id: bytes
     base_id: bytes
@@ -69,8 +76,10 @@ class Frame:
     body: memoryview
 
 
-def check_options(what: str, entropy: str, round: int, base_id: bytes) -> bytes:
+def check_options(what: str, entropy: str, level: int, round: int, base_id: bytes) -> bytes:
     """Return ``base_id`` as 16 bytes; raise ValueError for options that a frame cannot hold."""
+    if not 1 <= arguments.whole(what, "level", level) <= 22:
+        raise ValueError(f"{what}: level={level}, wanted 1 (fast) to 22 (small), a level of zstd")
     if entropy not in ENTROPIES:
         raise ValueError(f"{what}: entropy={entropy!r}, wanted one of {ENTROPIES}")
     if not 0 <= arguments.whole(what, "round", round) < 1 << 32:
@@ -91,7 +100,7 @@ def check_base(frame: Frame, base_id: bytes | None) -> None:
 def seal(
     kind: int,
     schema: Schema,
-    body: list[bytes],
+    body: list[Buffer],
     *,
     inline: bool,
     entropy: str,
@@ -103,17 +112,22 @@ def seal(
     """Put header, schema and body together and sign them with a CRC-32."""
     if inline:
         flags |= INLINE_SCHEMA
-        body = [section(schema.to_bytes(), entropy), *body]
-    apply = _ADD if kind == DELTA else _XOR if kind == PATCH and flags & BASED else _SET
+        body = [*section([schema.to_bytes()], entropy), *body]
+    apply = _ways(kind, flags)[-1]
     header = bytearray(_HEADER.pack(
         _MAGIC, _MAJOR, _MINOR, _HEADER.size, flags, kind, apply, 0, round, len(schema.entries),
-        schema.id, base_id, mask_id, sum(map(len, body)), schema.dense_bytes, 0, 0,
+        schema.id, base_id, mask_id, sum(map(length, body)), schema.dense_bytes, 0, 0,
     ))  # fmt: skip
     crc = zlib.crc32(header)
     for part in body:
         crc = zlib.crc32(part, crc)
     header[-4:] = struct.pack("<I", crc)
     return b"".join([header, *body])
+
+
+def _ways(kind: int, flags: int) -> tuple[int, ...]:
+    """Return the ways in which such a frame may be applied; the last one is written today."""
+    return (_ADD,) if kind == DELTA else (XOR, DIFFERENCE) if kind == PATCH and flags & BASED else (_SET,)
 
 
 def open_frame(
@@ -153,7 +167,7 @@ def open_frame(
     if kind not in kinds:
         wanted = " or ".join(KINDS[k] for k in kinds)
         raise DecodeError(f"frame is a {KINDS[kind]} frame, wanted {wanted}; decode it with the function of that name")
-    if apply != (_ADD if kind == DELTA else _XOR if kind == PATCH and flags & BASED else _SET):
+    if apply not in _ways(kind, flags):
         raise DecodeError(f"a {KINDS[kind]} frame cannot be applied in way {apply}; the frame is damaged")
     if bool(flags & MASKED or kind == MASKS) != (mask_id != NO_ID):
         raise DecodeError("frame's mask id and flags contradict each other; the frame is damaged")
@@ -169,12 +183,12 @@ def open_frame(
             f"frame carries only the id {schema_id.hex()} of its schema; pass schema=codec.Schema.of(tensors), made "
             "from the same tensors as the sender's"
         )
-    return Frame(kind, flags, round, schema_id, base_id, mask_id, tensors, dense_bytes, schema, reader.rest())
+    return Frame(kind, flags, apply, round, schema_id, base_id, mask_id, tensors, dense_bytes, schema, reader.rest())
 
 
 def _schema(reader: Reader, limits: Limits, flags: int, schema_id: bytes, local: Schema | None) -> Schema | None:
     if flags & INLINE_SCHEMA:
-        sent = Schema.parse(read_section(reader, 0, limits.max_schema_bytes), limits)
+        sent = Schema.parse(read_section(reader, [(0, limits.max_schema_bytes)])[0], limits)
         if sent.id != schema_id:
             raise DecodeError("frame's schema does not have the id in its header; the frame is damaged")
     if local is not None and local.id != schema_id:
@@ -185,19 +199,53 @@ def _schema(reader: Reader, limits: Limits, flags: int, schema_id: bytes, local:
     return local if local is not None or not flags & INLINE_SCHEMA else sent
 
 
-def section(raw: bytes, entropy: str) -> bytes:
-    """Return ``raw`` with its entropy byte and length in front, packed by zstd-1 when that saves over 3 %."""
-    if entropy == "zstd" and raw:
-        packed = _zstd().ZstdCompressor(level=1).compress(raw)
-        if len(packed) < 0.97 * len(raw):
-            return b"\1" + varint(len(packed)) + packed
-    return b"\0" + varint(len(raw)) + raw
+def section(parts: Sequence[Buffer], entropy: str, level: int = 1, *, apart: bool = False) -> list[Buffer]:
+    """Return ``parts`` as one section: its entropy byte and length, then its bytes, packed by zstd where that pays.
+
+    Args:
+        parts: bytes in a row.
+        entropy: "zstd" or "none".
+        level: of zstd.
+        apart: pack each part for itself: they are unlike each other.
+    """
+    if entropy == "zstd" and apart and len(parts) > 1:
+        body = [piece for part in parts for piece in section([part], entropy, level)]
+        return [b"\2" + varint(sum(map(length, body))), *body]
+    size = sum(map(length, parts))
+    if entropy == "zstd" and size:
+        packed = squeeze(parts[0] if len(parts) == 1 else b"".join(parts), level)
+        if len(packed) < 0.97 * size:
+            return [b"\1" + varint(len(packed)), packed]
+    return [b"\0" + varint(size), *parts]
 
 
-def read_section(reader: Reader, least: int, most: int) -> memoryview:
-    """Read one section of between ``least`` and ``most`` bytes unpacked; nothing is allocated before that is sure."""
+def length(buffer: Buffer) -> int:
+    """Bytes of a buffer."""
+    return memoryview(buffer).nbytes
+
+
+def squeeze(raw: Buffer, level: int) -> bytes:
+    """Return one zstd frame that declares its content size."""
+    return _zstd().ZstdCompressor(level=level).compress(raw)
+
+
+def read_section(reader: Reader, bounds: Sequence[tuple[int, int]]) -> list[memoryview]:
+    """Read one section of parts between ``bounds`` (least, most) bytes unpacked.
+
+    Nothing is allocated before the sizes are sure. Returns the parts apart if they were packed so, else all of them
+    in one piece.
+    """
     entropy = reader.take(1)[0]
     stored = reader.take(reader.varint())
+    if entropy == 2 and len(bounds) > 1:
+        inner = Reader(stored, "a section")
+        parts = [_unpack(inner.take(1)[0], inner.take(inner.varint()), *bound) for bound in bounds]
+        inner.finish()
+        return parts
+    return [_unpack(entropy, stored, sum(b[0] for b in bounds), sum(b[1] for b in bounds))]
+
+
+def _unpack(entropy: int, stored: memoryview, least: int, most: int) -> memoryview:
     if entropy == 0:
         if not least <= len(stored) <= most:
             raise DecodeError(f"a section has {len(stored)} bytes, wanted {least} to {most}; the frame is damaged")

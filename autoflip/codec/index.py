@@ -1,4 +1,4 @@
-"""Which entries travel, told explicitly: bitmap, Rice code or varint gaps, whichever is smallest by exact size."""
+"""Which entries travel, told explicitly: bitmap, Rice code or varint gaps, whichever is smallest for that tensor."""
 
 from __future__ import annotations
 
@@ -7,69 +7,82 @@ import math
 import numpy as np
 import torch
 
-from autoflip.codec.frame import read_section, section
+from autoflip.codec.frame import Buffer, read_section, section, squeeze
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.ops import delta as ops
 from autoflip.ops import delta_coding as codes
 from autoflip.ops.delta import Pack
 
-__all__ = ["BITMAP", "NAMES", "RICE", "VARINT", "WHOLE", "Set", "choose", "read_sets", "write_sets"]
+__all__ = ["BITMAP", "NAMES", "RANKS", "RICE", "SHARED", "VARINT", "WHOLE", "Set", "choose", "read_sets", "write_sets"]
 
-WHOLE, BITMAP, RICE, VARINT = 0, 2, 3, 4  # 1 is "shared mask": it has no index
-NAMES = {WHOLE: "whole", 1: "shared mask", BITMAP: "bitmap", RICE: "rice", VARINT: "varint"}
+WHOLE, SHARED, BITMAP, RICE, VARINT = range(5)
+RANKS = 8  # added to the last three: ranks among the entries that a shared mask keeps, not positions
+NAMES = {WHOLE: "whole", SHARED: "shared mask", BITMAP: "bitmap", RICE: "rice", VARINT: "varint"}
+NAMES |= {RANKS | coding: f"ranks, {NAMES[coding]}" for coding in (BITMAP, RICE, VARINT)}
 _MAX_K = 31
+_SAMPLE = 1 << 20  # entries; of larger sets four runs stand for the whole when codings are compared
 
 Set = tuple[int, int, Pack]  # (coding, Rice parameter, entries)
 
 
+def _sample(mask: Pack) -> tuple[Pack, float]:
+    """Return a smaller set that looks like ``mask``, and how many times larger ``mask`` is in kept entries."""
+    if mask.numel <= 2 * _SAMPLE:
+        return mask, 1.0
+    run = _SAMPLE // 4 // 64
+    starts = np.linspace(0, mask.numel // 64 - run, 4).astype(int)
+    part = ops.pack_words(torch.cat([mask.words[s : s + run] for s in starts]), _SAMPLE)
+    return part, mask.kept / max(1, part.kept)
+
+
 def _rice_parameter(mask: Pack) -> tuple[int, int]:
-    """Return (k, bits) of the shortest Rice code, by exact count around the geometric guess."""
+    """Return (k, bits) of the shortest Rice code around the geometric guess; bits are exact for sets not sampled."""
     guess = int(math.log2(max(1.0, 0.69 * mask.numel / max(1, mask.kept))))
-    tried = {k: codes.rice_bits(mask, k) for k in range(max(0, guess - 1), min(_MAX_K, guess + 1) + 1)}
+    part, times = _sample(mask)
+    tried = {k: codes.rice_bits(part, k) for k in range(max(0, guess - 1), min(_MAX_K, guess + 1) + 1)}
     best = min(tried, key=lambda k: tried[k])
-    return best, tried[best]
+    return best, int(tried[best] * times)
 
 
-def choose(mask: Pack) -> tuple[int, int, int]:
-    """Return (coding, Rice parameter, bytes) of the smallest plain coding of a set."""
+def choose(mask: Pack, entropy: str = "none", level: int = 1) -> tuple[int, int, int]:
+    """Return (coding, Rice parameter, bytes) of the smallest coding of a set; of large ones a sample decides."""
     if mask.whole:
         return WHOLE, 0, 0
     bitmap = -(-mask.numel // 8)
+    best = (BITMAP, 0, bitmap)
     # a code has at least one bit, a gap of two or more at least two: above half density no Rice code wins
-    if mask.numel >= 1 << 32 or 2 * mask.kept > mask.numel:
-        return BITMAP, 0, bitmap
-    k, bits = _rice_parameter(mask)
-    rice = -(-bits // 8)
-    return (RICE, k, rice) if rice < bitmap else (BITMAP, 0, bitmap)
+    if mask.numel < 1 << 32 and 2 * mask.kept <= mask.numel:
+        k, bits = _rice_parameter(mask)
+        best = min(best, (RICE, k, -(-bits // 8)), key=lambda b: b[2])
+    if entropy == "none" or not mask.kept:
+        return best
+    part, times = _sample(mask)
+    packed = [(BITMAP, 0, int(len(squeeze(_bitmap(part), level)) * mask.numel / part.numel))]
+    if 4 * mask.kept <= mask.numel:  # a varint has a byte or more: at higher density packing it is work for nothing
+        packed.append((VARINT, 0, int(len(squeeze(codes.varint_encode(part), level)) * times)))
+    return min(best, *packed, key=lambda b: b[2])
 
 
-def write_sets(sets: list[Set], entropy: str) -> tuple[list[Set], list[bytes]]:
-    """Return the sets with their final codings, and the sections (bitmaps, Rice codes, varints) that hold them."""
-    plain = _sections(sets, entropy)
-    if entropy == "none" or not any(coding for coding, _, _ in sets):
-        return sets, plain
-    candidates = [(sets, plain)]
-    coded = [mask for coding, _, mask in sets if coding]
-    kept, numel = sum(m.kept for m in coded), sum(m.numel for m in coded)
-    others = [BITMAP]
-    if 4 * kept <= numel:  # a varint has a byte or more: at higher density packing it is work for nothing
-        others.append(VARINT)
-    for other in others:
-        again = [(other if coding else coding, 0, mask) for coding, _, mask in sets]
-        candidates.append((again, _sections(again, entropy)))
-    return min(candidates, key=lambda candidate: sum(map(len, candidate[1])))
+def _bitmap(mask: Pack) -> memoryview:
+    return mask.words.numpy().view(np.uint8)[: -(-mask.numel // 8)].data
 
 
-def _sections(sets: list[Set], entropy: str) -> list[bytes]:
-    parts: dict[int, list[bytes]] = {BITMAP: [], RICE: [], VARINT: []}
+def write_sets(sets: list[Set], entropy: str, level: int = 1) -> list[Buffer]:
+    """Return the sections (bitmaps, Rice codes, varints) that hold the sets."""
+    parts: dict[int, list[Buffer]] = {BITMAP: [], RICE: [], VARINT: []}
     for coding, k, mask in sets:
         if coding == BITMAP:
-            parts[coding].append(mask.words.numpy().view(np.uint8)[: -(-mask.numel // 8)].tobytes())
+            parts[coding].append(_bitmap(mask))
         elif coding == RICE:
             parts[coding].append(codes.rice_encode(mask, k))
         elif coding == VARINT:
             parts[coding].append(codes.varint_encode(mask))
-    return [section(b"".join(part), entropy) for part in parts.values() if part]
+    out: list[Buffer] = []
+    for coding, part in parts.items():
+        if part:  # a tensor's bitmap is unlike the next one's; Rice codes have nothing left to pack
+            packing = "none" if coding == RICE else entropy
+            out += section(part, packing, level, apart=coding != RICE)
+    return out
 
 
 def read_sets(reader: Reader, wanted: list[tuple[int, int, int, int]]) -> list[Pack]:
@@ -77,7 +90,7 @@ def read_sets(reader: Reader, wanted: list[tuple[int, int, int, int]]) -> list[P
 
     Args:
         reader: stands at the first index section.
-        wanted: per set (coding, Rice parameter, numel from the schema, kept <= numel).
+        wanted: per set (coding without RANKS, Rice parameter, numel from schema or mask, kept <= numel).
 
     Returns:
         One Pack a set, in order.
@@ -87,16 +100,18 @@ def read_sets(reader: Reader, wanted: list[tuple[int, int, int, int]]) -> list[P
         mine = [(i, *w[1:]) for i, w in enumerate(wanted) if w[0] == coding]
         if not mine:
             continue
-        kept = sum(w[3] for w in mine)
-        exact = sum(-(-w[2] // 8) for w in mine)
-        least, most = (exact, exact) if coding == BITMAP else (0, 8 * kept)
-        stream = Reader(read_section(reader, least, most), f"{NAMES[coding]} index")
-        for i, k, numel, count in mine:
+        sizes = [-(-numel // 8) for _, _, numel, _ in mine]
+        bounds = [(n, n) for n in sizes] if coding == BITMAP else [(0, 8 * kept) for _, _, _, kept in mine]
+        parts = read_section(reader, bounds)
+        streams = [Reader(part, f"{NAMES[coding]} index") for part in parts]
+        for j, (i, k, numel, count) in enumerate(mine):
+            stream = streams[j if len(streams) > 1 else 0]
             if coding == BITMAP:
                 masks[i] = _read_bitmap(stream, numel, count)
             else:
                 masks[i] = _read_code(stream, coding, numel, count, k)
-        stream.finish()
+        for stream in streams:
+            stream.finish()
     for i, (coding, _, numel, _) in enumerate(wanted):
         if coding == WHOLE:
             masks[i] = ops.pack(torch.ones(numel, dtype=torch.bool))

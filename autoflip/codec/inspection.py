@@ -29,7 +29,8 @@ def inspect(
         A dict fit for JSON: ``kind``, ``round``, ``bytes`` (of the frame), ``dense_bytes``, ``schema_id``,
         ``mask_id``, ``base_id`` (32 hex digits or None), ``complete`` (no base needed), ``sections`` (stored
         bytes and entropy stage of each) and, except for mask frames, ``tensors``: per tensor ``name``, ``shape``,
-        ``coding`` (whole, shared mask, bitmap, rice, varint), ``values``, ``kept`` and ``bytes`` of its values
+        ``coding`` (whole, shared mask, bitmap, rice,
+        varint; "ranks, ..." inside a shared mask), ``values``, ``kept`` and ``bytes`` of its values
         before the entropy stage. None stands for what cannot be known without the schema.
 
     Raises:
@@ -70,7 +71,7 @@ def inspect(
     while reader.left:
         entropy, size = reader.take(1)[0], reader.varint()
         reader.take(size)
-        if entropy >= len(frames.ENTROPIES):
+        if entropy > 2:
             raise DecodeError(f"a section has entropy stage {entropy}, which this version does not know")
-        out["sections"].append({"bytes": size, "entropy": ("none", "zstd")[entropy]})
+        out["sections"].append({"bytes": size, "entropy": ("none", "zstd", "zstd, parts apart")[entropy]})
     return out

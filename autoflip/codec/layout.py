@@ -11,16 +11,17 @@ from torch import Tensor
 
 from autoflip.codec import arguments, index, values
 from autoflip.codec.frame import Frame
+from autoflip.codec.index import RANKS, RICE, SHARED, WHOLE
 from autoflip.codec.reader import DecodeError, Reader, varint
 from autoflip.codec.schema import Entry, Schema
 from autoflip.masks import MaskSet
 from autoflip.ops import delta as ops
 from autoflip.ops.delta import Pack
 
-__all__ = ["SHARED", "Coding", "check_masks", "packs_of", "read_table", "write_table"]
+__all__ = ["Coding", "check_masks", "packs_of", "read_table", "write_table"]
 
-SHARED = 1
-_PACKS: WeakKeyDictionary[MaskSet, dict[str, Pack]] = WeakKeyDictionary()
+_Held = tuple[dict[str, Pack], dict[str, tuple[int, ...]]]  # masks as bits, and their shapes
+_HELD: WeakKeyDictionary[MaskSet, _Held] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Coding:
     """One tensor's row of the table.
 
     Attributes:
-        index: WHOLE, SHARED, BITMAP, RICE or VARINT (:mod:`autoflip.codec.index`).
+        index: WHOLE, SHARED, BITMAP, RICE or VARINT, the last three with RANKS or not (:mod:`autoflip.codec.index`).
         values: FP32, BF16, INT8, INT4 or INT (:mod:`autoflip.codec.values`).
         kept: entries that travel; -1 when the reader cannot know (whole tensors without a schema).
         k: Rice parameter, 0 elsewhere.
@@ -39,13 +40,34 @@ class Coding:
     kept: int
     k: int = 0
 
+    @property
+    def coding(self) -> int:
+        """The index coding, whatever it counts."""
+        return self.index & ~RANKS
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the frame says which entries travel."""
+        return self.index not in (WHOLE, SHARED)
+
+    @property
+    def masked(self) -> bool:
+        """Whether a shared mask has a part in it."""
+        return self.index == SHARED or bool(self.index & RANKS)
+
+
+def _held(masks: MaskSet) -> _Held:
+    found = _HELD.get(masks)
+    if found is None:  # a look into a MaskSet copies
+        copies = dict(masks.items())
+        shapes = {name: tuple(mask.shape) for name, mask in copies.items()}
+        found = _HELD[masks] = ({name: ops.pack(mask) for name, mask in copies.items()}, shapes)
+    return found
+
 
 def packs_of(masks: MaskSet) -> dict[str, Pack]:
     """Return the masks as bits, made once per MaskSet."""
-    found = _PACKS.get(masks)
-    if found is None:
-        found = _PACKS[masks] = {name: ops.pack(mask) for name, mask in masks.items()}
-    return found
+    return _held(masks)[0]
 
 
 def check_masks(masks: MaskSet | None, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -64,9 +86,9 @@ def write_table(rows: list[Coding]) -> bytes:
     out = bytearray()
     for row in rows:
         out.append(row.index << 4 | row.values)
-        if row.index != index.WHOLE:
+        if row.index != WHOLE:
             out += varint(row.kept)
-        if row.index == index.RICE:
+        if row.coding == RICE:
             out.append(row.k)
     return bytes(out)
 
@@ -87,14 +109,14 @@ def _row(reader: Reader, entry: Entry | None, kinds: tuple[int, ...]) -> Coding:
         raise DecodeError(
             f"{entry.name!r} travels as {values.NAMES[codec]}, which is not its kind; the frame is damaged"
         )
-    if codec == values.INT and coding != index.WHOLE:
+    if codec == values.INT and coding != WHOLE:
         raise DecodeError("an integer tensor does not travel whole; the frame is damaged")
-    if coding == index.WHOLE:
+    if coding == WHOLE:
         return Coding(coding, codec, -1 if entry is None else entry.numel)
     kept = reader.varint()
     if entry is not None and kept > entry.numel:
         raise DecodeError(f"{entry.name!r} has {entry.numel} entries, the frame says {kept}; the frame is damaged")
-    k = reader.take(1)[0] if coding == index.RICE else 0
+    k = reader.take(1)[0] if coding & ~RANKS == RICE else 0
     if k > 31:
         raise DecodeError(f"Rice parameter {k} is over 31; the frame is damaged")
     return Coding(coding, codec, kept, k)
@@ -109,19 +131,22 @@ def locate(reader: Reader, frame: Frame, rows: list[Coding], masks: MaskSet | No
     schema = frame.schema
     assert isinstance(schema, Schema)
     packs = _shared(frame, schema, masks)
-    wanted = [
-        (row.index, row.k, entry.numel, row.kept)
-        for row, entry in zip(rows, schema.entries, strict=True)
-        if row.index not in (index.WHOLE, SHARED)
-    ]
+    wanted = []
+    for row, entry in zip(rows, schema.entries, strict=True):
+        if row.masked != (entry.name in packs):
+            raise DecodeError(f"{entry.name!r} is coded as {index.NAMES[row.index]}; the frame contradicts its mask")
+        held = packs[entry.name].kept if row.masked else entry.numel
+        if row.kept > held or row.index == SHARED and row.kept != held:
+            raise DecodeError(f"{entry.name!r}: the mask keeps {held}, the frame says {row.kept}")
+        if row.explicit:
+            wanted.append((row.coding, row.k, held, row.kept))
     explicit = iter(index.read_sets(reader, wanted))
     out: list[Pack | None] = []
     for row, entry in zip(rows, schema.entries, strict=True):
-        if (row.index == SHARED) != (entry.name in packs):
-            raise DecodeError(f"{entry.name!r} is coded as {index.NAMES[row.index]}; the frame contradicts its mask")
-        if row.index == SHARED and packs[entry.name].kept != row.kept:
-            raise DecodeError(f"{entry.name!r}: the mask keeps {packs[entry.name].kept}, the frame says {row.kept}")
-        out.append(packs[entry.name] if row.index == SHARED else None if row.index == index.WHOLE else next(explicit))
+        where = packs.get(entry.name)
+        if row.explicit:
+            where = next(explicit) if where is None else ops.within(where, next(explicit))
+        out.append(where)
     return out
 
 
@@ -139,7 +164,7 @@ def _shared(frame: Frame, schema: Schema, masks: MaskSet | None) -> dict[str, Pa
             "its sender missed a mask update: send it the new mask and ask again"
         )
     by_name = {entry.name: entry for entry in schema.entries}
-    for name, mask in masks.items():
-        if name not in by_name or by_name[name].shape != tuple(mask.shape) or by_name[name].kind:
-            raise DecodeError(f"mask {name!r} of shape {tuple(mask.shape)} fits no float tensor of the frame's schema")
+    for name, shape in _held(masks)[1].items():
+        if name not in by_name or by_name[name].shape != shape or by_name[name].kind:
+            raise DecodeError(f"mask {name!r} of shape {shape} fits no float tensor of the frame's schema")
     return packs_of(masks)

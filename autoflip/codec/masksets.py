@@ -33,6 +33,7 @@ def encode_masks(
     *,
     schema: Schema | None = None,
     entropy: str = "zstd",
+    level: int = 1,
     round: int = 0,
 ) -> bytes:
     """Code a MaskSet, relative to ``base`` where that is smaller.
@@ -45,6 +46,7 @@ def encode_masks(
         base: a MaskSet that the reader holds; its fingerprint travels and is compared.
         schema: a Schema that names (at least) the tensors of ``masks``; None: names and shapes travel.
         entropy: ``zstd`` or ``none``.
+        level: of zstd, 1 (fast) to 22 (small).
         round: round number, 0 to 2^32 - 1.
 
     Returns:
@@ -53,7 +55,7 @@ def encode_masks(
     Raises:
         ValueError: a mask does not fit the schema.
     """
-    frames.check_options("encode_masks", entropy, round, b"")
+    frames.check_options("encode_masks", entropy, level, round, b"")
     if masks is None:
         raise ValueError("encode_masks: masks is None, wanted a MaskSet")
     arguments.check_masks("encode_masks", masks)
@@ -69,15 +71,13 @@ def encode_masks(
                 "make both from the same model"
             )
     packs, old = layout.packs_of(masks), {} if base is None else layout.packs_of(base)
-    plans = [_plan(packs.get(e.name), old.get(e.name)) for e in schema.entries]
-    sets, sections = index.write_sets([s for plan in plans for s in plan.sets], entropy)
-    final = iter(sets)
+    plans = [_plan(packs.get(e.name), old.get(e.name), entropy, level) for e in schema.entries]
     table = bytearray()
     for plan in plans:
         table.append(plan.way)
-        for _ in plan.sets:
-            coding, k, entries = next(final)
+        for coding, k, entries in plan.sets:
             table += bytes((coding,)) + varint(entries.kept) + bytes((k,))
+    sections = index.write_sets([s for plan in plans for s in plan.sets], entropy, level)
     return frames.seal(
         frames.MASKS,
         schema,
@@ -91,16 +91,16 @@ def encode_masks(
     )
 
 
-def _plan(new: Pack | None, old: Pack | None) -> _Plan:
+def _plan(new: Pack | None, old: Pack | None, entropy: str, level: int) -> _Plan:
     if new is None:
         return _Plan(_UNCOVERED)
-    coding, k, size = index.choose(new)
+    coding, k, size = index.choose(new, entropy, level)
     explicit = _Plan(_EXPLICIT, ((coding, k, new),))
     if old is None or old.numel != new.numel:
         return explicit
     after, before = ops.bits(new), ops.bits(old)
     change = [ops.pack(~after[before]), ops.pack(after[~before])]  # drops, grows
-    chosen = [index.choose(mask) for mask in change]
+    chosen = [index.choose(mask, entropy, level) for mask in change]
     if sum(c[2] for c in chosen) + 4 > size:
         return explicit
     return _Plan(_CHANGED, tuple((c[0], c[1], mask) for c, mask in zip(chosen, change, strict=True)))

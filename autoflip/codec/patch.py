@@ -1,4 +1,4 @@
-"""Patch frames: the server's new model as bf16, XORed with what the client already holds; lossless."""
+"""Patch frames: the server's new model as bf16, as the difference from what the client already holds; lossless."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from autoflip.codec import arguments, index, layout, values
 from autoflip.codec import frame as frames
 from autoflip.codec.delta import integers
-from autoflip.codec.layout import SHARED, Coding
+from autoflip.codec.index import SHARED
+from autoflip.codec.layout import Coding
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.schema import Entry, Limits, Schema
 from autoflip.codec.values import BF16, INT
@@ -28,13 +29,14 @@ def encode_patch(
     *,
     masks: MaskSet | None = None,
     entropy: str = "zstd",
+    level: int = 1,
     schema: Schema | None = None,
     round: int = 0,
     base_id: bytes = b"",
 ) -> bytes:
-    """Code ``bf16(new) XOR bf16(base)`` at the kept entries, so that the reader gets ``bf16(new)`` bit by bit.
+    """Code ``bf16(new) - bf16(base)``, as 16-bit words, at the kept entries: the reader gets ``bf16(new)`` bit by bit.
 
-    Equal words cost next to nothing after the entropy stage; close ones differ in few low bits. No drift can
+    Equal words cost next to nothing after the entropy stage; close ones differ by a small number. No drift can
     build up: the reader ends with exactly what :func:`decode_patch` returns, and so does a server that calls it.
 
     Args:
@@ -43,6 +45,7 @@ def encode_patch(
             same bf16 on both sides; None = zeros: a complete frame, which any reader can decode.
         masks: entries outside the mask do not travel and decode to zero; None = everything travels.
         entropy: as in :func:`encode`.
+        level: as in :func:`encode`.
         schema: as in :func:`encode`.
         round: as in :func:`encode`.
         base_id: 16 bytes that name ``base``; readers that pass ``base_id`` are held to it.
@@ -55,7 +58,7 @@ def encode_patch(
 
     Source: the idea is PULSE's (arXiv:2602.03839): most bf16 words do not change in a step.
     """
-    id = frames.check_options("encode_patch", entropy, round, base_id)
+    id = frames.check_options("encode_patch", entropy, level, round, base_id)
     arguments.check_tensors("encode_patch", new)
     arguments.check_schema("encode_patch", schema)
     inline = schema is None
@@ -69,7 +72,7 @@ def encode_patch(
         schema.check({e.name: base[e.name] for e in schema.entries if e.name in base}, "encode_patch: base")
     packs = {} if masks is None else layout.packs_of(masks)
     rows: list[Coding] = []
-    streams: list[tuple[int, np.ndarray]] = []
+    streams: list[values.Stream] = []
     for entry in schema.entries:
         mask = packs.get(entry.name)
         words = _words(entry, new[entry.name], mask)
@@ -78,11 +81,11 @@ def encode_patch(
                 f"encode_patch: {entry.name!r} has entries that are NaN or infinite in bf16; do not send it"
             )
         if base is not None:
-            words = words ^ _words(entry, base[entry.name], mask)
+            words = _difference(words, _words(entry, base[entry.name], mask))
         codec = INT if entry.kind else BF16
         rows.append(Coding(index.WHOLE if mask is None else SHARED, codec, len(words)))
-        streams.append((codec, words))
-    body = [layout.write_table(rows), *values.write_values(streams, [(0, 0)] * len(rows), entropy)]
+        streams.append(words if entry.kind else values.from_words(words))
+    body = [layout.write_table(rows), *values.write_values(streams, entropy, level)]
     mask_id = frames.NO_ID if masks is None else bytes.fromhex(masks.fingerprint())
     flags = (0 if masks is None else frames.MASKED) | (0 if base is None else frames.BASED)
     return frames.seal(
@@ -96,6 +99,19 @@ def encode_patch(
         base_id=id,
         mask_id=mask_id,
     )
+
+
+def _difference(new: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Return ``new - held`` mod 2^16 with the sign in the lowest bit, bytes XORed: small where words are close."""
+    if new.dtype != np.uint16:
+        return new ^ held
+    step = new - held
+    return step << np.uint16(1) ^ np.uint16(0) - (step >> np.uint16(15))
+
+
+def _sum(words: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Undo :func:`_difference` of words."""
+    return held + (words >> np.uint16(1) ^ np.uint16(0) - (words & np.uint16(1)))
 
 
 def _words(entry: Entry, tensor: Tensor, mask: Pack | None) -> np.ndarray:
@@ -153,12 +169,14 @@ def decode_patch(
         (row.values, entry.dense_bytes if row.values == INT else row.kept)
         for row, entry in zip(rows, frame.schema.entries, strict=True)
     ]
-    streams = values.read_values(reader, wanted)
+    streams = [values.to_words(stream) for stream in values.read_values(reader, wanted)]
     reader.finish()
     out: dict[str, Tensor] = {}
     for entry, mask, words in zip(frame.schema.entries, where, streams, strict=True):
         if base is not None:
-            words = words ^ _words(entry, base[entry.name], mask)
+            held = _words(entry, base[entry.name], mask)
+            xor = entry.kind or frame.apply == frames.XOR
+            words = words ^ held if xor else _sum(words, held)
         if entry.kind:
             out[entry.name] = integers(entry, words)
             continue

@@ -8,15 +8,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autoflip.codec.frame import read_section, section
+from autoflip.codec.frame import Buffer, read_section, section
 from autoflip.codec.reader import DecodeError, Reader
-from autoflip.ops import delta_coding as ops
+from autoflip.ops import delta_coding as codes
+from autoflip.ops import delta_stream as streams
+from autoflip.ops.delta_stream import BF16, FP32, INT4, INT8, LEVELS, Coded
 
-__all__ = ["BF16", "FP32", "INT", "INT4", "INT8", "NAMES", "check_finite_words", "read_values", "widen", "write_values"]
+__all__ = [
+    "BF16",
+    "FP32",
+    "INT",
+    "INT4",
+    "INT8",
+    "NAMES",
+    "Stream",
+    "check",
+    "check_finite_words",
+    "from_words",
+    "read_values",
+    "rounding_key",
+    "to_words",
+    "value_bytes",
+    "widen",
+    "write_values",
+]
 
-FP32, BF16, INT8, INT4, INT = range(5)
+INT = 4
 NAMES = ("fp32", "bf16", "int8", "int4", "int")
-_LEVELS = {INT8: 127, INT4: 7}
+Stream = Coded | np.ndarray  # an array of bytes for INT
+_PLANES = {FP32: 4, BF16: 2}
 
 
 def rounding_key(seed: int, round: int, client: int, tensor: int) -> tuple[int, int]:
@@ -29,43 +49,44 @@ def rounding_key(seed: int, round: int, client: int, tensor: int) -> tuple[int, 
 
 def value_bytes(codec: int, count: int) -> int:
     """Bytes of ``count`` values before the entropy stage, scales included."""
-    scales = 4 * -(-count // ops.BLOCK)
+    scales = 4 * -(-count // codes.BLOCK)
     return (4 * count, 2 * count, count + scales, -(-count // 2) + scales, count)[codec]
 
 
-def write_values(
-    streams: Sequence[tuple[int, np.ndarray]], keys: Sequence[tuple[int, int]], entropy: str
-) -> list[bytes]:
-    """Code streams (codec, values) and gather them by codec, in the order of the codec numbers.
+def write_values(coded: Sequence[Stream], entropy: str, level: int = 1) -> list[Buffer]:
+    """Gather streams by codec, in the order of the codec numbers; each codec's scales follow its codes.
 
     Args:
-        streams: float32 for FP32, BF16, INT8, INT4; uint16 words for BF16 that are not to be rounded; bytes for INT.
-        keys: one rounding key a stream.
+        coded: one stream a tensor.
         entropy: "zstd" or "none".
+        level: of zstd.
     """
-    sections: list[list[bytes]] = [[] for _ in range(7)]  # fp32, bf16, int8 codes, scales, int4 codes, scales, int
-    words: dict[int, list[np.ndarray]] = {0: [], 1: [], 3: [], 5: []}
-    for (codec, values), key in zip(streams, keys, strict=True):
-        if len(values) == 0:
+    out: list[Buffer] = []
+    planes: list[Buffer]
+    floats = [c for c in coded if isinstance(c, Coded) and c.count]
+    for kind in (FP32, BF16, INT8, INT4):
+        mine = [c for c in floats if c.kind == kind]
+        if not mine:
             continue
-        if codec == FP32:
-            words[0].append(values)
-        elif codec == BF16:
-            words[1].append(values if values.dtype == np.uint16 else ops.round_bf16(values, key))
-        elif codec == INT:
-            sections[6].append(values.tobytes())
+        if kind in _PLANES:  # like bytes of all tensors lie together
+            planes = [_joined([c.streams[i] for c in mine]).data for i in range(_PLANES[kind])]
+            out += section(planes, entropy, level, apart=True)
         else:
-            codes, scales = ops.quantise(values, _LEVELS[codec], key)
-            place = 2 if codec == INT8 else 4
-            sections[place].append(codes.tobytes() if codec == INT8 else _nibbles(codes))
-            words[place + 1].append(scales)
-    for place, arrays in words.items():
-        if arrays:  # byte planes of the whole section: like bytes of all tensors lie together
-            sections[place] = [ops.split_planes(np.concatenate(arrays))]
-    return [section(b"".join(parts), entropy) for parts in sections if parts]
+            out += section([c.streams[0].data for c in mine], entropy, level)
+            scales = codes.split_planes(np.concatenate([c.scales for c in mine]))
+            quarter = len(scales) // 4
+            out += section(
+                [scales[i : i + quarter] for i in range(0, len(scales), quarter)], entropy, level, apart=True
+            )
+    integers: list[Buffer] = [c.data for c in coded if not isinstance(c, Coded) and len(c)]
+    return [*out, *section(integers, entropy, level)] if integers else out
 
 
-def read_values(reader: Reader, wanted: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def read_values(reader: Reader, wanted: Sequence[tuple[int, int]]) -> list[Stream]:
     """Read streams of hostile origin; the sections must have exactly the sizes that ``wanted`` implies.
 
     Args:
@@ -73,70 +94,76 @@ def read_values(reader: Reader, wanted: Sequence[tuple[int, int]]) -> list[np.nd
         wanted: per stream (codec, number of values; number of bytes for INT).
 
     Returns:
-        Per stream float32 (FP32, INT8, INT4), uint16 words (BF16) or uint8 (INT). Words are not yet checked for NaN.
+        One stream each; bf16 words are not yet checked for NaN, all else is valid.
     """
-    out = [np.empty(0, (np.float32, np.uint16, np.float32, np.float32, np.uint8)[codec]) for codec, _ in wanted]
-    for codec in range(5):
-        mine = [(i, count) for i, (kind, count) in enumerate(wanted) if kind == codec and count]
+    none = np.empty(0, np.uint8)
+    out: list[Stream] = [none if kind == INT else streams.new_streams(kind, 0) for kind, _ in wanted]
+    for kind in range(5):
+        mine = [(i, count) for i, (codec, count) in enumerate(wanted) if codec == kind and count]
         if not mine:
             continue
         counts = [count for _, count in mine]
-        if codec in (FP32, BF16):
-            dtype = np.dtype("<f4" if codec == FP32 else "<u2")
-            stream = _planes(reader, sum(counts), dtype)
-            parts = np.split(stream, np.cumsum(counts)[:-1])
-            if codec == FP32:
-                _check_finite(stream)
-        elif codec == INT:
-            raw = np.frombuffer(read_section(reader, sum(counts), sum(counts)), np.uint8)
-            parts = np.split(raw, np.cumsum(counts)[:-1])
+        if kind == INT:
+            (raw,) = read_section(reader, [(sum(counts), sum(counts))])
+            parts: list[Stream] = [*_cut(np.frombuffer(raw, np.uint8), counts)]
+        elif kind in _PLANES:
+            planes = [_cut(plane, counts) for plane in _planes(reader, sum(counts), _PLANES[kind])]
+            empty = np.empty(0, np.float32)
+            parts = [Coded(kind, n, tuple(p[i] for p in planes), empty) for i, n in enumerate(counts)]
         else:
-            parts = _read_quantised(reader, codec, counts)
+            parts = [*_read_quantised(reader, kind, counts)]
         for (i, _), part in zip(mine, parts, strict=True):
+            if isinstance(part, Coded) and kind != BF16:
+                check(part)
             out[i] = part
     return out
 
 
-def _read_quantised(reader: Reader, codec: int, counts: list[int]) -> list[np.ndarray]:
-    sizes = counts if codec == INT8 else [-(-count // 2) for count in counts]
-    blocks = [-(-count // ops.BLOCK) for count in counts]
-    raw = np.frombuffer(read_section(reader, sum(sizes), sum(sizes)), np.int8)
-    scales = _planes(reader, sum(blocks), np.dtype("<f4"))
-    levels = _LEVELS[codec]
-    if not bool((scales.view(np.uint32) <= np.float32(ops.largest_scale(levels)).view(np.uint32)).all()):
-        raise DecodeError("a scale is negative, infinite or NaN; the frame is damaged")
-    codes = np.split(raw, np.cumsum(sizes)[:-1])
-    if codec == INT4:
-        codes = [_codes(part, count) for part, count in zip(codes, counts, strict=True)]
-    if any(int(part.min()) < -levels for part in codes):
-        raise DecodeError(f"a code lies outside -{levels} to {levels}; the frame is damaged")
-    each = np.split(scales, np.cumsum(blocks)[:-1])
-    return [ops.dequantise(part, scale) for part, scale in zip(codes, each, strict=True)]
-
-
-def _planes(reader: Reader, count: int, dtype: np.dtype) -> np.ndarray:
-    size = count * dtype.itemsize
-    return ops.merge_planes(read_section(reader, size, size), dtype)
-
-
-def _nibbles(codes: np.ndarray) -> bytes:
-    even = np.zeros(len(codes) + len(codes) % 2, np.uint8)
-    even[: len(codes)] = codes.view(np.uint8) & 15
-    return (even[::2] | even[1::2] << np.uint8(4)).tobytes()
-
-
-def _codes(packed: np.ndarray, count: int) -> np.ndarray:
-    codes = np.empty(2 * len(packed), np.int8)
-    codes[::2] = packed << np.int8(4) >> np.int8(4)
-    codes[1::2] = packed >> np.int8(4)
-    if codes[count:].any():
-        raise DecodeError("an int4 stream has a code past its end; the frame is damaged")
-    return codes[:count]
-
-
-def _check_finite(values: np.ndarray) -> None:
-    if not bool(np.isfinite(values).all()):
+def check(part: Coded) -> None:
+    """Raise DecodeError unless ``part`` holds only what a sender writes."""
+    if streams.valid(part):
+        return
+    if part.kind in _PLANES:
         raise DecodeError("the frame holds NaN or infinity; its sender diverged or it is hostile")
+    levels = LEVELS[part.kind]
+    raise DecodeError(
+        f"a code lies outside -{levels} to {levels}, there is a code past its end, or a scale is negative, infinite "
+        "or NaN; the frame is damaged"
+    )
+
+
+def _read_quantised(reader: Reader, kind: int, counts: list[int]) -> list[Coded]:
+    sizes = counts if kind == INT8 else [-(-count // 2) for count in counts]
+    blocks = [-(-count // codes.BLOCK) for count in counts]
+    (raw,) = read_section(reader, [(sum(sizes), sum(sizes))])
+    parts = _cut(np.frombuffer(raw, np.uint8), sizes)
+    scales = codes.merge_planes(np.concatenate(_planes(reader, sum(blocks), 4)).data, np.dtype("<f4"))
+    each = _cut(scales, blocks)
+    return [Coded(kind, n, (part,), scale) for n, part, scale in zip(counts, parts, each, strict=True)]
+
+
+def _planes(reader: Reader, count: int, width: int) -> list[np.ndarray]:
+    parts = read_section(reader, [(count, count)] * width)
+    if len(parts) == 1:
+        parts = [parts[0][i * count : (i + 1) * count] for i in range(width)]
+    return [np.frombuffer(part, np.uint8) for part in parts]
+
+
+def _cut(array: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    return np.split(array, np.cumsum(sizes)[:-1])
+
+
+def from_words(words: np.ndarray) -> Coded:
+    """Return bf16 words (uint16) as a stream."""
+    planes = np.frombuffer(codes.split_planes(words), np.uint8).reshape(2, len(words))
+    return Coded(BF16, len(words), tuple(planes), np.empty(0, np.float32))
+
+
+def to_words(coded: Stream) -> np.ndarray:
+    """Return a bf16 stream as words, bytes as they are."""
+    if not isinstance(coded, Coded):
+        return coded
+    return codes.merge_planes(np.concatenate(coded.streams).data, np.dtype("<u2"))
 
 
 def widen(words: np.ndarray) -> np.ndarray:

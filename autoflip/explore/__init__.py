@@ -24,7 +24,18 @@ from autoflip import meter
 from autoflip.explore.guidance import SIGNALS, Scores, Sums, rank
 from autoflip.explore.local import LossFn, local_steps
 
-__all__ = ["SIGNALS", "Scores", "Scout", "Sums", "curvature_diagonal", "guide", "local_steps", "rank", "scout"]
+__all__ = [
+    "SIGNALS",
+    "Scores",
+    "Scout",
+    "Sums",
+    "absolute_gradient",
+    "curvature_diagonal",
+    "guide",
+    "local_steps",
+    "rank",
+    "scout",
+]
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,17 @@ def curvature_diagonal(
     """Return the Gauss-Newton diagonal on at most ``examples`` examples, one Monte-Carlo draw."""
     batch = inputs[:examples], targets[:examples]
     return _curvature.hessian_diagonal(model, loss_fn, batch, num_probes=1, seed=seed, method="ggn-mc")
+
+
+def absolute_gradient(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn, *, examples: int = 128
+) -> dict[str, Tensor]:
+    """Return name -> ``|dL/dw|`` of the mean loss on at most ``examples`` examples; the model stays as it is."""
+    twin = copy.deepcopy(model).train()
+    names, parameters = zip(*((n, p) for n, p in twin.named_parameters() if p.requires_grad), strict=True)
+    loss = loss_fn(twin(inputs[:examples]), targets[:examples])
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: g.abs() for n, g in zip(names, found, strict=True) if g is not None}
 
 
 def _tensors(data: Any) -> tuple[Tensor, Tensor]:

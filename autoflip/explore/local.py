@@ -24,6 +24,7 @@ def local_steps(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
+    proximal: float = 0.0,
     generator: torch.Generator | None = None,
     on_batch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> float:
@@ -41,6 +42,7 @@ def local_steps(
         momentum: of SGD.
         weight_decay: of SGD.
         clip_norm: largest norm of a step's gradient; 0: no clipping.
+        proximal: ``mu`` of ``mu/2 |w - w_start|^2``, added to the loss (FedProx, Li et al., MLSys 2020).
         generator: decides the order of the examples.
         on_batch: called before each step with its batch (the ledger counts FLOPs there).
 
@@ -52,6 +54,7 @@ def local_steps(
         raise ValueError("local_steps: there are no examples; wanted at least one per client")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    start = [p.detach().clone() for p in parameters] if proximal else []
     model.train()
     total = 0.0
     for _ in range(epochs):
@@ -63,6 +66,9 @@ def local_steps(
             optimizer.zero_grad(set_to_none=True)
             loss = loss_fn(model(x), y)
             loss.backward()
+            for p, origin in zip(parameters, start):
+                if p.grad is not None:
+                    p.grad.add_(p.detach() - origin, alpha=proximal)
             if clip_norm:
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimizer.step()

@@ -44,13 +44,15 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int, config: 
     about: dict[str, object] = {"records": records, "config": config, "methods": {}}
     for method, state in states.items():
         _put(tensors, f"{method}/params/", state.params)
+        _put(tensors, f"{method}/memory/", state.memory)
         if state.guidance is not None:
             _put(tensors, f"{method}/importance/", state.guidance.importance)
             _put(tensors, f"{method}/agreement/", state.guidance.agreement)
             _put(tensors, f"{method}/weights/", state.guidance.weights)
         masks = {view.masks.fingerprint(): view.masks for view in state.views.values() if view.masks is not None}
-        if state.masks is not None:
-            masks[state.masks.fingerprint()] = state.masks
+        for kept in (state.masks, state.narrow):
+            if kept is not None:
+                masks[kept.fingerprint()] = kept
         for fingerprint, mask in masks.items():
             _put(tensors, f"{method}/masks/{fingerprint}/", mask)
         for view in state.views.values():
@@ -58,6 +60,7 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int, config: 
         about["methods"][method] = {  # type: ignore[index]
             "round": state.round,
             "masks": state.masks.fingerprint() if state.masks is not None else None,
+            "narrow": state.narrow.fingerprint() if state.narrow is not None else None,
             "views": {v.id.hex(): v.masks.fingerprint() if v.masks is not None else None for v in state.views.values()},
             "held": {str(client): view.hex() for client, view in state.held.items()},
             "guidance": state.guidance is not None,
@@ -114,7 +117,7 @@ def _take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _state(tensors: Mapping[str, Tensor], method: str, entry: dict) -> ServerState:
-    names = {f for f in [entry["masks"], *entry["views"].values()] if f is not None}
+    names = {f for f in [entry["masks"], entry["narrow"], *entry["views"].values()] if f is not None}
     masks = {f: MaskSet(_take(tensors, f"{method}/masks/{f}/")) for f in names}
     views = {
         bytes.fromhex(name): View(
@@ -131,4 +134,6 @@ def _state(tensors: Mapping[str, Tensor], method: str, entry: dict) -> ServerSta
         guidance=Guidance(*(_take(tensors, f"{method}/{part}/") for part in ("importance", "agreement", "weights")))
         if entry["guidance"]
         else None,
+        memory=_take(tensors, f"{method}/memory/"),
+        narrow=masks[entry["narrow"]] if entry["narrow"] is not None else None,
     )

@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from autoflip import codec, explore, meter
 from autoflip.fed.config import Config
-from autoflip.fed.downlink import DTYPES, receive
-from autoflip.fed.message import EXPLORE, NO_VIEW, RESYNC, UPDATE, Message
+from autoflip.fed.downlink import receive
+from autoflip.fed.message import NO_VIEW, RESYNC, UPDATE, Message
 from autoflip.fed.seeding import derive, generator
 from autoflip.fed.state import View
 from autoflip.fed.strategies import Strategy
@@ -60,7 +60,7 @@ class Client:
         if message.base != (base.id if base is not None else NO_VIEW):
             reply = Message(RESYNC, message.round, self.id).pack()
         else:
-            view = receive(message, base, self.schema, DTYPES[self.strategy.downlink])
+            view = receive(message, base, self.schema, self.strategy.downlink)
             self.held = view if self.strategy.stateful else None
             reply = self._work(message, view).pack()
         meter.synchronise()
@@ -69,27 +69,8 @@ class Client:
 
     def _work(self, message: Message, view: View) -> Message:
         cfg = self.config
-        prepared = self._prepare(view)
-        prepared.load(view.params)
-        before = {name: t.clone() for name, t in prepared.read().items()}
-        keys = (cfg.fed.seed, "train", message.round, self.id)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(*keys, "dropout"))
-            loss = explore.local_steps(
-                prepared.model,
-                self.inputs,
-                self.targets,
-                F.cross_entropy,
-                epochs=cfg.explore.epochs if message.kind == EXPLORE else cfg.train.epochs,
-                batch_size=cfg.train.batch_size,
-                lr=cfg.train.lr * cfg.train.lr_decay**message.round,
-                momentum=cfg.train.momentum,
-                weight_decay=cfg.train.weight_decay,
-                clip_norm=cfg.train.clip_norm,
-                generator=generator(*keys),
-                on_batch=lambda x, y: self._charge_step(prepared, x, y),
-            )
-        delta = prepared.expand({name: t - before[name] for name, t in prepared.read().items()})
+        ask = self.strategy.ask(message.round)
+        frames = []
         wire: dict[str, Any] = {
             "schema": self.schema,
             "seed": cfg.fed.seed,
@@ -97,26 +78,58 @@ class Client:
             "client": self.id,
             "base_id": view.id,
         }
-        frames = [codec.encode(delta, masks=view.masks, values=self.strategy.values, **wire)]
-        if message.kind == EXPLORE and self.strategy.curvature:
-            frames.append(self._curvature(prepared, message, wire))
+        prepared = self._prepare(view)
+        prepared.load(view.params)
+        loss = 0.0
+        if ask.epochs:
+            before = {name: t.clone() for name, t in prepared.read().items()}
+            loss = self._train(prepared, message, ask.epochs)
+            delta = prepared.expand({name: t - before[name] for name, t in prepared.read().items()})
+            frames.append(codec.encode(delta, masks=view.masks, values=self.strategy.values, **wire))
+        if ask.probe:
+            frames.append(self._probe(ask.probe, prepared, view, wire))
         return Message(UPDATE, message.round, self.id, tuple(frames), view.id, examples=len(self.targets), loss=loss)
 
-    def _curvature(self, prepared: Prepared, message: Message, wire: dict[str, Any]) -> bytes:
-        seed = derive(self.config.fed.seed, "curvature", message.round, self.id)
-        found: dict[str, Tensor] = {}
-
-        def look() -> None:
-            found.update(
-                explore.curvature_diagonal(prepared.model, self.inputs, self.targets, F.cross_entropy, seed=seed)
+    def _train(self, prepared: Prepared, message: Message, epochs: int) -> float:
+        cfg = self.config
+        keys = (cfg.fed.seed, "train", message.round, self.id)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(*keys, "dropout"))
+            return explore.local_steps(
+                prepared.model,
+                self.inputs,
+                self.targets,
+                F.cross_entropy,
+                epochs=epochs,
+                batch_size=cfg.train.batch_size,
+                lr=cfg.train.lr * cfg.train.lr_decay**message.round,
+                momentum=cfg.train.momentum,
+                weight_decay=cfg.train.weight_decay,
+                clip_norm=cfg.train.clip_norm,
+                proximal=self.strategy.proximal,
+                generator=generator(*keys),
+                on_batch=lambda x, y: self._charge_step(prepared, x, y),
             )
 
+    def _probe(self, kind: str, prepared: Prepared, view: View, wire: dict[str, Any]) -> bytes:
+        data = self.inputs, self.targets, F.cross_entropy
+        found: dict[str, Tensor] = {}
+
+        def curvature() -> None:
+            seed = derive(self.config.fed.seed, "curvature", wire["round"], self.id)
+            diagonal = explore.curvature_diagonal(prepared.model, *data, seed=seed)
+            # roots: a linear int8 scale covers their range, not that of the squares
+            found.update({name: h.clamp_min(0).sqrt() for name, h in diagonal.items()})
+
+        def gradient() -> None:
+            whole = self.workshop.prepare(None)  # a pruned weight has a gradient too
+            whole.load(view.params)
+            found.update(explore.absolute_gradient(whole.model, *data))
+
         # counting slows it by its dispatch overhead only: one pass on a large batch
-        self.cost.flops += meter.count_flops(look)
-        # roots: a linear int8 scale covers their range, not that of the squares
-        roots = {name: found[name].clamp_min(0).sqrt() if name in found else torch.zeros(shape)
-                 for name, shape in self.schema.shapes.items()}  # fmt: skip
-        return codec.encode(roots, values=self.strategy.values, **wire)
+        self.cost.flops += meter.count_flops({"curvature": curvature, "gradient": gradient}[kind])
+        dense = {n: found.get(n, torch.zeros(shape)) for n, shape in self.schema.shapes.items()}
+        return codec.encode(dense, values=self.strategy.values, **wire)
 
     def _charge_step(self, prepared: Prepared, x: Tensor, y: Tensor) -> None:
         start = time.perf_counter()

@@ -21,7 +21,7 @@ else:
 from autoflip.explore import SIGNALS
 from autoflip.fed import presets
 from autoflip.fed.data import canonical
-from autoflip.fed.sections import CHOICES, METHOD_NAMES, RANGES, Data, Explore, Fed, Model, Prune, Train, Wire
+from autoflip.fed.sections import CHOICES, METHOD_NAMES, RANGES, Data, Explore, Fed, Model, Prune, Server, Train, Wire
 
 __all__ = ["Config", "ConfigError"]
 
@@ -43,6 +43,7 @@ class Config:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
+    server: Server = field(default_factory=Server)
     explore: Explore = field(default_factory=Explore)
     prune: Prune = field(default_factory=Prune)
     wire: Wire = field(default_factory=Wire)

@@ -36,8 +36,8 @@ class Record:
         seed: of the run.
         round: number from 0.
         phase: "exploration" or "training".
-        accuracy: test accuracy after the round, 0 to 1.
-        loss: mean test cross-entropy after the round.
+        accuracy: test accuracy after the round, 0 to 1; None: this round was not evaluated (``fed.eval_every``).
+        loss: mean test cross-entropy after the round, or None.
         flops: executed by clients.
         bytes_up: payload bytes from clients, damaged and rejected ones included.
         bytes_down: payload bytes to clients, resends included.
@@ -55,8 +55,8 @@ class Record:
     seed: int
     round: int
     phase: str
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    loss: float | None
     flops: int
     bytes_up: int
     bytes_down: int
@@ -77,7 +77,8 @@ class Record:
     def from_dict(cls, line: Mapping[str, Any]) -> Record:
         """Read what :meth:`as_dict` wrote; raises ValueError where a figure is no number."""
         for name in ("accuracy", "flops", "bytes_up", "bytes_down", "seconds"):
-            if not isinstance(line[name], (int, float)):
+            missing = name == "accuracy" and line[name] is None
+            if not isinstance(line[name], (int, float)) and not missing:
                 raise ValueError(f"{name} is {line[name]!r}, wanted a number")
         return cls(**{**line, "clients": tuple(ClientRecord(**c) for c in line["clients"])})
 
@@ -114,7 +115,7 @@ def _split(records: Sequence[Record], value: str) -> dict[str, float]:
 
 def _to_target(records: Sequence[Record], target: float) -> dict[str, float] | None:
     for position, record in enumerate(records):
-        if record.accuracy >= target:
+        if record.accuracy is not None and record.accuracy >= target:
             spent = total_cost(records[: position + 1])
             return {
                 "accuracy": record.accuracy,
@@ -130,7 +131,7 @@ def _method(records: Sequence[Record], target: float) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": records[0].method,
         "final_accuracy": records[-1].accuracy,
-        "best_accuracy": max(r.accuracy for r in records),
+        "best_accuracy": max(r.accuracy for r in records if r.accuracy is not None),
         "density": records[-1].density,
         "channels": records[-1].channels,
     }
@@ -148,7 +149,8 @@ def summarise(records: Sequence[Record], method: str, against: str | None, about
     """Return what summary.json holds.
 
     The target accuracy is the final accuracy of ``against`` (of ``method`` itself when it runs alone). The cost
-    to it is everything spent up to and including the first round that reaches it, exploration included.
+    to it is everything spent up to and including the first evaluated round that reaches it, exploration included;
+    with ``fed.eval_every`` above 1 that may be later than the round which got there.
 
     Args:
         records: of one seed, both methods.
@@ -159,6 +161,7 @@ def summarise(records: Sequence[Record], method: str, against: str | None, about
     mine = [r for r in records if r.method == method]
     theirs = [r for r in records if r.method == against]
     target = (theirs or mine)[-1].accuracy
+    assert target is not None  # the last round is always evaluated
     ours = _method(mine, target)
     other = _method(theirs, target) if theirs else None
     ratios: dict[str, Any] | None = None

@@ -19,10 +19,11 @@ from autoflip.fed import checkpoint, data, models, partition
 from autoflip.fed.client import Client
 from autoflip.fed.config import Config
 from autoflip.fed.ledger import Record, read_records, summarise, total_cost
-from autoflip.fed.seeding import derive
+from autoflip.fed.norms import to_group_norm
+from autoflip.fed.seeding import derive, sample
 from autoflip.fed.server import Server
 from autoflip.fed.state import ServerState
-from autoflip.fed.strategies import METHODS
+from autoflip.fed.strategies import METHODS, Strategy
 from autoflip.fed.transport import InProcess
 from autoflip.fed.workshop import Workshop
 from autoflip.masks import MaskSet
@@ -173,18 +174,20 @@ class _Job:
         self.blank = models.build(
             name, input_shape=self.dataset.input_shape, num_classes=self.dataset.num_classes, seed=seed
         )
+        if config.model.norm == "group":
+            self.blank = to_group_norm(self.blank)
         start = {k: v.detach().clone() for k, v in self.blank.state_dict().items() if v.is_floating_point()}
-        self.states = states or {method: ServerState(dict(start)) for method in self.methods}
+        strategies = {method: METHODS[method](config, self.blank, self.dataset.train.x[:2]) for method in self.methods}
+        self.states = states or {method: s.begin(ServerState(dict(start))) for method, s in strategies.items()}
         if set(self.states) != set(self.methods) or any(
             {k: v.shape for k, v in s.params.items()} != {k: v.shape for k, v in start.items()}
             for s in self.states.values()
         ):
             raise checkpoint.CheckpointError("the checkpoint is of other methods or another model than config.toml")
         _warm_up(self.blank, name, self.dataset)
-        self.servers = {method: self._server(method, start, parts) for method in self.methods}
+        self.servers = {method: self._server(method, s, start, parts) for method, s in strategies.items()}
 
-    def _server(self, method: str, start: dict[str, Tensor], parts: list[Tensor]) -> Server:
-        strategy = METHODS[method](self.config, self.blank)
+    def _server(self, method: str, strategy: Strategy, start: dict[str, Tensor], parts: list[Tensor]) -> Server:
         schema = codec.Schema.of(start)
         workshop = Workshop(self.blank)
         state = self.states[method]
@@ -203,7 +206,9 @@ class _Job:
         }
         test = self.dataset.test.x, self.dataset.test.y
         examples = {k: len(part) for k, part in enumerate(parts)}
-        return Server(self.config, strategy, schema, InProcess(clients), workshop, test, examples)
+        fed = self.config.fed
+        slow = set(sample(derive(fed.seed, "slow"), 0, fed.clients, fed.slow)) if fed.slow else set()
+        return Server(self.config, strategy, schema, InProcess(clients), workshop, test, examples, slow)
 
     def finish(self, folder: Path | None, records: list[Record], sinks: list[Sink]) -> Result:
         """Run what is left, write what is asked for, and return the result."""
@@ -234,9 +239,11 @@ class _Job:
         state = self.states[method]
         mine = [r for r in records if r.method == method]
         params = dict(state.params)
+        accuracy = mine[-1].accuracy
+        assert accuracy is not None  # the last round is always evaluated
         result = Result(
             config,
-            mine[-1].accuracy,
+            accuracy,
             total_cost(mine),
             tuple(records),
             summary,

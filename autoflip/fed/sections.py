@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CHOICES", "METHOD_NAMES", "RANGES", "Data", "Explore", "Fed", "Model", "Prune", "Train", "Wire"]
+__all__ = ["CHOICES", "METHOD_NAMES", "RANGES", "Data", "Explore", "Fed", "Model", "Prune", "Server", "Train", "Wire"]
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,11 @@ class Fed:
     rounds: int = 40  # exploration round included
     clients: int = 20
     fraction: float = 0.25  # share of the clients that a training round calls
+    slow: float = 0.0  # share of the clients that train a narrower model, see prune.slow_channels
     seed: int = 0
     threads: int = 1  # 0: torch's own setting
     quorum: float = 0.5  # a round fails below this share of usable updates
+    eval_every: int = 1  # rounds from one test-set evaluation to the next; the last round always has one
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Model:
     """Which network: a name of fed.models, or module:callable."""
 
     name: str = "auto"
+    norm: str = "keep"  # BatchNorm: keep (its buffers are averaged like weights) | group (GroupNorm instead)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,18 @@ class Train:
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # 0: no clipping of the gradient's norm
+    proximal: float = 0.01  # mu of method fedprox
+
+
+@dataclass(frozen=True)
+class Server:
+    """How the server steps along the clients' mean update."""
+
+    optimizer: str = "none"  # of autoflip: none | momentum | adam; fedavgm and fedadam have theirs
+    momentum: float = 0.9
+    momentum_lr: float = 0.3
+    adam_lr: float = 0.01
+    adam_eps: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -71,10 +86,15 @@ class Prune:
 
     density: float = 0.15  # kept share of the weights
     channels: float = 0.5  # kept share of channels and neurons
+    flops: float = 0.0  # budget: share of a dense round's FLOPs, met by fewer channels; 0: none
+    bytes: float = 0.0  # the same for bytes, both ways against float32
+    round_to: int = 0  # channels of a convolution are kept in multiples of this; 0: by its size, see prune.hybrid
+    slow_channels: float = 0.25  # the same for slow clients (fed.slow); autoflip only
     block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
-    until: int = 1  # rounds over which the density falls to its target; 1: at once
-    every: int = 5  # rounds between two mask changes while it falls
+    until: int = 1  # rounds over which density and channels fall to their targets; 1: at once
+    every: int = 5  # rounds between two mask changes while they fall
     rescale: float = 3.0  # largest factor that restores a pruned layer's norm; 1: leave the weights alone
+    restore: str = "layer"  # whose norm: layer | row (of each output that is left)
     paper_quantile: float = 0.3  # T_p of method autoflip-paper: the pruned share
 
 
@@ -83,14 +103,30 @@ class Wire:
     """What crosses the link. Applies to pruning methods; fedavg sends fp32 both ways."""
 
     values: str = "int8"  # uplink: fp32 | bf16 | int8 | int4
-    downlink: str = "bf16"  # bf16 (as XOR against what the client holds) | fp32
+    downlink: str = "bf16"  # against what the client holds: bf16 (XOR, lossless) | int8 | int4 | fp32 (whole)
+    start: str = "seed"  # initial weights: seed (each client draws them itself) | broadcast
 
 
-METHOD_NAMES = ("autoflip", "autoflip-paper", "fedavg")
+METHOD_NAMES = (
+    "autoflip",
+    "autoflip-paper",
+    "fedavg",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "random",
+    "magnitude",
+    "prunefl",
+    "ssfl",
+)
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.partition": ("iid", "dirichlet", "pathological", "natural"),
     "wire.values": ("fp32", "bf16", "int8", "int4"),
-    "wire.downlink": ("fp32", "bf16"),
+    "wire.downlink": ("fp32", "bf16", "int8", "int4"),
+    "wire.start": ("seed", "broadcast"),
+    "model.norm": ("keep", "group"),
+    "prune.restore": ("layer", "row"),
+    "server.optimizer": ("none", "momentum", "adam"),
 }
 
 
@@ -105,9 +141,11 @@ RANGES = {
     "fed.rounds": _COUNT,
     "fed.clients": _COUNT,
     "fed.fraction": _SHARE,
+    "fed.slow": _range(0, 1),
     "fed.seed": _range(0, 2**31 - 1),
     "fed.threads": _range(0, 1024),
     "fed.quorum": _range(0, 1),
+    "fed.eval_every": _COUNT,
     "data.alpha": _range(0, 1e6, open_low=True),
     "data.classes": _COUNT,
     "data.samples_per_client": _range(0, 10**9),
@@ -118,11 +156,20 @@ RANGES = {
     "train.momentum": _range(0, 1),
     "train.weight_decay": _range(0, 1e3),
     "train.clip_norm": _range(0, 1e9),
+    "train.proximal": _range(0, 1e3),
+    "server.momentum": _range(0, 1),
+    "server.momentum_lr": _range(0, 1e3, open_low=True),
+    "server.adam_lr": _range(0, 1e3, open_low=True),
+    "server.adam_eps": _range(0, 1e3, open_low=True),
     "explore.fraction": _SHARE,
     "explore.epochs": _COUNT,
     "explore.agreement": _range(0, 100),
     "prune.density": _SHARE,
     "prune.channels": _SHARE,
+    "prune.flops": _range(0, 1),
+    "prune.bytes": _range(0, 1),
+    "prune.round_to": _range(0, 1024),
+    "prune.slow_channels": _SHARE,
     "prune.until": _COUNT,
     "prune.every": _COUNT,
     "prune.rescale": _range(1, 100),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from autoflip import codec
@@ -16,13 +17,16 @@ from autoflip.fed.config import Config
 from autoflip.fed.ledger import ClientRecord, Record
 from autoflip.fed.message import EXPLORE, NO_VIEW, RESYNC, TRAIN, UPDATE, Message
 from autoflip.fed.seeding import sample
-from autoflip.fed.state import ServerState, View, make_view
-from autoflip.fed.strategies import Strategy
+from autoflip.fed.state import ServerState, View
+from autoflip.fed.strategies import Ask, Strategy
 from autoflip.fed.transport import Reply, Transport
 from autoflip.fed.workshop import Workshop
 from autoflip.masks import MaskSet
 
 __all__ = ["RoundError", "Server"]
+
+
+_ABSURD = 1e12
 
 
 class RoundError(RuntimeError):
@@ -41,6 +45,7 @@ class Server:
         workshop: builds compact models, for evaluation.
         test: ``(inputs, targets)`` to evaluate on.
         examples: client -> number of its training examples, as registered.
+        slow: clients that get the narrow model.
     """
 
     config: Config
@@ -50,6 +55,7 @@ class Server:
     workshop: Workshop
     test: tuple[Tensor, Tensor]
     examples: Mapping[int, int]
+    slow: Collection[int] = ()
 
     def run_round(self, state: ServerState) -> tuple[ServerState, Record]:
         """Run one round and return the next state and the round's record.
@@ -58,11 +64,10 @@ class Server:
             RoundError: fewer updates than the quorum were usable.
         """
         cfg = self.config.fed
-        exploring = self.strategy.explores and state.round == 0
-        share = self.config.explore.fraction if exploring else cfg.fraction
-        called = sample(cfg.seed, state.round, cfg.clients, share)
+        ask = self.strategy.ask(state.round)
+        called = sample(cfg.seed, state.round, cfg.clients, ask.fraction)
         start = time.perf_counter()
-        work = _Round(self, state, EXPLORE if exploring else TRAIN)
+        work = _Round(self, state, ask)
         clients = [work.call(client) for client in called]
         accepted = [c for c in clients if c.error is None]
         if len(accepted) < max(1, cfg.quorum * len(called)):
@@ -75,12 +80,15 @@ class Server:
         client_seconds = sum(c.seconds for c in clients)
         server_seconds = time.perf_counter() - start - work.client_wall
         start = time.perf_counter()
-        accuracy, loss = self.workshop.evaluate(after.params, after.masks, *self.test)
+        last = after.round == cfg.rounds
+        accuracy, loss = None, None
+        if last or after.round % cfg.eval_every == 0:
+            accuracy, loss = self.workshop.evaluate(after.params, after.masks, *self.test)
         record = Record(
             method=self.strategy.name,
             seed=cfg.seed,
             round=state.round,
-            phase="exploration" if exploring else "training",
+            phase=ask.phase,
             accuracy=accuracy,
             loss=loss,
             flops=sum(c.flops for c in clients),
@@ -112,34 +120,36 @@ class Server:
 class _Round:
     """What one round gathers before it is known whether it counts."""
 
-    def __init__(self, server: Server, state: ServerState, kind: int) -> None:
-        self.server, self.state, self.kind = server, state, kind
-        self.view = make_view(state.params, state.masks, downlink.DTYPES[server.strategy.downlink])
+    def __init__(self, server: Server, state: ServerState, ask: Ask) -> None:
+        self.server, self.state, self.ask = server, state, ask
+        self.kind = EXPLORE if ask.phase == "exploration" else TRAIN
         shapes = {name: t.shape for name, t in state.params.items()}
         self.aggregator = Aggregator(shapes, server.schema)
         sums = server.strategy.may_prune(state)
-        self.sums = Sums({name: t.float() for name, t in self.view.params.items()}) if sums else None
-        self.holders: set[int] = set()
+        self.sums = Sums(state.params) if sums else None
+        self.holders: dict[int, View] = {}
         self.client_wall = 0.0
-        self._frames: dict[bytes, tuple[bytes, ...]] = {}
+        self._sent: dict[tuple[bytes, bool], tuple[View, tuple[bytes, ...]]] = {}
 
     def call(self, client: int) -> ClientRecord:
         """Exchange payloads with one client, take its update in, and write down what it cost."""
         held = self.state.views.get(self.state.held.get(client, b""))
-        replies = [self._exchange(client, held)]
+        view, reply = self._exchange(client, held)
+        replies = [reply]
         examples, loss, error = 0, None, replies[0].error
         try:
             if error is None:
                 message = Message.unpack(replies[0].payload)
                 if message.kind == RESYNC and held is not None:  # the client lost its base: send everything
-                    replies.append(self._exchange(client, None))
-                    error = replies[1].error
+                    view, reply = self._exchange(client, None)
+                    replies.append(reply)
+                    error = reply.error
                     if error is None:
                         message = Message.unpack(replies[1].payload)
             if error is None:
-                self._accept(client, message)
+                self._accept(client, message, view)
                 examples, loss = message.examples, message.loss
-                self.holders.add(client)
+                self.holders[client] = view
         except codec.DecodeError as fault:
             error = str(fault)
         return ClientRecord(
@@ -153,53 +163,67 @@ class _Round:
             error=error,
         )
 
-    def _exchange(self, client: int, held: View | None) -> Reply:
+    def _exchange(self, client: int, held: View | None) -> tuple[View, Reply]:
+        state, server = self.state, self.server
         base = held.id if held is not None else NO_VIEW
-        if base not in self._frames:
-            self._frames[base] = downlink.send(self.view, held, self.server.schema)
-        message = Message(self.kind, self.state.round, client, self._frames[base], self.view.id, base)
+        slow = client in server.slow and state.narrow is not None
+        if (base, slow) not in self._sent:
+            kind, keys = server.strategy.downlink, {"seed": server.config.fed.seed, "round_number": state.round}
+            masks = state.narrow if slow else state.masks
+            self._sent[base, slow] = downlink.send(state.params, masks, held, kind, server.schema, **keys)
+        view, frames = self._sent[base, slow]
+        message = Message(self.kind, state.round, client, frames, view.id, base)
         start = time.perf_counter()
         reply = self.server.transport.exchange(client, message.pack())
         self.client_wall += time.perf_counter() - start
-        return reply
+        return view, reply
 
-    def _accept(self, client: int, message: Message) -> None:
+    def _accept(self, client: int, message: Message, view: View) -> None:
         if message.kind != UPDATE or message.client != client or message.round != self.state.round:
             raise codec.DecodeError(
                 f"an answer of kind {message.kind} from client {message.client} for round {message.round}; "
                 f"wanted an update of client {client} for round {self.state.round}"
             )
-        if message.view != self.view.id:
+        if message.view != view.id:
             raise codec.DecodeError("the update was made from another view than this round's broadcast")
         if not 1 <= message.examples <= self.server.examples[client]:
             raise codec.DecodeError(
                 f"the update claims {message.examples} examples; the client registered {self.server.examples[client]}"
             )
-        curved = self.kind == EXPLORE and self.server.strategy.curvature
-        if len(message.frames) != 1 + curved:
-            raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {1 + curved}")
-        weight, masks, schema = float(message.examples), self.state.masks, self.server.schema
+        trained, probed = bool(self.ask.epochs), bool(self.ask.probe)
+        if len(message.frames) != trained + probed:
+            raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {trained + probed}")
+        weight, masks, schema = float(message.examples), view.masks, self.server.schema
         if self.sums is None:
             self.aggregator.add(message.frames[0], weight, masks)
             return
-        delta = codec.decode(message.frames[0], masks=masks, schema=schema)
-        squares = {n: r**2 for n, r in codec.decode(message.frames[1], schema=schema).items()} if curved else None
+        delta = {name: torch.zeros(t.shape) for name, t in self.state.params.items()}
+        if trained:
+            delta = codec.decode(message.frames[0], masks=masks, schema=schema)
+        powers = None
+        if probed:
+            probe = codec.decode(message.frames[-1], schema=schema)
+            powers = {name: p**self.ask.power for name, p in probe.items()}
+        for name, t in (*delta.items(), *(powers or {}).items()):
+            if t.numel() and float(t.abs().max()) > _ABSURD:  # its square would drown all guidance
+                raise codec.DecodeError(f"the update moves {name!r} by more than {_ABSURD:g}")
         self.aggregator.add_decoded(delta, weight, masks)
-        self.sums.add(delta, weight, squares)
+        self.sums.add(delta, weight, powers)
 
     def finish(self) -> ServerState:
         """Return the state after the round: new parameters, guidance and masks, and who holds what."""
         state, strategy = self.state, self.server.strategy
-        mean = self.aggregator.mean()
-        params = {name: value + mean[name] for name, value in state.params.items()}
+        params, memory = strategy.step(state, self.aggregator.mean())
         guidance = strategy.guidance(state, params, self.sums) if self.sums is not None else state.guidance
         masks = strategy.masks(ServerState(params, state.masks, state.round, guidance=guidance))
+        narrow = state.narrow
         if masks is not None and masks is not state.masks:
             params = strategy.settle(params, masks)
+            narrow = strategy.narrow(masks, guidance) if self.server.slow else None
         held, views = dict(state.held), dict(state.views)
         if strategy.stateful:
-            held.update(dict.fromkeys(self.holders, self.view.id))
-            views[self.view.id] = self.view
+            held.update({client: view.id for client, view in self.holders.items()})
+            views.update({view.id: view for view in self.holders.values()})
             views = {name: view for name, view in views.items() if name in set(held.values())}
-        following = ServerState(params, masks, state.round + 1, views, held)
+        following = ServerState(params, masks, state.round + 1, views, held, memory=memory, narrow=narrow)
         return replace(following, guidance=guidance) if strategy.may_prune(following) else following

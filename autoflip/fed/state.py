@@ -58,6 +58,8 @@ class ServerState:
         views: id -> view, those that some client still holds.
         held: client -> id of the view that it holds.
         guidance: what the exploration found; None before it, and again when no mask is to change any more.
+        memory: of the server's optimizer, ``slot/name`` -> tensor.
+        narrow: what slow clients keep, within ``masks``; None: what all keep.
     """
 
     params: Params
@@ -66,6 +68,8 @@ class ServerState:
     views: Mapping[bytes, View] = field(default_factory=dict)
     held: Mapping[int, bytes] = field(default_factory=dict)
     guidance: Guidance | None = None
+    memory: Params = field(default_factory=dict)
+    narrow: MaskSet | None = None
 
 
 def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype) -> View:

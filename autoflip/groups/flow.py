@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import rnn
 
 from autoflip.groups.units import Axis, Groups
 
@@ -47,6 +48,11 @@ class Size:
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, *, buffers: bool) -> None:
+        super().__init__(autowrap_functions=(rnn.pack_padded_sequence, rnn.pad_packed_sequence))
+        self.proxy_buffer_attributes = buffers
+        self._autowrap_search.append(rnn)  # also where they are called as nn.utils.rnn.pack_padded_sequence
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _own(m)
 
@@ -74,7 +80,10 @@ def graphs_of(model: nn.Module) -> Iterator[fx.Graph]:
         for mode in (False, True) if asks else (model.training,):
             if asks:
                 model.train(mode)
-            yield _Tracer().trace(model, concrete_args=defaults or None)
+            try:
+                yield _Tracer(buffers=False).trace(model, concrete_args=defaults or None)
+            except Exception:  # self.table[: x.size(0)]: a tensor cannot be cut by a size that is not known yet
+                yield _Tracer(buffers=True).trace(model, concrete_args=defaults or None)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -191,13 +200,14 @@ class Flow:
         index = torch.tensor([number[root] for root in roots], dtype=torch.int64)
         removable = torch.ones(len(number), dtype=torch.bool)
         pure = torch.ones(len(number), dtype=torch.bool)
-        reasons: dict[str, str] = {}
+        reasons = dict(self.reasons)
         for unit, why in self.frozen.items():
             removable[index[unit]] = False
             reasons.setdefault(self.layer[unit], why)
-        for unit in range(len(roots)):  # tied to a frozen one
+        held = {roots[unit]: self.layer[unit] for unit in reversed(self.frozen)}
+        for unit, root in enumerate(roots):  # tied to a frozen one
             if not removable[index[unit]]:
-                reasons.setdefault(self.layer[unit], f"tied to {self.layer[roots[unit]]}")
+                reasons.setdefault(self.layer[unit], f"tied to {held[root]}")
         if self.impure:
             pure[index[list(self.impure)]] = False
         return Groups(

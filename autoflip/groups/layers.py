@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoflip.groups.flow import Flow, Value, fit
-from autoflip.groups.rules import POOLS, flatten, softmax, spatial
+from autoflip.groups.rules import POOLS
+from autoflip.groups.shapes import flatten, softmax, spatial
 
 __all__ = ["call_module"]
 
@@ -123,29 +124,32 @@ def _recurrent(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Any:
         flow.freeze(x, f"{path} works along another dimension")
         x = replace(x, ids=())
     gates = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}[module.mode]
-    flow.reads(module, path, "weight_ih_l0", 1, x, module.input_size)
-    plain, lstm = Value(rank=3, batch=x.batch), module.mode == "LSTM"
-    why = "bidirectional" if module.bidirectional else "projected" if module.proj_size else ""
-    if why:
-        if module.bidirectional:
-            flow.reads(module, path, "weight_ih_l0_reverse", 1, x, module.input_size)
-        flow.reasons[path] = f"{why} recurrent layers keep their hidden size"
+    turns = ("", "_reverse") if module.bidirectional else ("",)
+    for turn in turns:
+        flow.reads(module, path, f"weight_ih_l0{turn}", 1, x, module.input_size)
+    lstm = module.mode == "LSTM"
+    if module.proj_size:
+        flow.reasons[path] = "projected recurrent layers keep their hidden size"
+        plain = Value(rank=3, batch=x.batch)
         return (plain, (plain, plain) if lstm else plain)
-    stack: list[tuple[int, ...]] = []
+    stack: list[tuple[int, ...]] = []  # in the order of torch's states: layer by layer, forward then reverse
     for k in range(module.num_layers):
-        ids = flow.new(f"{path}:{k}" if module.num_layers > 1 else path, module.hidden_size)
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-            flow.record(module, path, f"{name}_l{k}", 0, ids * gates, produces=True)
-        flow.record(module, path, f"weight_hh_l{k}", 1, ids, produces=False)
-        if k:
-            flow.record(module, path, f"weight_ih_l{k}", 1, stack[-1], produces=False)
-        if any(rest[0]) or any(rest[1].values()):
-            flow.freeze_ids(ids, "its first state is given from outside")
-        stack.append(ids)
+        below = tuple(unit for ids in stack[-len(turns) :] for unit in ids)
+        for turn in turns:
+            several = module.num_layers * len(turns) > 1
+            ids = flow.new(f"{path}:{k}{turn}" if several else path, module.hidden_size)
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                flow.record(module, path, f"{name}_l{k}{turn}", 0, ids * gates, produces=True)
+            flow.record(module, path, f"weight_hh_l{k}{turn}", 1, ids, produces=False)
+            if k:
+                flow.record(module, path, f"weight_ih_l{k}{turn}", 1, below, produces=False)
+            if any(rest[0]) or any(rest[1].values()):
+                flow.freeze_ids(ids, "its first state is given from outside")
+            stack.append(ids)
     flow.freeze(rest, f"read by {path} as a state")
     if len(stack) > 1:
         flow.families[path] = stack
-    out = Value(rank=3, ids=stack[-1], batch=x.batch)
+    out = Value(rank=3, ids=tuple(unit for ids in stack[-len(turns) :] for unit in ids), batch=x.batch)
     state = Value(rank=3, ids=stack[-1]) if len(stack) == 1 else Value(rank=3, stack=tuple(stack))
     return (out, (state, state) if lstm else state)
 

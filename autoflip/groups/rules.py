@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import rnn
 
 from autoflip.groups.flow import Flow, Size, Value
+from autoflip.groups.shapes import SHAPES, index, spatial
 
-__all__ = ["POOLS", "call_function", "flatten", "softmax", "spatial"]
+__all__ = ["POOLS", "call_function"]
 
 
 def _words(text: str) -> list[str]:
@@ -35,16 +36,16 @@ POOLS += [f"lp_pool{n}d" for n in (1, 2, 3)]
 _REDUCE = ("mean", "sum", "amax", "amin", "max", "min")
 _OTHERS = _words(
     "flatten view reshape cat concat concatenate size getitem getattr transpose swapaxes permute squeeze unsqueeze"
-    " softmax log_softmax interpolate pad"
+    " softmax log_softmax interpolate pad expand_as"
 )
+_PACKED = ("pack_padded_sequence", "pad_packed_sequence")
 _HARMLESS = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad")
 
 
 def _known_functions() -> dict[Any, str]:
-    names = [*_ZERO, *_ELEMENT, *_BINARY, *POOLS, *_REDUCE, *_OTHERS]
-    known = {
-        getattr(home, name): name for home in (torch, F, operator) for name in names if callable(getattr(home, name, 0))
-    }
+    names = [*_ZERO, *_ELEMENT, *_BINARY, *POOLS, *_REDUCE, *_OTHERS, *_PACKED]
+    homes = (torch, F, operator, rnn)
+    known = {getattr(home, name): name for home in homes for name in names if callable(getattr(home, name, 0))}
     return {**known, getattr: "getattr"}
 
 
@@ -71,10 +72,13 @@ def call_function(flow: Flow, target: Any, args: tuple, kwargs: dict) -> Any:
             if name in _ELEMENT:
                 flow.impure.update(x.ids)
             return x
+        if name in _PACKED:  # the units lie last in either form
+            whole = replace(x, rank=3, batch=False)
+            return (whole, Value()) if name == "pad_packed_sequence" else whole
         if name in POOLS and not kwargs.get("return_indices"):
             return spatial(flow, x, int(name[-2]), name)
-        if name in _SHAPES:
-            done = _SHAPES[name](flow, x, *rest, **kwargs)
+        if name in SHAPES:
+            done = SHAPES[name](flow, x, *rest, **kwargs)
             if done is not None:
                 return done
     known = getattr(target, "__name__", str(target))
@@ -96,27 +100,13 @@ def _look(flow: Flow, name: str, args: tuple, kwargs: dict) -> Any:
         return x[key]
     if name == "getitem" and isinstance(x, Value):
         if x.stack:
-            if isinstance(key, int):
-                return Value(rank=2, ids=x.stack[key])
-        elif (found := _index(x, key if isinstance(key, tuple) else (key,))) is not None:
+            first, *others = key if isinstance(key, tuple) else (key,)
+            if isinstance(first, int) and all(k == slice(None) for k in others):
+                return Value(rank=2, ids=x.stack[first])
+        elif (found := index(x, key if isinstance(key, tuple) else (key,))) is not None:
             return found
     flow.freeze((args, kwargs), f"read by {name}, which is not followed here")
     return Value()
-
-
-def _index(x: Value, key: tuple) -> Value | None:
-    if x.rank is None or not all(isinstance(k, (int, slice)) or k is Ellipsis for k in key) or key.count(...) > 1:
-        return None
-    if ... in key:
-        at = key.index(...)
-        key = key[:at] + (slice(None),) * (x.rank - len(key) + 1) + key[at + 1 :]
-    key += (slice(None),) * (x.rank - len(key))
-    at = x.rank + x.axis
-    if x.ids and key[at] != slice(None):
-        return None
-    gone_after = sum(isinstance(k, int) for k in key[at + 1 :])
-    gone = sum(isinstance(k, int) for k in key)
-    return replace(x, rank=x.rank - gone, axis=x.axis + gone_after, batch=x.batch and key[:1] == (slice(None),))
 
 
 def _binary(flow: Flow, name: str, a: Any, b: Any) -> Any:
@@ -126,14 +116,30 @@ def _binary(flow: Flow, name: str, a: Any, b: Any) -> Any:
             if not (name in _TIMES and x is a or name.endswith(("mul", "mul_"))):
                 flow.impure.update(x.ids)
             return x
+        if isinstance(y, Value) and not y.stack and (spread := _broadcast(flow, name, x, y)) is not None:
+            return spread
         if isinstance(y, Value) and not y.stack and _alike(x, y):
             flow.tie(x.ids, y.ids)
             if "div" in name or name == "pow":
                 flow.impure.update(x.ids)
-            rank = max(x.rank, y.rank) if x.rank and y.rank else x.rank or y.rank
-            return replace(x, rank=rank, batch=x.batch and y.batch)
+            return replace(x, rank=_rank(x, y), batch=x.batch and y.batch)
     flow.freeze((a, b), f"read by {name} together with something else")
     return Value()
+
+
+def _broadcast(flow: Flow, name: str, x: Value, y: Value) -> Value | None:
+    """Follow one unit that is spread over the units of another layer; None where that is not the case."""
+    one, many = (x, y) if len(x.ids) == 1 else (y, x)
+    if len(one.ids) != 1 or len(many.ids) < 2 or one.spread or one.axis != many.axis:
+        return None
+    flow.freeze(one, f"spread by {name} over the channels of another layer")
+    if not name.endswith(("mul", "mul_")):
+        flow.impure.update(many.ids)
+    return replace(many, rank=_rank(x, y), batch=x.batch and y.batch)
+
+
+def _rank(x: Value, y: Value) -> int | None:
+    return max(x.rank, y.rank) if x.rank and y.rank else x.rank or y.rank
 
 
 def _alike(x: Value, y: Value) -> bool:
@@ -153,135 +159,3 @@ def _cat(flow: Flow, parts: list[Any], dim: Any) -> Value:
                 return replace(first, batch=False)
     flow.freeze(parts, "joined with something that is not followed")
     return Value()
-
-
-def spatial(flow: Flow, x: Value, dims: int, name: str) -> Value:
-    """Pass x on if its units do not lie along the last ``dims`` dimensions."""
-    if x.ids and (x.axis >= -dims or x.spread):
-        flow.freeze(x, f"read by {name} across channels")
-        return replace(x, ids=())
-    return x
-
-
-def flatten(flow: Flow, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value | None:
-    """Repeat units over the dimensions that are merged with theirs; None where that cannot be followed."""
-    if not x.ids or x.rank is None and x.axis == -1 and (start_dim, end_dim) == (1, -1):
-        # a tensor of unknown rank whose units lie last: one row per example
-        whole = (start_dim, end_dim) == (1, -1)
-        return replace(x, rank=2 if whole else None, batch=x.batch and start_dim > 0)
-    start, end = x.dim(start_dim), x.dim(end_dim)
-    if start >= end:
-        return x
-    if start == x.dim(0):
-        x = replace(x, batch=False)
-    if x.axis > end:
-        return replace(x, rank=x.rank and x.rank - (end - start))
-    rank, axis = x.rank and x.rank - (end - start), x.axis + (end - start if x.axis < start else 0)
-    if x.axis < start:
-        return replace(x, rank=rank, axis=axis)
-    if x.spread or x.axis not in (start, end):
-        return None
-    return replace(x, rank=rank, axis=end, spread="each" if x.axis == start else "tile")
-
-
-def _view(flow: Flow, x: Value, *sizes: Any, shape: Any = ()) -> Value | None:
-    """Follow view(x.size(0), -1) and its like: leading sizes of x itself, then -1."""
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-        sizes = tuple(sizes[0])
-    sizes = sizes or tuple(shape)
-    own = [
-        isinstance(s, Size) and s.dim == i and (s.value == x or (i == 0 and s.value.batch and x.batch))
-        for i, s in enumerate(sizes[:-1])
-    ]
-    if sizes and own and all(own) and sizes[-1] == -1:
-        return flatten(flow, x, len(sizes) - 1, -1)
-    return None if x.ids else Value()
-
-
-def _permute(flow: Flow, x: Value, *dims: Any) -> Value | None:
-    order = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-    if not all(isinstance(d, int) for d in order):
-        return None
-    at = [d % len(order) for d in order]
-    axis = at.index(len(order) + x.axis) - len(order) if x.ids else -1
-    return replace(x, rank=len(order), axis=axis, batch=x.batch and at[0] == 0)
-
-
-def _transpose(flow: Flow, x: Value, dim0: int, dim1: int) -> Value | None:
-    if x.rank is None and x.ids and (dim0 >= 0 or dim1 >= 0):
-        return None
-    a, b = x.dim(dim0), x.dim(dim1)
-    batch = x.batch and x.rank is not None and -x.rank not in (a, b)
-    return replace(x, batch=batch, axis=b if x.axis == a else a if x.axis == b else x.axis)
-
-
-def _squeeze(flow: Flow, x: Value, dim: Any = None) -> Value | None:
-    if not isinstance(dim, int) or x.rank is None:
-        return None if x.ids else Value()
-    at = x.dim(dim)
-    if x.ids and at == x.axis:
-        return None
-    return replace(
-        x, rank=x.rank - 1, axis=x.axis + (1 if x.ids and at > x.axis else 0), batch=x.batch and at != -x.rank
-    )
-
-
-def _unsqueeze(flow: Flow, x: Value, dim: int) -> Value | None:
-    if x.rank is None:
-        return None if x.ids else Value()
-    at = dim if dim < 0 else dim - x.rank - 1
-    batch = x.batch and at != -x.rank - 1
-    return replace(x, rank=x.rank + 1, axis=x.axis - (1 if x.ids and at > x.axis - 1 else 0), batch=batch)
-
-
-def softmax(flow: Flow, x: Value, dim: Any = None, **_: Any) -> Value | None:
-    """Pass x on if the sum does not run across its units."""
-    if not x.ids:
-        return x
-    if not isinstance(dim, int) or x.rank is None or x.dim(dim) == x.axis:
-        flow.freeze(x, "read by softmax across units")
-        return Value(rank=x.rank)
-    flow.impure.update(x.ids)
-    return x
-
-
-def _reduce(flow: Flow, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Value | None:
-    dims: Sequence[Any] = (dim,) if isinstance(dim, int) else dim if isinstance(dim, (tuple, list)) else ()
-    if not x.ids or not dims or not all(isinstance(d, int) for d in dims):
-        return None if x.ids else Value()
-    at = {x.dim(d) for d in dims}
-    if x.axis in at or x.spread:
-        return None
-    batch = x.batch and not (x.rank is None or -x.rank in at)
-    if keepdim:
-        return replace(x, batch=batch)
-    return replace(x, rank=x.rank and x.rank - len(at), axis=x.axis + sum(d > x.axis for d in at), batch=batch)
-
-
-def _interpolate(flow: Flow, x: Value, *_: Any, **__: Any) -> Value:
-    return spatial(flow, x, (x.rank or 4) - 2, "interpolate")
-
-
-def _pad_function(flow: Flow, x: Value, pad: Any, *_: Any, **__: Any) -> Value | None:
-    flow.impure.update(x.ids)
-    return spatial(flow, x, len(pad) // 2, "pad") if isinstance(pad, (tuple, list)) else None
-
-
-_SHAPES: dict[str, Callable[..., Value | None]] = {
-    "flatten": flatten,
-    "view": _view,
-    "reshape": _view,
-    "permute": _permute,
-    "transpose": _transpose,
-    "swapaxes": _transpose,
-    "squeeze": _squeeze,
-    "unsqueeze": _unsqueeze,
-    "softmax": softmax,
-    "log_softmax": softmax,
-    "mean": _reduce,
-    "sum": _reduce,
-    "amax": _reduce,
-    "amin": _reduce,
-    "interpolate": _interpolate,
-    "pad": _pad_function,
-}

@@ -8,9 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.ops import masked_weight, zero_pruned
+from autoflip.ops import masked_weight, version_of, zero_pruned
 
-__all__ = ["Masked"]
+__all__ = ["Masked", "rows"]
+
+
+def _last(tensor: Tensor) -> bool:
+    """Tell whether a tensor lies in memory with its channels last, by its strides: sizes of 1 leave both open."""
+    if tensor.ndim != 4 or tensor.stride(1) != 1 or tensor.stride(3) != tensor.shape[1]:
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _laid_out(parameter: Tensor, mask: Tensor) -> Tensor:
+    """Return a copy of ``mask`` laid out like ``parameter``: the kernels walk both entry by entry."""
+    if _last(parameter):
+        return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
+    return mask.to(parameter.device, copy=True).contiguous()
+
+
+def rows(parameter: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as they lie in memory where they agree, so that the kernels can walk them."""
+    if _last(parameter) and _last(mask):
+        return parameter.permute(0, 2, 3, 1), mask.permute(0, 2, 3, 1)
+    return parameter, mask
 
 
 class Masked(nn.Module):
@@ -21,6 +42,12 @@ class Masked(nn.Module):
     What an optimizer from before the mask (momentum) or a write into the parameter leaves at a pruned entry counts
     for nothing in ``forward``, and ``state_dict()`` sets it to zero.
     """
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of this layer alone must not carry the whole model; in a copy of the model its keeper's copy joins
+        inherited = getattr(super(), "__getstate__", None)  # Python 3.10's object has none
+        state = self.__dict__ if inherited is None else inherited()
+        return {key: value for key, value in state.items() if key != "_keeper"}
 
     def masks(self) -> dict[str, Tensor]:
         """Return parameter name -> mask, for the parameters that have one."""
@@ -57,27 +84,47 @@ class Masked(nn.Module):
             # a copy: whoever gave the mask may change it; contiguous: the kernels walk it row by row
             # inference_mode(False): autograd could not save a mask that was made inside inference mode
             with torch.inference_mode(False):
-                own = mask.detach().to(getattr(self, name).device, copy=True).contiguous()
+                own = _laid_out(getattr(self, name).detach(), mask.detach())
             # persistent=False: FL codebases average state_dict(); a bool mask must not be in it
             self.register_buffer(f"{name}_mask", own, persistent=False)
         self._zero()
+        keeper = self.__dict__.get("_keeper")  # of sparsify: there may be something to keep now
+        if keeper is not None:
+            keeper.wake()
 
     def _drop_masks(self) -> None:
         for name in self.masks():
             delattr(self, f"{name}_mask")
+        self.__dict__.pop("_whole", None)
 
     def _forget(self) -> None:
         """Undo everything that a masked layer has and torch's layer has not."""
         self._zero()
         self._drop_masks()
+        self.__dict__.pop("_keeper", None)
 
     def _zero(self) -> None:
-        zero_pruned((getattr(self, name), mask) for name, mask in self.masks().items())
+        zero_pruned(rows(getattr(self, name), mask) for name, mask in self.masks().items())
+
+    def _mask_of(self, name: str) -> Tensor | None:
+        """Return the mask of a parameter, None where it keeps everything."""
+        mask = self._buffers.get(f"{name}_mask")
+        if mask is None or torch.compiler.is_compiling():
+            return mask
+        whole = self.__dict__.setdefault("_whole", {})
+        known = whole.get(name)
+        if known is None or known[0] is not mask or known[1] != version_of(mask):
+            known = whole[name] = (mask, version_of(mask), bool(mask.all()))
+        return None if known[2] else mask
 
     def _effective(self, name: str) -> Tensor:
         """Return the parameter with zeros where it is pruned."""
-        parameter, mask = getattr(self, name), self._buffers.get(f"{name}_mask")
-        return parameter if mask is None else masked_weight(parameter, mask)
+        parameter, mask = getattr(self, name), self._mask_of(name)
+        if mask is None:
+            return parameter
+        if _last(parameter) and _last(mask):  # so that the convolution keeps its fast layout
+            return masked_weight(*rows(parameter, mask)).permute(0, 3, 1, 2)
+        return masked_weight(parameter, mask)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._zero()

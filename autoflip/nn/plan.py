@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,74 @@ class Plan:
                 tensor = whole
             full[name] = tensor
         return full
+
+    def shrink_optimizer(self, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """Take the kept entries of an optimizer's state: full model -> compact model.
+
+        Momentum, second moments and all else that is shaped like its parameter follow it, row and column statistics
+        (``(O, 1)``, ``(1, K)``, Adafactor) too; step counts and options stay.
+
+        Args:
+            state: ``optimizer.state_dict()`` of any torch optimizer that keeps its state per parameter.
+            names: the optimizer's parameters by name, in its order: for ``SGD(model.parameters())`` those of
+                ``model.named_parameters()``.
+
+        Returns:
+            What ``load_state_dict`` of an optimizer over the compact model's parameters, in the same order, takes; its
+            tensors are copies.
+
+        Raises:
+            ValueError: ``names`` does not fit ``state``, or a tensor fits its parameter in no way known (LBFGS).
+
+        Example:
+            >>> names = [name for name, _ in model.named_parameters()]
+            >>> later.load_state_dict(small.plan.shrink_optimizer(earlier.state_dict(), names))
+        """
+        return self._map_optimizer(state, names, "full")
+
+    def expand_optimizer(self, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """Put a compact model's optimizer state back, zeros where entries are gone; see :meth:`shrink_optimizer`."""
+        return self._map_optimizer(state, names, "compact")
+
+    def _map_optimizer(self, state: Mapping[str, Any], names: Sequence[str], which: str) -> dict[str, Any]:
+        count = sum(len(group["params"]) for group in state["param_groups"])
+        if count != len(names):
+            raise ValueError(
+                f"Plan: the optimizer holds {count} parameters but {len(names)} names came; wanted one name per "
+                "parameter in the optimizer's order, such as [n for n, _ in model.named_parameters()]"
+            )
+        order = [index for group in state["param_groups"] for index in group["params"]]
+        mapped = {}
+        for index, name in zip(order, names, strict=True):
+            if index in state["state"]:
+                entries = state["state"][index].items()
+                mapped[index] = {key: self._map_state(name, key, value, which) for key, value in entries}
+        return {**state, "state": mapped}
+
+    def _map_state(self, name: str, key: str, value: Any, which: str) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.clone()  # load_state_dict copies nothing: two optimizers would write into one step count
+        if not value.ndim:
+            return value
+        if name not in self.shapes:
+            raise ValueError(f"Plan: the model has no tensor {name!r}; names are those of its state_dict()")
+        full, small = self.shapes[name], self.small_shape(name)
+        known = full if which == "full" else small
+        if value.ndim != len(full) or any(n not in (1, size) for n, size in zip(value.shape, known, strict=True)):
+            raise ValueError(
+                f"Plan: {key!r} of {name!r} has shape {tuple(value.shape)}, but in the {which} model the parameter has "
+                f"{known}; only state that follows its parameter can be mapped"
+            )
+        for dim, kept in self.keep.get(name, {}).items():
+            if value.shape[dim] == known[dim]:
+                kept = kept.to(value.device)
+                if which == "full":
+                    value = value.index_select(dim, kept)
+                else:
+                    whole = value.new_zeros((*value.shape[:dim], full[dim], *value.shape[dim + 1 :]))
+                    value = whole.index_copy(dim, kept, value)
+        return value
 
     def shrink_masks(self, masks: MaskSet) -> MaskSet:
         """Return the masks of the full model in compact coordinates."""

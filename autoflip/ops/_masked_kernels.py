@@ -17,22 +17,9 @@ from autoflip.ops import backend
 
 backend.register("masked_matmul", "cpp", "cuda", "triton")
 
-PATHS = ("auto", "sparse", "dense")
 TILE = 32  # of kernels/masked_matmul.py and csrc/cuda/masked_matmul.cu
-# (least rows of x, density below which the kernel runs), last fitting row counts: there it was at least 10 % faster
-# than torch 2.13's dense float32 product (MKL) at every weight of bench/bench_masked_matmul.py with at least
-# LEAST_WORK multiply-adds. Intel Xeon (Sapphire Rapids), 1 thread, CPU time, machine under load, 2026-11-22;
-# "avx2" against MKL_ENABLE_INSTRUCTIONS=AVX2. "base" was not measured: it never runs unless a Pack forces it.
-CROSSOVER: dict[str, dict[str, tuple[tuple[int, float], ...]]] = {
-    "avx512": {
-        "forward": ((16, 0.12), (32, 0.22)),
-        "dx": ((32, 0.06), (64, 0.12)),
-        "dw": ((64, 0.06), (256, 0.07)),
-    },
-    "avx2": {"forward": ((16, 0.12),), "dx": ((32, 0.06),), "dw": ((64, 0.06),)},
-    "base": {"forward": (), "dx": (), "dw": ()},
-}
-LEAST_WORK = 1_500_000
+STEPS = ("forward", "dx", "dw")
+_CPU = torch.device("cpu")
 
 
 class Parts(NamedTuple):
@@ -40,60 +27,27 @@ class Parts(NamedTuple):
 
     mask: Tensor
     layout: Tensor
-    layout_t: Tensor
+    chunk: int
     live: Tensor
     kept: int
-    path: str
-
-
-def crossover(n_rows: float, step: str) -> float:
-    """Return the density below which this machine's CPU kernel runs a step on ``n_rows`` rows; 0 = never."""
-    module, _ = backend.extension("_C")
-    limits = CROSSOVER[module.isa()][step] if module else ()
-    return max((density for least, density in limits if n_rows >= least), default=0.0)
-
-
-def path(n_rows: int, out_features: int, in_features: int, density: float, *, step: str = "forward") -> str:
-    """Return "sparse" where the CPU kernel is known to beat the dense product, else "dense".
-
-    A rule on numbers that were measured once, never a timing at run time: the path decides the order of
-    float32 sums, and a run must repeat bit for bit.
-
-    Args:
-        n_rows: rows of ``x`` (all leading dimensions multiplied).
-        out_features: rows of the weight.
-        in_features: columns of the weight.
-        density: kept share of the weight, 0 to 1.
-        step: "forward", "dx" or "dw".
-    """
-    if n_rows * out_features * in_features < LEAST_WORK:
-        return "dense"
-    return "sparse" if density < crossover(n_rows, step) else "dense"
+    path: str  # one letter a step (forward, dx, dw): s = sparse kernel, d = dense product
 
 
 def serves(a: Tensor, parts: Parts, step: str) -> str:
     """Return what runs a step on the rows of ``a`` (dy or x): "cpp", "cuda", "triton" or "dense"."""
-    if parts.path == "dense" or a.dtype is not torch.float32 or a.device.type not in ("cpu", "cuda"):
+    if parts.path[STEPS.index(step)] == "d" or a.dtype is not torch.float32 or a.device.type not in ("cpu", "cuda"):
         return "dense"
     name = backend.serve("masked_matmul", a.device)
     if name == "cpp":
-        density = parts.kept / parts.mask.numel() if parts.mask.numel() else 1.0
-        rows, cols = parts.mask.shape
-        fast = parts.path == "sparse" or path(len(a), rows, cols, density, step=step) == "sparse"
-        return "cpp" if fast and parts.layout.numel() else "dense"
-    # no GPU has measured the others against dense: they run when asked for by name
-    asked = parts.path == "sparse" or backend.wish() != "auto"
-    return name if asked and name != "reference" else "dense"
+        return "cpp" if parts.layout.numel() else "dense"
+    return "dense" if name == "reference" else name
 
 
-def make_layout(mask: Tensor, *, transposed: bool) -> Tensor:
-    """Return the CPU kernel's layout (uint8) of a contiguous 2-d CPU mask or of its transpose."""
-    kernels = backend.extension("_C")[0]
-    assert kernels is not None
+def make_layout(mask: Tensor, chunk: int) -> Tensor:
+    """Return the CPU kernel's layout (uint8) of a contiguous 2-d CPU mask."""
     rows, cols = mask.shape
-    layout = torch.empty(kernels.masked_matmul_layout_bound(rows, cols, transposed), dtype=torch.uint8)
-    size = kernels.masked_matmul_layout(mask.data_ptr(), rows, cols, transposed, layout.data_ptr())
-    return layout[:size].clone()
+    layout = _C.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk)
+    return torch.frombuffer(bytearray(layout), dtype=torch.uint8)
 
 
 def live_tiles(mask: Tensor) -> Tensor:
@@ -103,7 +57,7 @@ def live_tiles(mask: Tensor) -> Tensor:
     return padded.view(padded.shape[0] // TILE, TILE, padded.shape[1] // TILE, TILE).amax((1, 3)).contiguous()
 
 
-# --- where(mask, weight, 0): the dense path's weight
+# --- where a tensor's address may be used
 
 
 def transformed(*tensors: Tensor) -> bool:
@@ -123,6 +77,9 @@ def has_memory(t: Tensor) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
 
 
+# --- where(mask, weight, 0): the dense path's weight
+
+
 class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
@@ -134,76 +91,92 @@ class _Select(torch.autograd.Function):
         return select(g, ctx.mask), None
 
 
-def _select_kernel(weight: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
+def _select_kernel(weight: Tensor, mask: Tensor) -> Tensor:
     mask, weight = mask.contiguous(), weight.contiguous()
-    out = torch.empty(weight.shape) if out is None else out
-    backend.extension("_C")[0].masked_matmul_select(  # type: ignore[union-attr]
-        weight.data_ptr(), mask.data_ptr(), mask.numel(), out.data_ptr(), torch.get_num_threads()
-    )
+    out = torch.empty(weight.shape)
+    _C.masked_matmul_select(weight.data_ptr(), mask.data_ptr(), mask.numel(), out.data_ptr(), torch.get_num_threads())
     return out
 
 
-def _select_here(weight: Tensor) -> bool:
-    return (
-        weight.dtype is torch.float32
-        and weight.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not traced()
-        and has_memory(weight)
-        and not transformed(weight)
-        and backend.serve("masked_matmul", weight.device) == "cpp"
-    )
+_PARAMETER = torch.nn.Parameter
+_C: Any = backend.extension("_C")[0]
+_depth, _stack = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_old_vmap, _tracing, _compiling = (
+    torch._C._functorch.is_legacy_batchedtensor,
+    torch._C._is_tracing,
+    torch.compiler.is_compiling,
+)
 
 
-def _operand(weight: Tensor, mask: Tensor) -> Tensor:
+def kernel_here(*tensors: Tensor) -> bool:
+    """Tell whether the CPU extension may read the tensors: float32 on the CPU, addresses, no transform or trace.
+
+    Asked twice a training step: each microsecond here is two percent of a small layer.
+    """
+    if _C is None or _compiling() or _depth() or _tracing() or _stack() is not None or not _C.masked_matmul_wanted():
+        return False
+    for t in tensors:
+        kind = type(t)
+        if (kind is not Tensor and kind is not _PARAMETER) or t.dtype is not torch.float32 or not t.is_cpu:
+            return False
+        if _old_vmap(t):
+            return False
+    return True
+
+
+def operand(weight: Tensor, mask: Tensor) -> Tensor:
     """Return what the dense path multiplies by: ``weight`` itself where its pruned entries are zero already.
 
     Layers keep them at zero, and to look (read only) costs a third of a masked copy or less; a copy of a 784x200
     weight costs half of its product with 32 rows.
     """
-    return weight if reads_clean(weight, mask) else select(weight, mask)
+    return plain_operand(weight, mask) if kernel_here(weight) else select(weight, mask)
+
+
+def plain_operand(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return :func:`operand` where :func:`kernel_here` is known."""
+    return weight if weight.is_contiguous() and is_clean(weight, mask) else _select_kernel(weight, mask)
+
+
+def is_clean(weight: Tensor, mask: Tensor) -> bool:
+    """Tell whether all pruned entries are zero; both contiguous, :func:`kernel_here` known."""
+    return bool(_C.masked_matmul_is_clean(weight.data_ptr(), mask.data_ptr(), mask.numel()))
 
 
 def reads_clean(weight: Tensor, mask: Tensor) -> bool | None:
     """Tell whether all pruned entries are zero; None where the CPU kernel cannot look."""
-    if not (_select_here(weight) and weight.is_contiguous() and mask.is_contiguous()):
+    if not (kernel_here(weight) and weight.is_contiguous() and mask.is_contiguous()):
         return None
-    clean = backend.extension("_C")[0].masked_matmul_is_clean  # type: ignore[union-attr]
-    return bool(clean(weight.data_ptr(), mask.data_ptr(), mask.numel()))
-
-
-def _select_own(a: Tensor, mask: Tensor) -> Tensor:
-    """Select in place where that is possible: ``a`` is contiguous, was made by the caller and has no history."""
-    if _select_here(a) and not a.requires_grad:
-        return _select_kernel(a, mask, out=a)
-    return torch.where(mask, a, 0)
+    return bool(_C.masked_matmul_is_clean(weight.data_ptr(), mask.data_ptr(), mask.numel()))
 
 
 def select(weight: Tensor, mask: Tensor) -> Tensor:
     """Return ``torch.where(mask, weight, 0)``, on the CPU about 20 times as fast; equal shapes, any number of dims."""
-    if not _select_here(weight):
+    if not kernel_here(weight):
         return torch.where(mask, weight, 0)
     if weight.requires_grad and torch.is_grad_enabled():
         return _Select.apply(weight, mask)
     return _select_kernel(weight, mask)
 
 
-# --- the three kernels
+# --- the three steps
 
 
 def linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     name = serves(x, parts, "forward")
     if name == "dense":
-        y = F.linear(x, _operand(weight, parts.mask), bias)
+        y = F.linear(x, operand(weight, parts.mask), bias)
         return y.relu_() if relu else y
+    if name == "cpp":
+        return cpu_forward(x, weight, bias, relu, parts)[0]
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(len(x), len(parts.mask))
     if name == "triton":
         _triton().forward(x, weight, bias, parts.mask, _live(parts), y, relu=relu)
     else:
         sizes = (0 if bias is None else bias.data_ptr(), len(x), *parts.mask.shape, relu, y.data_ptr())
-        _launch(name, "forward", x, weight, parts, parts.layout, sizes)
+        _launch("forward", x, weight, parts, sizes)
     return y
 
 
@@ -211,13 +184,17 @@ def dx_kernel(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     name = serves(dy, parts, "dx")
     if name == "dense":
-        return dy @ _operand(weight, parts.mask)
+        return dy @ operand(weight, parts.mask)
+    if name == "cpp":
+        out = cpu_backward(dy, None, weight, None, parts, dx=True)[0]
+        assert out is not None
+        return out
     dy, weight = dy.contiguous(), weight.contiguous()
     out = dy.new_empty(len(dy), parts.mask.shape[1])
     if name == "triton":
         _triton().dx(dy, weight, parts.mask, _live(parts), out)
     else:
-        _launch(name, "dx", dy, weight, parts, parts.layout_t, (len(dy), *parts.mask.shape, out.data_ptr()))
+        _launch("dx", dy, weight, parts, (len(dy), *parts.mask.shape, out.data_ptr()))
     return out
 
 
@@ -225,21 +202,98 @@ def dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     name = serves(dy, parts, "dw")
     if name == "dense":
-        return _select_own(dy.T @ x, parts.mask)
+        if kernel_here(dy, x):
+            return cpu_outer(dy, x, parts, torch.empty(parts.mask.shape))
+        return torch.where(parts.mask, dy.T @ x, 0)
+    if name == "cpp":
+        out = cpu_backward(dy, x, None, None, parts, dw=torch.empty(parts.mask.shape))[1]
+        assert out is not None
+        return out
     dy, x = dy.contiguous(), x.contiguous()
     out = dy.new_zeros(parts.mask.shape)
     if name == "triton":
         _triton().dw(dy, x, parts.mask, _live(parts), out)
     else:
-        _launch(name, "dw", dy, x, parts, parts.layout, (len(dy), *parts.mask.shape, out.data_ptr()))
+        _launch("dw", dy, x, parts, (len(dy), *parts.mask.shape, out.data_ptr()))
     return out
 
 
-def _launch(name: str, step: str, a: Tensor, b: Tensor, parts: Parts, layout: Tensor, sizes: tuple[int, ...]) -> None:
-    if name == "cpp":
-        function = getattr(backend.extension("_C")[0], f"masked_matmul_{step}")
-        function(a.data_ptr(), b.data_ptr(), layout.data_ptr(), *sizes, torch.get_num_threads())
-        return
+# --- the CPU extension
+
+
+def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: Parts) -> tuple[Tensor, Tensor]:
+    """Return ``act(x @ (weight * mask).T + bias)`` and the kept weights in the layout's order."""
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    rows, cols = parts.mask.shape
+    y, values = torch.empty(len(x), rows), torch.empty(parts.kept)
+    _C.masked_matmul_forward(
+        x.data_ptr(),
+        weight.data_ptr(),
+        parts.layout.data_ptr(),
+        parts.chunk,
+        0 if bias is None else bias.data_ptr(),
+        len(x),
+        rows,
+        cols,
+        relu,
+        values.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, values
+
+
+def cpu_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    values: Tensor | None,
+    parts: Parts,
+    *,
+    dx: bool = False,
+    dw: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (dx, dw); ``dw`` is written, zeros where it is pruned; ``values`` None: packed from ``weight``."""
+    dy = dy.contiguous()
+    x = None if x is None or dw is None else x.contiguous()
+    rows, cols = parts.mask.shape
+    out = torch.empty(len(dy), cols) if dx else None
+    pack = dx and values is None
+    if pack:
+        assert weight is not None
+        values, weight = torch.empty(parts.kept), weight.contiguous()
+    _C.masked_matmul_backward(
+        dy.data_ptr(),
+        0 if x is None else x.data_ptr(),
+        weight.data_ptr() if pack and weight is not None else 0,
+        parts.layout.data_ptr(),
+        parts.chunk,
+        0 if values is None else values.data_ptr(),
+        len(dy),
+        rows,
+        cols,
+        0 if out is None else out.data_ptr(),
+        0 if dw is None else dw.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, dw
+
+
+def cpu_outer(dy: Tensor, x: Tensor, parts: Parts, out: Tensor) -> Tensor:
+    """Write ``where(mask, dy.T @ x, 0)`` into ``out``, every product computed."""
+    dy, x = dy.contiguous(), x.contiguous()
+    threads, sizes = torch.get_num_threads(), (len(dy), *parts.mask.shape)
+    if not _C.masked_matmul_outer(dy.data_ptr(), x.data_ptr(), parts.mask.data_ptr(), *sizes, out.data_ptr(), threads):
+        torch.mm(dy.T, x, out=out)
+        _C.masked_matmul_select(out.data_ptr(), parts.mask.data_ptr(), out.numel(), out.data_ptr(), threads)
+    return out
+
+
+# --- GPUs
+
+
+def _launch(step: str, a: Tensor, b: Tensor, parts: Parts, sizes: tuple[int, ...]) -> None:
     function = getattr(backend.extension("_cuda")[0], f"masked_matmul_{step}")
     live = _live(parts)
     if max(live.shape) > 65535:

@@ -20,7 +20,7 @@ from autoflip.ops._masked_kernels import Parts
 
 # --- registration
 
-_PARTS = "Tensor mask, Tensor layout, Tensor layout_t, Tensor live, int kept, str path"
+_PARTS = "Tensor mask, Tensor layout, int chunk, Tensor live, int kept, str path"
 _lib = torch.library.Library("autoflip", "FRAGMENT")
 
 
@@ -81,7 +81,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     if y is not None:
-        dy = torch.where(y > 0, dy, 0)
+        dy = _relu_backward(dy, y)
     need = ctx.needs_input_grad
     return (
         dx(dy, weight, ctx.parts) if need[0] else None,
@@ -133,7 +133,7 @@ def _function(name: str, op: Any, kernel: Callable[..., Tensor], save: Any, back
         if torch.compiler.is_compiling():
             return op(*args)
         if kernels.transformed(args[0], args[1]):
-            return kernel(*args[:-1], "dense")  # function transforms compose with plain torch, not with kernels
+            return kernel(*args[:-1], "ddd")  # function transforms compose with plain torch, not with kernels
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args[:3]):
             return function.apply(*args)  # type: ignore[attr-defined]
         return call(*args)
@@ -144,6 +144,67 @@ def _function(name: str, op: Any, kernel: Callable[..., Tensor], save: Any, back
 _run_linear = _function("masked_linear", _linear_op, kernels.linear_kernel, _save_linear, _linear_backward)
 _run_dx = _function("masked_linear_dx", _dx_op, kernels.dx_kernel, _save, _dx_backward)
 _run_dw = _function("masked_linear_dw", _dw_op, kernels.dw_kernel, _save, _dw_backward)
+
+
+def _relu_backward(dy: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(dy, y, 0)
+
+
+# --- the way that training on a CPU takes: one call forward, one back, nothing packed twice
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: tuple[bool, Parts, Any]) -> Tensor:
+        relu, parts, _ = ctx.job = job
+        ctx.values = ctx.operand = None
+        if parts.path[0] == "s":
+            y, ctx.values = kernels.cpu_forward(x, weight, bias, relu, parts)
+        else:
+            ctx.operand = kernels.plain_operand(weight, parts.mask)
+            y = torch.nn.functional.linear(x, ctx.operand, bias)
+            y = y.relu_() if relu else y
+        ctx.save_for_backward(x, weight, y if relu else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, y = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        if y is not None:
+            dy = _relu_backward(dy, y)
+        _, parts, new = ctx.job
+        if torch.is_grad_enabled() or not kernels.kernel_here(dy):  # a second derivative is wanted, or a transform
+            grad_x, grad_w = dx(dy, weight, parts) if need_x else None, dw(dy, x, parts) if need_w else None
+            return grad_x, grad_w, dy.sum(0) if need_b else None, None
+        sparse_x, sparse_w = need_x and parts.path[1] == "s", need_w and parts.path[2] == "s"
+        grad_x = grad_w = None
+        if sparse_x or sparse_w:
+            grad_w = new() if sparse_w else None
+            grad_x, grad_w = kernels.cpu_backward(dy, x, weight, ctx.values, parts, dx=sparse_x, dw=grad_w)
+        if need_x and not sparse_x:
+            grad_x = dy @ (ctx.operand if ctx.operand is not None else kernels.operand(weight, parts.mask))
+        if need_w and not sparse_w:
+            grad_w = kernels.cpu_outer(dy, x, parts, new())
+        return grad_x, grad_w, dy.sum(0) if need_b else None, None
+
+
+# without torch's look for function transforms, which the caller has had: 3 us of some 50
+_apply_linear = super(torch.autograd.Function, _Linear).apply  # type: ignore[misc]
+
+
+def train(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, new: Callable[[], Tensor], relu: bool
+) -> Tensor:
+    """Do what :func:`linear` does where ``kernels.kernel_here(x)`` and the weight is float32 on the CPU.
+
+    ``new`` returns a tensor for the weight's gradient, (O, K), whatever stands in it.
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _apply_linear(x, weight, bias, (relu, parts, new))
+    return kernels.linear_kernel(x, weight, bias, relu, *parts)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, *, relu: bool = False) -> Tensor:

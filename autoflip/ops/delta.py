@@ -25,6 +25,8 @@ __all__ = [
     "pack",
     "pack_nonzero",
     "pack_words",
+    "within",
+    "zero_share",
 ]
 
 _CHUNK = 1 << 18  # entries of a thread's range; Pack.offsets counts by it
@@ -117,6 +119,39 @@ def new_words(numel: int) -> Tensor:
 def bits(mask: Pack) -> Tensor:
     """Return the mask as ``(numel,)`` bool."""
     return reference.delta_mask(mask.words, mask.numel)
+
+
+def within(mask: Pack, ranks: Pack) -> Pack:
+    """Return the entries of ``mask`` whose rank among its kept ones ``ranks`` keeps.
+
+    Raises:
+        ValueError: ``ranks`` does not cover as many entries as ``mask`` keeps.
+    """
+    if ranks.numel != mask.kept:
+        raise ValueError(f"within: ranks cover {ranks.numel} entries but the mask keeps {mask.kept}; wanted the same")
+    words = new_words(mask.numel)
+    if ext := cpp():
+        places = (mask.words.data_ptr(), mask.offsets.data_ptr(), ranks.words.data_ptr(), ranks.numel)
+        ext.delta_within(*places, mask.numel, words.data_ptr(), torch.get_num_threads())
+        return Pack(words, mask.numel)
+    out = bits(mask)
+    out[out.clone()] = bits(ranks)
+    return pack(out)
+
+
+def zero_share(x: Tensor, mask: Pack) -> float:
+    """Return about which share of the kept entries of float32 ``x`` is zero: 2^14 entries stand for the whole."""
+    x = x.detach().reshape(-1)
+    run = 1 << 12
+    starts = range(0, x.numel(), run)
+    if x.numel() > 4 * run:
+        starts = range(0, x.numel() - run + 1, (x.numel() - run) // 3 // 64 * 64)
+    kept = zeros = 0
+    for start in starts:
+        part = pack_words(mask.words[start // 64 : (start + run) // 64], min(run, x.numel() - start))
+        values = x[start : start + run][bits(part).to(x.device)]
+        kept, zeros = kept + len(values), zeros + len(values) - int(values.count_nonzero())
+    return zeros / max(1, kept)
 
 
 def gather(x: Tensor, mask: Pack | None, base: Tensor | None = None) -> tuple[Array, bool]:

@@ -16,6 +16,7 @@ from autoflip.ops.delta import Array, Pack, cpp, new_words
 
 __all__ = [
     "BLOCK",
+    "Key",
     "dequantise",
     "largest_scale",
     "merge_planes",
@@ -27,7 +28,10 @@ __all__ = [
     "split_planes",
     "varint_decode",
     "varint_encode",
+    "words_of",
 ]
+
+Key = tuple[int, int] | None
 
 BLOCK = 256  # kept entries that share one scale
 _RICE_BYTES = 7  # the longest Rice code has 56 bits
@@ -48,13 +52,18 @@ def largest_scale(levels: int) -> float:
     return float(scale if fits else np.nextafter(scale, np.float32(0)))
 
 
-def quantise(values: Array, levels: int, key: tuple[int, int]) -> tuple[Array, Array]:
+def words_of(key: Key) -> tuple[int, int, bool]:
+    """Return ``key`` as the extension takes it: two words, and whether to round to the nearest."""
+    return (0, 0, True) if key is None else (*key, False)
+
+
+def quantise(values: Array, levels: int, key: Key) -> tuple[Array, Array]:
     """``codes[i] = stochastic_round(values[i] / scales[i // 256])``, unbiased; zeros stay zero.
 
     Args:
         values: ``(n,)`` float32, finite.
         levels: largest code: 127 (int8) or 7 (int4).
-        key: two uint32 that the random numbers depend on.
+        key: two uint32 that the random numbers depend on; None = to the nearest, which is not unbiased.
 
     Returns:
         ``(n,)`` int8 in [-levels, levels] and ``(ceil(n / 256),)`` float32; the error of an entry is below its scale.
@@ -65,7 +74,7 @@ def quantise(values: Array, levels: int, key: tuple[int, int]) -> tuple[Array, A
     if ext := cpp():
         codes, scales = np.empty(len(values), np.int8), np.empty(-(-len(values) // BLOCK), np.float32)
         places = (codes.ctypes.data, scales.ctypes.data, torch.get_num_threads())
-        ext.delta_quantise(values.ctypes.data, len(values), levels, largest_scale(levels), *key, *places)
+        ext.delta_quantise(values.ctypes.data, len(values), levels, largest_scale(levels), *words_of(key), *places)
         return codes, scales
     return reference.delta_quantise(values, levels, largest_scale(levels), key)
 
@@ -82,12 +91,12 @@ def dequantise(codes: Array, scales: Array) -> Array:
     return reference.delta_dequantise(codes, scales)
 
 
-def round_bf16(values: Array, key: tuple[int, int]) -> Array:
-    """Round ``(n,)`` float32 to bf16 words (uint16), up or down at random so that the mean is exact."""
+def round_bf16(values: Array, key: Key) -> Array:
+    """Round ``(n,)`` float32 to bf16 words (uint16), at random and unbiased (key None: to the nearest)."""
     values = np.ascontiguousarray(values, np.float32)
     if ext := cpp():
         out = np.empty(len(values), np.uint16)
-        ext.delta_round_bf16(values.ctypes.data, len(values), *key, out.ctypes.data, torch.get_num_threads())
+        ext.delta_round_bf16(values.ctypes.data, len(values), *words_of(key), out.ctypes.data, torch.get_num_threads())
         return out
     return reference.delta_round_bf16(values, key)
 
@@ -132,9 +141,11 @@ def rice_encode(mask: Pack, k: int) -> bytes:
     if mask.numel >= 1 << 32:
         raise ValueError(f"rice_encode: {mask.numel} entries, wanted fewer than 2^32; send a bitmap")
     if ext := cpp():
-        out = np.empty(-(-rice_bits(mask, k) // 8), np.uint8)
-        ext.delta_rice_encode(mask.words.data_ptr(), mask.numel, k, out.ctypes.data, len(out))
-        return out.tobytes()
+        # a gap costs gap >> k, 1 and k bits; only an escape costs more, by at most 31, and needs 24 << k entries
+        skipped = mask.numel - mask.kept
+        bits = (skipped >> k) + mask.kept * (1 + k) + 31 * min(mask.kept, skipped // (24 << k))
+        out = np.empty(bits // 8 + 8, np.uint8)
+        return out[: ext.delta_rice_encode(mask.words.data_ptr(), mask.numel, k, out.ctypes.data)].tobytes()
     return reference.rice_encode(mask.words, mask.numel, k)
 
 
@@ -159,9 +170,9 @@ def rice_decode(data: bytes | memoryview, numel: int, kept: int, k: int) -> tupl
 def varint_encode(mask: Pack) -> bytes:
     """LEB128 code of the gaps between kept entries."""
     if ext := cpp():
-        out = np.empty(ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, 0), np.uint8)
-        ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, out.ctypes.data)
-        return out.tobytes()
+        # each byte of a gap after the first one stands for 128 skipped entries or more
+        out = np.empty(mask.kept + (mask.numel - mask.kept) // 128, np.uint8)
+        return out[: ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, out.ctypes.data)].tobytes()
     return reference.varint_encode(mask.words, mask.numel)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -14,57 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_matmul as steps
 from autoflip.ops import backend
-from autoflip.ops._masked_kernels import path
+from autoflip.ops.pack import Pack
 
-__all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "path", "version_of", "zero_pruned"]
+__all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "version_of", "zero_pruned"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Pack:
-    """A mask and the order in which the CPU kernel visits its kept entries, built once per mask.
-
-    Args:
-        mask: ``(O, K)``, bool, True = kept. Copied nowhere: change it only by making another Pack.
-        path: "auto" lets :func:`path` decide call by call; "sparse" or "dense" force one.
-
-    Attributes:
-        mask: the mask, contiguous.
-        kept: number of kept entries.
-        density: kept share, 0 to 1 (1 for an empty mask).
-        layout: uint8, see csrc/cpu/masked_matmul.h; empty where only the dense path can be taken.
-        layout_t: the same for the transposed mask.
-        live: uint8, one flag per 32 x 32 tile for the GPU kernels; empty while the CPU kernel serves.
-
-    Raises:
-        ValueError: ``mask`` is not a 2-d bool tensor, or ``path`` is not one of the three.
-    """
-
-    def __init__(self, mask: Tensor, *, path: str = "auto") -> None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"Pack: mask is {got}, wanted a 2-d torch.bool tensor (True = kept)")
-        if path not in kernels.PATHS:
-            raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(kernels.PATHS)}")
-        self.mask = mask.contiguous()
-        self.path = path
-        self.kept = int(mask.sum())
-        self.density = self.kept / mask.numel() if mask.numel() else 1.0
-        self.layout = self.layout_t = self.live = torch.empty(0, dtype=torch.uint8, device=mask.device)
-        server = "reference" if path == "dense" else backend.serve("masked_matmul", mask.device)
-        if server in ("cuda", "triton"):
-            self.live = kernels.live_tiles(self.mask)
-        # where no batch size would take the sparse path, do not build what nothing reads
-        most = max(kernels.crossover(float("inf"), step) for step in ("forward", "dx", "dw"))
-        if server == "cpp" and (path == "sparse" or self.density < most):
-            self.layout, self.layout_t = (kernels.make_layout(self.mask, transposed=t) for t in (False, True))
-
-    def parts(self) -> kernels.Parts:
-        """Return what the ops take."""
-        return kernels.Parts(self.mask, self.layout, self.layout_t, self.live, self.kept, self.path)
-
-    def __repr__(self) -> str:
-        return f"Pack({tuple(self.mask.shape)}, density {self.density:.4f}, path {self.path!r})"
+_CPU = torch.device("cpu")
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, activation: str | None = None) -> Tensor:
@@ -75,7 +30,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
         weight: ``(O, K)``, dtype and device of ``x``; what stands at pruned entries is ignored.
         bias: ``(O,)`` or None.
         pack: ``Pack(mask)``, made once per mask.
-        activation: None or "relu".
+        activation: None, "relu" (fused into the sparse kernel) or "gelu" (exact, a second pass over the result).
 
     Returns:
         ``(..., O)``, dtype of ``x``. The gradient of ``weight`` is exactly zero at pruned entries.
@@ -83,18 +38,41 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * N * pack.kept`` FLOPs on the sparse path (CPU, float32, see :func:`path`), the same for each
-    gradient; ``2 * N * O * K`` on the dense path.
+    Cost: ``2 * N * pack.kept`` FLOPs on the sparse path (CPU, float32, see :mod:`autoflip.ops.paths`), the same for
+    each gradient; ``2 * N * O * K`` on the dense path.
     """
+    if activation == "gelu":
+        return F.gelu(masked_linear(x, weight, bias, pack))
     if activation not in (None, "relu"):
-        raise ValueError(f"masked_linear: activation={activation!r}; wanted None or 'relu'")
+        raise ValueError(f"masked_linear: activation={activation!r}; wanted None, 'relu' or 'gelu'")
+    if (
+        x.dim() == 2
+        and kernels.kernel_here(x, weight)
+        and weight.shape == pack.mask.shape
+        and x.shape[1] == weight.shape[1]
+        and (bias is None or (bias.shape == weight.shape[:1] and kernels.kernel_here(bias)))
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return layer_linear(x, weight, bias, pack, activation == "relu")
     if torch.is_autocast_enabled(x.device.type) or kernels.traced():
         y = F.linear(x, torch.where(pack.mask, weight, 0), bias)
         return y.relu() if activation else y
     _check(x, weight, bias, pack.mask, "masked_linear")
-    rows = x.reshape(x.shape[:-1].numel(), weight.shape[1])
-    y = steps.linear(rows, weight, bias, pack.parts(), relu=activation == "relu")
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), weight.shape[1])
+    parts = pack.parts(len(rows))
+    if kernels.kernel_here(rows, weight):
+        y = steps.train(rows, weight, bias, parts, pack.new_gradient, relu=activation == "relu")
+    else:
+        y = steps.linear(rows, weight, bias, parts, relu=activation == "relu")
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def layer_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, relu: bool) -> Tensor:
+    """Do what :func:`masked_linear` does where its caller has checked everything: 2-d, ``kernels.kernel_here``."""
+    n, threads = x.shape[0], torch.get_num_threads()
+    if pack.recent[0] != n or pack.recent[1] != threads:
+        pack.recent = (n, threads, pack.parts(n))
+    return steps.train(x, weight, bias, pack.recent[2], pack.new_gradient, relu)
 
 
 def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
@@ -115,7 +93,7 @@ def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * N * mask.sum()`` FLOPs where :func:`path` says "sparse", else ``2 * N * O * K``.
+    Cost: ``2 * N * mask.sum()`` FLOPs on the sparse path, else ``2 * N * O * K``.
     Source: column buckets by row pattern are ours; row groups as in Gale et al., "Sparse GPU Kernels for Deep
     Learning", SC 2020.
 
@@ -172,7 +150,12 @@ def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         return
     with torch.no_grad():
         looks: list[tuple[Tensor, Tensor, bool | Tensor]] = []
+        look = _look()
         for tensor, mask in pairs:
+            if look is not None and _is_plain(tensor) and mask.is_cpu and mask.is_contiguous():
+                if not look(tensor.data_ptr(), mask.data_ptr(), mask.numel()):
+                    looks.append((tensor, mask, True))
+                continue
             if not _readable(tensor):
                 continue
             clean = kernels.reads_clean(tensor, mask)
@@ -182,6 +165,23 @@ def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             if dirty:
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(torch.where(mask, tensor, 0))
+
+
+def _look() -> Callable[[int, int, int], bool] | None:
+    """Return the CPU kernel that tells whether all pruned entries are zero, None where it cannot be asked now.
+
+    What holds for all tensors is asked once: per tensor it costs more than the kernel needs for a small one.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    if backend.serve("masked_matmul", _CPU) != "cpp":
+        return None
+    return backend.extension("_C")[0].masked_matmul_is_clean  # type: ignore[union-attr]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    kind = type(tensor) is torch.nn.Parameter and tensor.is_cpu and tensor.dtype is torch.float32
+    return kind and tensor.is_contiguous()
 
 
 def _readable(tensor: Tensor) -> bool:

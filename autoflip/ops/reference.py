@@ -45,8 +45,13 @@ def delta_expand(values: Tensor, words: Tensor, numel: int) -> Tensor:
     return out
 
 
-def delta_random(key: tuple[int, int], count: int) -> np.ndarray:
-    """``r[i] = mix(mix(i + key0) ^ key1)`` in uint32; mix is lowbias32 (Wellons, "Hash function prospector")."""
+def delta_random(key: tuple[int, int] | None, count: int) -> np.ndarray:
+    """``r[i] = mix(mix(i + key0) ^ key1)`` in uint32; mix is lowbias32 (Wellons, "Hash function prospector").
+
+    Without a key every number is one half: rounding to the nearest.
+    """
+    if key is None:
+        return np.full(count, 1 << 31, np.uint32)
     x = np.arange(count, dtype=np.uint32) + np.uint32(key[0])
     for flip in (key[1], 0):
         x ^= x >> np.uint32(16)
@@ -58,7 +63,7 @@ def delta_random(key: tuple[int, int], count: int) -> np.ndarray:
     return x
 
 
-def delta_round_bf16(values: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+def delta_round_bf16(values: np.ndarray, key: tuple[int, int] | None) -> np.ndarray:
     """Float32 -> bf16 words (uint16) by stochastic rounding; never rounds a finite value to infinity."""
     bits = values.view(np.uint32)
     words = (bits + (delta_random(key, len(bits)) >> np.uint32(16))) >> np.uint32(16)
@@ -66,7 +71,7 @@ def delta_round_bf16(values: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def delta_quantise(
-    values: np.ndarray, levels: int, largest: float, key: tuple[int, int]
+    values: np.ndarray, levels: int, largest: float, key: tuple[int, int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """``codes = floor(x / scale) + (u < frac)`` per block of 256, ``scale = clip(max |x| / levels, tiny, largest)``."""
     blocks = -(-len(values) // 256)

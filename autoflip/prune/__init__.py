@@ -88,7 +88,7 @@ def hybrid(
     channels: float = 0.4,
     block: tuple[int, int] | None = None,
     *,
-    round_to: int | None = None,
+    round_to: int | str | None = None,
     protect: Iterable[str] = (),
     groups: Groups | None = None,
 ) -> MaskSet:
@@ -109,7 +109,11 @@ def hybrid(
         block: (rows, columns) that live or die together, counted in the compact model (a convolution's weight
             read as ``(out, in * kh * kw)``); blocks at the rim are smaller.
         round_to: kept channels of a layer are rounded to a multiple of this. Default: 16 for convolutions of 32
-            channels or more, 4 for smaller ones (oneDNN's and tensor cores' cost is a staircase), 1 elsewhere.
+            channels or more, 4 for smaller ones, 1 elsewhere: the same masks on every machine. "auto" asks the
+            machine that prunes, for its own sake: oneDNN's cost is a staircase in channels. Of 64 (3x3, forward and
+            backward, 1 thread) 32 cost 0.4, 33 to 48 0.5 to 0.6 and 52 to 60 0.9 with AVX-512, so 16 pays there, and 8
+            below that (of 16, 12 cost 0.7 to 1.1, 8 0.6 to 0.7); with AVX2 8 pays throughout (of 64, 24 cost
+            0.20, 32 0.28, 40 0.49, 48 0.59). Xeon (Sapphire Rapids), bench/bench_compact.py.
         protect: layers (names as in ``named_modules()``) that keep all units and all weights of what is left.
         groups: the model's groups, to save finding them again.
 
@@ -257,14 +261,23 @@ def _protected(covered: Mapping[str, Tensor], protect: Iterable[str]) -> set[str
     return names
 
 
-def _steps(model: nn.Module, groups: Groups, round_to: int | None) -> dict[str, int]:
-    """Return layer -> the multiple its kept channels are rounded to."""
-    if round_to is not None and not (isinstance(round_to, int) and round_to >= 1):
-        raise ValueError(f"hybrid: round_to is {round_to!r}, wanted a count of channels, at least 1 (1 does not round)")
+def _steps(model: nn.Module, groups: Groups, round_to: int | str | None) -> dict[str, tuple[int, int]]:
+    """Return layer -> the multiples its kept channels are rounded to: many of them, and few."""
+    counts = isinstance(round_to, int) and not isinstance(round_to, bool) and round_to >= 1
+    if not (round_to is None or round_to == "auto" or counts):
+        raise ValueError(
+            f"hybrid: round_to is {round_to!r}, wanted a count of channels, at least 1 (1 does not round), or 'auto' "
+            "for the multiple that pays on this machine"
+        )
+    wide, narrow = 16, 4
+    if round_to == "auto":
+        wide, narrow = (16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8), 8
     modules = dict(model.named_modules())
     steps = {}
     for layer, units in groups.by_layer().items():
         size = len(units) * groups.width(layer)
-        step = round_to or ((16 if size >= 32 else 4) if isinstance(modules.get(layer), _ConvNd) else 1)
-        steps[layer] = step if size >= step else 1
+        fits = (wide if size >= 32 else narrow) if isinstance(modules.get(layer), _ConvNd) else 1
+        step = round_to if isinstance(round_to, int) else fits
+        step = step if size >= step else 1
+        steps[layer] = (step, min(step, narrow) if round_to == "auto" else step)
     return steps

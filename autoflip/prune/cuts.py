@@ -14,7 +14,11 @@ __all__ = ["choose_units", "cut", "cut_inside"]
 
 
 def choose_units(
-    groups: Groups, scores: Mapping[str, Tensor], channels: float, steps: Mapping[str, int], protect: Collection[str]
+    groups: Groups,
+    scores: Mapping[str, Tensor],
+    channels: float,
+    steps: Mapping[str, tuple[int, int]],
+    protect: Collection[str],
 ) -> Tensor:
     """Return ``(units,)``, bool: the units to remove so that a share of ``channels`` stays.
 
@@ -22,7 +26,7 @@ def choose_units(
         groups: the model's coupled channels.
         scores: weight name -> float32 scores.
         channels: kept share of the removable units of layers that are not protected, in (0, 1].
-        steps: layer -> multiple to which its kept channels are rounded.
+        steps: layer -> the multiple to which its kept channels are rounded, and the one for less than 3/4 of that.
         protect: layers that keep every unit.
     """
     removed = torch.zeros(len(groups), dtype=torch.bool)
@@ -37,8 +41,9 @@ def choose_units(
     want = _shares(order, value, floor, round(channels * count))
     fixed = {}
     for layer, units in order.items():
-        step = -(-steps[layer] // width[layer])
+        step, fine = (-(-multiple // width[layer]) for multiple in steps[layer])
         if step > 1:
+            step = step if want[layer] > 0.75 * step else fine
             fixed[layer] = min(len(units), max(round(want[layer] / step), -(-floor[layer] // step)) * step)
     free = {layer: units for layer, units in order.items() if layer not in fixed}
     want = {**_shares(free, value, floor, round(channels * count) - sum(fixed.values())), **fixed}

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Curve:
-    """One method's way through a run; every list has one entry a round, costs are cumulative.
+    """One method's way through a run; every list has one entry an evaluated round, costs are cumulative.
 
     ``flops`` in FLOPs, ``bytes`` up and down together, ``seconds`` of clients and server without evaluation.
     """
@@ -97,16 +97,25 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
 
 
 def curve_of(name: str, records: Sequence[Record]) -> Curve:
-    """Add up one method's records, in round order, into a :class:`Curve`."""
+    """Add up one method's records, in round order, into a :class:`Curve`.
+
+    A round that was not evaluated (``fed.eval_every``) has no point, but its costs count from the next one on.
+    """
     ordered = sorted(records, key=lambda record: record["round"])
+    seen = [r["accuracy"] is not None for r in ordered]
+
+    def spent(*keys: str) -> list[float]:
+        return list(compress(accumulate(float(sum(r[key] for key in keys)) for r in ordered), seen))
+
+    evaluated = list(compress(ordered, seen))
     return Curve(
         name=name,
-        rounds=[int(r["round"]) for r in ordered],
-        accuracy=[float(r["accuracy"]) for r in ordered],
-        flops=list(accumulate(float(r["flops"]) for r in ordered)),
-        bytes=list(accumulate(float(r["bytes_up"] + r["bytes_down"]) for r in ordered)),
-        seconds=list(accumulate(float(r["seconds"]) for r in ordered)),
-        exploration=[r.get("phase") == "exploration" for r in ordered],
+        rounds=[int(r["round"]) for r in evaluated],
+        accuracy=[float(r["accuracy"]) for r in evaluated],
+        flops=spent("flops"),
+        bytes=spent("bytes_up", "bytes_down"),
+        seconds=spent("seconds"),
+        exploration=[r.get("phase") == "exploration" for r in evaluated],
     )
 
 

@@ -12,6 +12,23 @@ constexpr int64_t kDeltaBlock = 256;           // kept entries that share a scal
 constexpr int64_t kDeltaChunkWords = 1 << 12;  // words of a thread's range: 2^18 entries
 constexpr int kRiceEscape = 24;                // this many ones announce a plain 32-bit gap
 
+// How values travel; the numbers are those of the wire format. A stream is a byte plane, or the codes.
+enum ValueKind : int { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+
+// Where rounding's random numbers come from: number r of a key, or always one half (to the nearest).
+struct DeltaKey {
+  uint32_t key0, key1;
+  uint32_t keep, half;  // the number is (random & keep) | half: ~0, 0 or 0, 2^31
+};
+
+struct DeltaCoding {
+  int kind;
+  uint8_t* streams[4];  // fp32: four planes, lowest first; bf16: two; int8: codes; int4: two codes a byte
+  float* scales;        // int8 and int4: one per 256 ranks
+  float largest;        // see quantise
+  DeltaKey key;
+};
+
 enum IndexError : int64_t { kShort = -1, kRange = -2, kPadding = -3, kLong = -4 };
 
 struct DeltaKernels {
@@ -19,6 +36,9 @@ struct DeltaKernels {
   void (*pack)(const uint8_t* mask, int64_t n, uint64_t* words);
   void (*pack_nonzero)(const float* x, int64_t n, uint64_t* words);
   int64_t (*count)(const uint64_t* words, int64_t num_words);
+  // out = the mask's bits at the ranks that are set: bit `first`.. of the num_ranks bits of `ranks`
+  void (*within)(const uint64_t* mask, int64_t num_words, const uint64_t* ranks, int64_t num_ranks,
+                 int64_t first, uint64_t* out);
   // out = (x - base)[kept]; base may be null; returns whether any of the n differences is NaN or infinite
   bool (*gather)(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
                  float* out);
@@ -29,11 +49,25 @@ struct DeltaKernels {
                      float* out);
   // blocks of 256: scale = clip(max|x| / levels, FLT_MIN, largest), codes = floor(x / scale) + (u < frac);
   // `first` is the rank of values[0], a multiple of 256
-  void (*quantise)(const float* values, int64_t n, int levels, float largest, uint32_t key0, uint32_t key1,
-                   int64_t first, int8_t* codes, float* scales);
+  void (*quantise)(const float* values, int64_t n, int levels, float largest, DeltaKey key, int64_t first,
+                   int8_t* codes, float* scales);
   void (*dequantise)(const int8_t* codes, const float* scales, int64_t n, float* values);
-  void (*round_bf16)(const float* values, int64_t n, uint32_t key0, uint32_t key1, int64_t first,
-                     uint16_t* words);
+  void (*round_bf16)(const float* values, int64_t n, DeltaKey key, int64_t first, uint16_t* words);
+  // One range of a tensor, x - base (base may be null, words too: every entry) at ranks `rank`.. into the
+  // streams; returns whether a difference is NaN or infinite. Blocks of 256 that reach over the range's ends
+  // are left to the caller: their values go to `loose` in order, at most 510.
+  bool (*encode)(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t rank,
+                 const DeltaCoding& coding, float* loose);
+  // out[kept] = decoded values from rank `rank` on, 0 elsewhere; nt: around the caches (out 64-byte aligned)
+  void (*decode)(const DeltaCoding& coding, const uint64_t* words, int64_t n, int64_t rank, bool nt,
+                 float* out);
+  // out[kept] += weight * decoded values (product rounded first)
+  void (*decode_add)(const DeltaCoding& coding, const uint64_t* words, int64_t n, int64_t rank, float weight,
+                     float* out);
+  // values (n <= 256, one block) to the streams at rank `first`
+  void (*code_values)(const float* values, int64_t n, int64_t first, const DeltaCoding& coding);
+  // whether streams of hostile origin hold only finite values and codes that encode writes (scales not seen)
+  bool (*valid)(const DeltaCoding& coding, int64_t n);
   // byte planes of 2- and 4-byte values: plane b of value i is planes[b * n + i]
   void (*split2)(const uint16_t* values, int64_t n, uint8_t* planes);
   void (*split4)(const uint32_t* values, int64_t n, uint8_t* planes);
@@ -41,10 +75,11 @@ struct DeltaKernels {
   void (*merge4)(const uint8_t* planes, int64_t n, uint32_t* values);
   // Rice code of the gaps between set bits, bits filled from the lowest
   int64_t (*rice_bits)(const uint64_t* words, int64_t num_words, int k);
-  void (*rice_encode)(const uint64_t* words, int64_t num_words, int k, uint8_t* out, int64_t out_bytes);
+  // both write at most what ops/delta_coding.py works out beforehand, and return the bytes written
+  int64_t (*rice_encode)(const uint64_t* words, int64_t num_words, int k, uint8_t* out);
   // reads `kept` positions below n into zeroed words; returns bytes used or an IndexError. `data` is hostile.
   int64_t (*rice_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, int k, uint64_t* words);
-  // gaps as LEB128; varint_encode with a null `out` only counts the bytes; varint_decode as rice_decode
+  // gaps as LEB128; varint_decode as rice_decode
   int64_t (*varint_encode)(const uint64_t* words, int64_t num_words, uint8_t* out);
   int64_t (*varint_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, uint64_t* words);
 };

@@ -45,9 +45,11 @@ void pack_nonzero(const float* x, int64_t n, uint64_t* words) {
     uint64_t word = 0;
     if (size == 64) {
 #if defined(__AVX512F__)
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < 4; ++i) {
+        _mm_prefetch(reinterpret_cast<const char*>(p + 16 * i + 1024), _MM_HINT_T0);
         word |= uint64_t(_mm512_cmp_ps_mask(_mm512_loadu_ps(p + 16 * i), _mm512_setzero_ps(), _CMP_NEQ_UQ))
                 << 16 * i;
+      }
 #elif defined(__AVX2__)
       for (int i = 0; i < 8; ++i) {
         const __m256 hit = _mm256_cmp_ps(_mm256_loadu_ps(p + 8 * i), _mm256_setzero_ps(), _CMP_NEQ_UQ);
@@ -69,6 +71,27 @@ int64_t count(const uint64_t* words, int64_t num_words) {
   return total;
 }
 
+void within(const uint64_t* mask, int64_t num_words, const uint64_t* ranks, int64_t num_ranks, int64_t first,
+            uint64_t* out) {
+  for (int64_t w = 0; w < num_words; ++w) {
+    uint64_t word = mask[w], bits = 0;
+    if (first < num_ranks) {
+      const int64_t at = first / 64, shift = first % 64;
+      bits = ranks[at] >> shift;
+      if (shift && 64 * (at + 1) < num_ranks) bits |= ranks[at + 1] << (64 - shift);
+    }
+    first += __builtin_popcountll(word);
+#if defined(__BMI2__)
+    out[w] = _pdep_u64(bits, word);
+#else
+    uint64_t chosen = 0;
+    for (; word; word &= word - 1, bits >>= 1)
+      if (bits & 1) chosen |= word & -word;
+    out[w] = chosen;
+#endif
+  }
+}
+
 // --- gather and expand
 
 // One word's worth of entries without vectors: also the tail of every tensor.
@@ -87,19 +110,26 @@ inline int64_t gather_word(const float* x, const float* base, uint64_t word, int
 }
 
 #if defined(__AVX512F__)
+constexpr int64_t kAhead = 1024;  // floats: the hardware does not fetch over the end of a page by itself
+
 template <bool kBase>
 bool gather_vectors(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
                     float* out) {
-  __mmask16 bad = 0;
+  // finite * 0 is 0, anything else NaN: one multiply-add where a comparison would wait for compress's port
+  __m512 zero = _mm512_setzero_ps(), sum = zero;
   int64_t rank = 0;
   const int64_t full = n / 64;
   for (int64_t w = 0; w < full; ++w) {
     uint64_t word = words[w];
     const float* p = x + 64 * w;
     for (int i = 0; i < 4; ++i, word >>= 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(p + 16 * i + kAhead), _MM_HINT_T0);
       __m512 d = _mm512_loadu_ps(p + 16 * i);
-      if (kBase) d = _mm512_sub_ps(d, _mm512_loadu_ps(base + 64 * w + 16 * i));
-      bad |= _mm512_fpclass_ps_mask(d, 0x99);  // quiet and signalling NaN, both infinities
+      if (kBase) {
+        _mm_prefetch(reinterpret_cast<const char*>(base + 64 * w + 16 * i + kAhead), _MM_HINT_T0);
+        d = _mm512_sub_ps(d, _mm512_loadu_ps(base + 64 * w + 16 * i));
+      }
+      sum = _mm512_fmadd_ps(d, zero, sum);
       const __mmask16 m = __mmask16(word);
       const int hits = __builtin_popcount(m);
       const __m512 dense = _mm512_maskz_compress_ps(m, d);
@@ -110,7 +140,7 @@ bool gather_vectors(const float* x, const float* base, const uint64_t* words, in
       rank += hits;
     }
   }
-  uint32_t tail = bad != 0;
+  uint32_t tail = _mm512_cmp_ps_mask(sum, zero, _CMP_UNORD_Q) != 0;
   if (n % 64)
     gather_word(x + 64 * full, kBase ? base + 64 * full : nullptr, words[full], n % 64, tail, out + rank);
   return tail;
@@ -125,6 +155,12 @@ bool gather(const float* x, const float* base, const uint64_t* words, int64_t n,
 inline __m256i lanes_of(uint32_t m) {
   const uint64_t bytes = _pdep_u64(m, 0x0101010101010101ULL) * 0xFF;
   return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(_pext_u64(0x0706050403020100ULL, bytes))));
+}
+
+// The other way: under each set bit its rank among them.
+inline __m256i ranks_of(uint32_t m) {
+  const uint64_t bytes = _pdep_u64(m, 0x0101010101010101ULL) * 0xFF;
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(_pdep_u64(0x0706050403020100ULL, bytes))));
 }
 
 bool gather(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept, float* out) {
@@ -179,14 +215,16 @@ inline int64_t expand_word(const float* values, uint64_t word, int64_t size, flo
   return rank;
 }
 
+// Values are read in whole vectors while `kept` says that they are there. nt: stores go around the caches.
 template <bool kAdd>
-void expand_any(const float* values, const uint64_t* words, int64_t n, int64_t kept, float weight,
+void expand_any(const float* values, const uint64_t* words, int64_t n, int64_t kept, float weight, bool nt,
                 float* out) {
   int64_t rank = 0, start = 0;
 #if defined(__AVX512F__)
   const __m512 factor = _mm512_set1_ps(weight);
   for (; start + 64 <= n; start += 64) {
     uint64_t word = words[start / 64];
+    if (kAdd && !word) continue;
     for (int i = 0; i < 4; ++i, word >>= 16) {
       const __mmask16 m = __mmask16(word);
       const int hits = __builtin_popcount(m);
@@ -198,30 +236,66 @@ void expand_any(const float* values, const uint64_t* words, int64_t n, int64_t k
         const __m512 old = _mm512_loadu_ps(p);
         dense = _mm512_maskz_expand_ps(m, _mm512_mul_ps(dense, factor));
         _mm512_storeu_ps(p, _mm512_mask_add_ps(old, m, old, dense));
+      } else if (nt) {
+        _mm512_stream_ps(p, _mm512_maskz_expand_ps(m, dense));
       } else {
         _mm512_storeu_ps(p, _mm512_maskz_expand_ps(m, dense));
       }
     }
   }
+  if (nt) _mm_sfence();
+#elif defined(__AVX2__)
+  const __m256 factor = _mm256_set1_ps(weight);
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  for (; start + 64 <= n && rank + 64 <= kept; start += 64) {
+    uint64_t word = words[start / 64];
+    if (kAdd && !word) continue;
+    for (int i = 0; i < 8; ++i, word >>= 8) {
+      const uint32_t m = word & 0xFF;
+      float* p = out + start + 8 * i;
+      const __m256i hit = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(m)), bit), bit);
+      __m256 dense = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values + rank), ranks_of(m));
+      rank += __builtin_popcount(m);
+      if (kAdd) {
+        const __m256 old = _mm256_loadu_ps(p);
+        dense = _mm256_add_ps(old, _mm256_mul_ps(dense, factor));
+        _mm256_storeu_ps(p, _mm256_blendv_ps(old, dense, _mm256_castsi256_ps(hit)));
+      } else if (nt) {
+        _mm256_stream_ps(p, _mm256_and_ps(dense, _mm256_castsi256_ps(hit)));
+      } else {
+        _mm256_storeu_ps(p, _mm256_and_ps(dense, _mm256_castsi256_ps(hit)));
+      }
+    }
+  }
+  if (nt) _mm_sfence();
 #else
-  (void)kept;
+  (void)kept, (void)nt;
 #endif
   for (; start < n; start += 64)
     rank += expand_word<kAdd>(values + rank, words[start / 64], lesser(64, n - start), weight, out + start);
 }
 
 void expand(const float* values, const uint64_t* words, int64_t n, int64_t kept, float* out) {
-  expand_any<false>(values, words, n, kept, 1.0f, out);
+  expand_any<false>(values, words, n, kept, 1.0f, false, out);
 }
 
 void expand_add(const float* values, const uint64_t* words, int64_t n, int64_t kept, float weight,
                 float* out) {
-  expand_any<true>(values, words, n, kept, weight, out);
+  expand_any<true>(values, words, n, kept, weight, false, out);
 }
 
+}  // namespace
+}  // namespace autoflip
+
+#include "cpu/delta_stream.h"
+
+namespace autoflip {
+namespace {
+
 constexpr DeltaKernels kTable = {
-    pack,   pack_nonzero, count,  gather, expand,    expand_add,  quantise,    dequantise,    round_bf16,
-    split2, split4,       merge2, merge4, rice_bits, rice_encode, rice_decode, varint_encode, varint_decode};
+    pack,       pack_nonzero, count,  within,    gather,      expand,      expand_add,    quantise,
+    dequantise, round_bf16,   encode, decode,    decode_add,  code_values, valid,         split2,
+    split4,     merge2,       merge4, rice_bits, rice_encode, rice_decode, varint_encode, varint_decode};
 
 }  // namespace
 }  // namespace autoflip

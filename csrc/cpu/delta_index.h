@@ -25,7 +25,7 @@ int64_t rice_bits(const uint64_t* words, int64_t num_words, int k) {
   return total;
 }
 
-void rice_encode(const uint64_t* words, int64_t num_words, int k, uint8_t* out, int64_t out_bytes) {
+int64_t rice_encode(const uint64_t* words, int64_t num_words, int k, uint8_t* out) {
   uint64_t hold = 0;
   int filled = 0;
   int64_t at = 0;
@@ -50,30 +50,58 @@ void rice_encode(const uint64_t* words, int64_t num_words, int k, uint8_t* out, 
       filled += size;
     }
   });
-  std::memcpy(out + at, &hold, size_t(out_bytes - at));
+  std::memcpy(out + at, &hold, size_t((filled + 7) / 8));
+  return at + (filled + 7) / 8;
 }
 
 int64_t rice_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, int k, uint64_t* words) {
   const int64_t end = 8 * bytes;
-  int64_t at = 0, next = 0;
-  for (int64_t j = 0; j < kept; ++j) {
+  const uint64_t low = (1ULL << k) - 1;
+  int64_t at = 0, next = 0, j = 0;
+  const auto put = [&](uint64_t gap) {
+    next += int64_t(gap) + 1;
+    words[(next - 1) >> 6] |= 1ULL << ((next - 1) & 63);
+  };
+  // as many codes as a window of 57 bits or more holds, then the next window
+  while (j < kept && (at >> 3) + 8 <= bytes) {
+    uint64_t window;
+    std::memcpy(&window, data + (at >> 3), 8);
+    window >>= at & 7;
+    int left = 64 - int(at & 7);
+    const int before = left;
+    while (j < kept) {
+      const int ones = ~window ? __builtin_ctzll(~window) : 64, size = ones + 1 + k;
+      if (ones >= kRiceEscape || size > left) break;
+      const uint64_t gap = uint64_t(ones) << k | (window >> (ones + 1) & low);
+      if (gap >= uint64_t(n - next)) return kRange;
+      put(gap);
+      window = size < 64 ? window >> size : 0;
+      left -= size;
+      ++j;
+    }
+    at += before - left;
+    if (left == before) break;  // an escape, or the last bytes: one by one
+  }
+  for (; j < kept; ++j) {
     const int64_t byte = at >> 3;
-    uint64_t window = 0;  // 57 bits or more; past the end there are zeros
-    if (byte < bytes) std::memcpy(&window, data + byte, size_t(lesser(8, bytes - byte)));
+    uint64_t window = 0;  // past the end there are zeros
+    if (byte + 8 <= bytes)
+      std::memcpy(&window, data + byte, 8);
+    else if (byte < bytes)
+      std::memcpy(&window, data + byte, size_t(bytes - byte));
     window >>= at & 7;
     const int ones = ~window ? __builtin_ctzll(~window) : 64;
     uint64_t gap;
     if (ones < kRiceEscape) {
-      gap = uint64_t(ones) << k | ((window >> (ones + 1)) & ((1ULL << k) - 1));
+      gap = uint64_t(ones) << k | (window >> (ones + 1) & low);
       at += ones + 1 + k;
     } else {
-      gap = (window >> kRiceEscape) & 0xFFFFFFFFu;
+      gap = window >> kRiceEscape & 0xFFFFFFFFu;
       at += kRiceEscape + 32;
     }
     if (at > end) return kShort;
     if (gap >= uint64_t(n - next)) return kRange;
-    next += int64_t(gap) + 1;
-    words[(next - 1) >> 6] |= 1ULL << ((next - 1) & 63);
+    put(gap);
   }
   const int64_t used = (at + 7) >> 3;
   if ((at & 7) && data[used - 1] >> (at & 7)) return kPadding;
@@ -83,10 +111,8 @@ int64_t rice_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept,
 int64_t varint_encode(const uint64_t* words, int64_t num_words, uint8_t* out) {
   int64_t at = 0;
   each_gap(words, num_words, [&](uint64_t gap) {
-    for (; gap >= 0x80; gap >>= 7, ++at)
-      if (out) out[at] = uint8_t(gap | 0x80);
-    if (out) out[at] = uint8_t(gap);
-    ++at;
+    for (; gap >= 0x80; gap >>= 7) out[at++] = uint8_t(gap | 0x80);
+    out[at++] = uint8_t(gap);
   });
   return at;
 }

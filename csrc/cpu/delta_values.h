@@ -14,12 +14,12 @@ inline uint32_t mix(uint32_t x) {  // lowbias32
   return x ^ x >> 16;
 }
 
-inline uint32_t random_bits(uint32_t rank, uint32_t key0, uint32_t key1) {
-  return mix(mix(rank + key0) ^ key1);
+inline uint32_t random_bits(uint32_t rank, DeltaKey key) {
+  return (mix(mix(rank + key.key0) ^ key.key1) & key.keep) | key.half;
 }
 
-void quantise_block(const float* x, int size, int levels, float largest, uint32_t key0, uint32_t key1,
-                    uint32_t first, int8_t* codes, float* scale_out) {
+void quantise_block(const float* x, int size, int levels, float largest, DeltaKey key, uint32_t first,
+                    int8_t* codes, float* scale_out) {
   int32_t top = 0;  // the order of finite non-negative floats is that of their bits
   for (int i = 0; i < size; ++i) {
     const int32_t magnitude = int32_t(bits_of(x[i]) & 0x7FFFFFFFu);
@@ -37,23 +37,20 @@ void quantise_block(const float* x, int size, int levels, float largest, uint32_
     const float y = x[i] * inverse;
     const int32_t cut = int32_t(y);
     const int32_t low = cut - (float(cut) > y);
-    const float u =
-        float(int32_t(random_bits(first + uint32_t(i), key0, key1) >> 8)) * 5.9604644775390625e-08f;
+    const float u = float(int32_t(random_bits(first + uint32_t(i), key) >> 8)) * 5.9604644775390625e-08f;
     int32_t code = low + (u < y - float(low));
     code = code > levels ? levels : code;
     codes[i] = int8_t(code < -levels ? -levels : code);
   }
 }
 
-void quantise(const float* values, int64_t n, int levels, float largest, uint32_t key0, uint32_t key1,
-              int64_t first, int8_t* codes, float* scales) {
+void quantise(const float* values, int64_t n, int levels, float largest, DeltaKey key, int64_t first,
+              int8_t* codes, float* scales) {
   int64_t i = 0;
   for (; i + kDeltaBlock <= n; i += kDeltaBlock)  // a constant size lets the compiler unroll
-    quantise_block(values + i, kDeltaBlock, levels, largest, key0, key1, uint32_t(first + i), codes + i,
-                   scales++);
+    quantise_block(values + i, kDeltaBlock, levels, largest, key, uint32_t(first + i), codes + i, scales++);
   if (i < n)
-    quantise_block(values + i, int(n - i), levels, largest, key0, key1, uint32_t(first + i), codes + i,
-                   scales);
+    quantise_block(values + i, int(n - i), levels, largest, key, uint32_t(first + i), codes + i, scales);
 }
 
 void dequantise(const int8_t* codes, const float* scales, int64_t n, float* values) {
@@ -64,11 +61,10 @@ void dequantise(const int8_t* codes, const float* scales, int64_t n, float* valu
   }
 }
 
-void round_bf16(const float* values, int64_t n, uint32_t key0, uint32_t key1, int64_t first,
-                uint16_t* words) {
+void round_bf16(const float* values, int64_t n, DeltaKey key, int64_t first, uint16_t* words) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = bits_of(values[i]);
-    const uint32_t up = (bits + (random_bits(uint32_t(first + i), key0, key1) >> 16)) >> 16;
+    const uint32_t up = (bits + (random_bits(uint32_t(first + i), key) >> 16)) >> 16;
     words[i] = uint16_t((up & 0x7F80u) == 0x7F80u ? bits >> 16 : up);  // finite stays finite
   }
 }

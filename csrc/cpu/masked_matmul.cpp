@@ -1,10 +1,13 @@
-// Builds the layout that masked_matmul.h describes.
-#include "cpu/masked_matmul.h"
-
+#include <algorithm>
 #include <cstring>
+
+#include "cpu/masked_matmul_layout.h"
 
 namespace autoflip {
 namespace {
+
+// vector multiply-adds below which a bucket of several rows costs more than it saves
+constexpr int64_t kShortest = 12;
 
 // patterns[k] = which of `live` rows, `stride` apart, keep column k
 void patterns_of_rows(const uint8_t* corner, int64_t stride, int64_t live, int64_t width, uint8_t* patterns) {
@@ -15,62 +18,119 @@ void patterns_of_rows(const uint8_t* corner, int64_t stride, int64_t live, int64
   }
 }
 
-// the same for `live` neighbours in memory, columns `stride` apart
-void patterns_of_columns(const uint8_t* corner, int64_t stride, int64_t live, int64_t width,
-                         uint8_t* patterns) {
-  if (live == kGroup) {
-    for (int64_t k = 0; k < width; ++k) {
-      const uint8_t* p = corner + k * stride;
-      patterns[k] = uint8_t(p[0] | p[1] << 1 | p[2] << 2 | p[3] << 3);
+struct Run {
+  int64_t row, begin, count;  // first row in the block; columns in the pool
+};
+
+// The runs of one (block, chunk), by pattern, and the pool of their columns.
+class Cell {
+ public:
+  void clear() {
+    pool_.clear();
+    for (auto& runs : runs_) runs.clear();
+  }
+
+  // the four rows from `row` on; patterns of `width` columns
+  void add(int64_t row, const uint8_t* patterns, int64_t width) {
+    int64_t count[16] = {}, next[16], kept = 0;
+    uint16_t at[kMaxChunk];
+    for (int64_t k = 0; k < width; ++k) {  // without a branch: masks are random
+      at[kept] = uint16_t(k);
+      kept += patterns[k] != 0;
     }
-    return;
+    for (int64_t i = 0; i < kept; ++i) ++count[patterns[at[i]]];
+    int64_t whole[16] = {}, singles[kGroup] = {}, begin = int64_t(pool_.size());
+    for (int slot = 0; slot + 1 < kPatterns; ++slot) {
+      const int p = kPattern[slot], rows = __builtin_popcount(unsigned(p));
+      whole[p] = count[p] / 4 * 4;
+      if (whole[p] * rows < kShortest) whole[p] = 0;
+      next[p] = begin;
+      if (whole[p]) runs_[slot].push_back({row, begin, whole[p]});
+      begin += whole[p];
+    }
+    for (int r = 0; r < kGroup; ++r) {
+      for (int p = 1; p < 16; ++p)
+        if (p >> r & 1) singles[r] += count[p] - whole[p];
+      if (singles[r]) runs_[kPatterns - 1].push_back({row + r, begin, singles[r]});
+      next[1 << r] = begin;
+      begin += singles[r];
+    }
+    pool_.resize(size_t(begin));
+    for (int64_t i = 0; i < kept; ++i) {
+      const int p = patterns[at[i]];
+      if (whole[p] > 0) {
+        pool_[size_t(next[p]++)] = at[i];
+        --whole[p];
+        continue;
+      }
+      for (int r = 0; r < kGroup; ++r)
+        if (p >> r & 1) pool_[size_t(next[1 << r]++)] = at[i];
+    }
   }
-  for (int64_t k = 0; k < width; ++k) {
-    patterns[k] = 0;
-    for (int64_t r = 0; r < live; ++r) patterns[k] = uint8_t(patterns[k] | corner[k * stride + r] << r);
+
+  void write(int32_t* table, std::vector<uint32_t>& runs, std::vector<uint16_t>& columns, int32_t& values) {
+    table[0] = int32_t(columns.size());
+    table[1] = values;
+    for (int slot = 0; slot < kPatterns; ++slot) {
+      auto& mine = runs_[slot];
+      std::stable_sort(mine.begin(), mine.end(),
+                       [](const Run& a, const Run& b) { return a.count > b.count; });
+      table[2 + slot] = int32_t(runs.size());
+      for (const Run& run : mine) {
+        runs.push_back(uint32_t(run.row) | uint32_t(run.count) << 16);
+        columns.insert(columns.end(), pool_.begin() + run.begin, pool_.begin() + run.begin + run.count);
+        values += int32_t(run.count) * __builtin_popcount(unsigned(kPattern[slot]));
+      }
+    }
+    table[2 + kPatterns] = int32_t(runs.size());
   }
-}
+
+ private:
+  std::vector<Run> runs_[kPatterns];
+  std::vector<uint16_t> pool_;
+};
 
 }  // namespace
 
-int64_t masked_matmul_layout_bound(int64_t rows, int64_t cols) {
-  const int64_t groups = ceil_div(rows, kGroup);
-  return groups * (ceil_div(cols, kChunk) * kTable * int64_t(sizeof(int32_t)) + cols);
+std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk) {
+  const int64_t block = rows_of_block(rows), blocks = ceil_div(rows, block), chunks = ceil_div(cols, chunk);
+  std::vector<int32_t> table(size_t(blocks * chunks * kTable));
+  std::vector<uint32_t> runs;
+  std::vector<uint16_t> columns;
+  std::vector<uint8_t> patterns(size_t(chunk), 0);
+  Cell cell;
+  int32_t values = 0;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t first = c * chunk, width = std::min(chunk, cols - first);
+      cell.clear();
+      for (int64_t row = b * block; row < rows && row < (b + 1) * block; row += kGroup) {
+        const int64_t live = std::min<int64_t>(kGroup, rows - row);
+        patterns_of_rows(mask + row * cols + first, cols, live, width, patterns.data());
+        cell.add(row - b * block, patterns.data(), width);
+      }
+      cell.write(&table[size_t((b * chunks + c) * kTable)], runs, columns, values);
+    }
+  // the number of runs tells a reader where the columns begin
+  table.push_back(int32_t(runs.size()));
+  std::vector<uint8_t> bytes(table.size() * 4 + runs.size() * 4 + columns.size() * 2);
+  uint8_t* to = bytes.data();
+  const auto put = [&to](const void* from, size_t size) {
+    if (size) std::memcpy(to, from, size);
+    to += size;
+  };
+  put(table.data(), table.size() * 4);
+  put(runs.data(), runs.size() * 4);
+  put(columns.data(), columns.size() * 2);
+  return bytes;
 }
 
-int64_t masked_matmul_layout(const uint8_t* mask, int64_t mask_rows, int64_t mask_cols, bool transposed,
-                             uint8_t* layout) {
-  const int64_t rows = transposed ? mask_cols : mask_rows, cols = transposed ? mask_rows : mask_cols;
-  const int64_t groups = ceil_div(rows, kGroup), chunks = ceil_div(cols, kChunk);
-  int32_t* table = reinterpret_cast<int32_t*>(layout);
-  uint8_t* columns = layout + groups * chunks * kTable * int64_t(sizeof(int32_t));
-  int32_t used = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t live = rows - g * kGroup < kGroup ? rows - g * kGroup : kGroup;
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t width = cols - c * kChunk < kChunk ? cols - c * kChunk : kChunk;
-      uint8_t patterns[kChunk], kept[kChunk];
-      if (transposed)
-        patterns_of_columns(mask + c * kChunk * mask_cols + g * kGroup, mask_cols, live, width, patterns);
-      else
-        patterns_of_rows(mask + g * kGroup * mask_cols + c * kChunk, mask_cols, live, width, patterns);
-      int count[kTable] = {}, n = 0;
-      for (int64_t k = 0; k < width; ++k) {  // without a branch: masks are random
-        kept[n] = uint8_t(k);
-        n += patterns[k] != 0;
-      }
-      for (int i = 0; i < n; ++i) ++count[patterns[kept[i]]];
-      int32_t next[kTable];
-      for (int p = 1; p < kTable; ++p) {
-        table[p - 1] = next[p] = used;
-        used += count[p];
-      }
-      table[kTable - 1] = used;
-      table += kTable;
-      for (int i = 0; i < n; ++i) columns[next[patterns[kept[i]]]++] = kept[i];
-    }
-  }
-  return columns + used - layout;
+Layout masked_matmul_layout_at(const uint8_t* bytes, int64_t rows, int64_t cols, int64_t chunk) {
+  const int64_t block = rows_of_block(rows), cells = ceil_div(rows, block) * ceil_div(cols, chunk);
+  const int32_t* table = reinterpret_cast<const int32_t*>(bytes);
+  const uint32_t* runs = reinterpret_cast<const uint32_t*>(table + cells * kTable + 1);
+  return {table, runs, reinterpret_cast<const uint16_t*>(runs + table[cells * kTable]), rows, cols,
+          block, chunk};
 }
 
 }  // namespace autoflip

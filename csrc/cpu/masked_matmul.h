@@ -1,13 +1,20 @@
 // y = act(x @ (w * mask).T + b), its gradient in x and its sampled gradient in w, for one CPU instruction
 // set.
 //
-// Layout of a mask (built once per mask, never from values): rows in groups of 4, columns in chunks of 256.
-// In each (group, chunk) the columns are sorted by the 4-bit pattern of rows that keep them, 1 to 15, so that
-// one loop per pattern runs without a branch per weight and does exactly nnz multiply-adds. In memory:
-//   int32 table[groups][chunks][16]   begin of pattern p at [p - 1], end of pattern 15 at [15]
-//   uint8 columns[]                   column - 256 * chunk
-// Weights stay where they are: entry (row, column) is w[row * row_stride + column * column_stride], so the
-// gradient in x is the same product with the layout of the transposed mask and the strides exchanged.
+// Layout of a mask (built once per mask, never from values): rows in blocks, columns in chunks small enough
+// that their activations stay in the first-level cache. In each (block, chunk) the columns of four
+// neighbouring rows are bucketed by the pattern of rows that keep them: one loop per pattern loads an
+// activation once for all rows that want it. Buckets of several rows hold a multiple of four columns; what is
+// left over goes to the rows one by one. The runs of a pattern are sorted by length, so that the branch
+// predictor knows where each ends. No branch per weight, no padding, exactly nnz multiply-adds. In memory,
+// little-endian:
+//   int32  table[blocks][chunks][15]  first column, first value, then the first run of each of the 12
+//   patterns
+//                                     and the end
+//   uint32 runs[]                     row - first row of the block (low half), columns of the run (high half)
+//   uint16 columns[]                  column - first column of the chunk, run by run
+// Values: the kept weights in the order of the runs, within a run row by row: read in sequence by the product
+// and by the gradient in x, which walks the same layout and adds to the columns.
 //
 // Panels: activations feature-major, [sample block][feature][lane], a sample is a SIMD lane. Blocks have
 // `lanes` samples, the last one as few vectors as hold the rest, padded with zeros.
@@ -19,49 +26,55 @@
 namespace autoflip {
 
 constexpr int kGroup = 4;
-constexpr int64_t kChunk = 256;
-constexpr int kTable = 16;
+constexpr int64_t kRowBlock = 128;  // most rows of a block: with 64 lanes their sums take 32 KB
+constexpr int64_t kMaxChunk = 512;
+constexpr int kPatterns = 12;
+constexpr int kPattern[kPatterns] = {15, 14, 13, 11, 7, 12, 10, 9, 6, 5, 3, 1};  // 1: any single row
+constexpr int kTable = kPatterns + 3;
 
 struct Layout {
   const int32_t* table;
-  const uint8_t* columns;
-  int64_t rows, cols;
-};
-
-struct Weight {
-  const float* data;
-  int64_t row_stride, column_stride;
+  const uint32_t* runs;
+  const uint16_t* columns;
+  int64_t rows, cols, block, chunk;
 };
 
 struct MaskedMatmul {
-  int64_t lanes;   // samples in a full panel
-  int64_t vector;  // the sample count of a panel is a multiple of this
-
-  // x (n, features) row-major -> panels
-  void (*to_panels)(const float* x, int64_t n, int64_t features, float* panels, int threads);
-  // y (n, rows) row-major = panels @ weight.T at the layout, plus bias (rows) or null, then relu if asked
-  void (*multiply)(Layout layout, Weight weight, const float* panels, int64_t n, const float* bias, bool relu,
-                   float* y, int threads);
+  // floats of scratch that the first panel of n samples takes, and all of them
+  int64_t (*panel_scratch)(int64_t n, int64_t features);
+  int64_t (*panels_scratch)(int64_t n, int64_t features);
+  // values (kept) = w (rows, cols) row-major at the layout
+  void (*pack)(Layout layout, const float* w, float* values, int threads);
+  // y (n, rows) = x (n, cols) @ weight.T, plus bias (rows) or null, then relu if asked; all row-major.
+  // scratch: a panel of cols
+  void (*multiply)(Layout layout, const float* values, const float* x, int64_t n, const float* bias,
+                   bool relu, float* y, float* scratch, int threads);
+  // dx (n, cols) = dy (n, rows) @ weight, unless dx is null; dw (rows, cols) = mask ? dy.T @ x : 0, unless
+  // dw is null. scratch: a panel of rows +
+  // cols
+  void (*backward)(Layout layout, const float* values, const float* dy, const float* x, int64_t n, float* dx,
+                   float* dw, float* scratch, int threads);
   // out[i] = mask[i] ? w[i] : 0, the weight of the dense path (torch.where takes 20 times as long)
   void (*select)(const float* w, const uint8_t* mask, int64_t n, float* out, int threads);
   // whether w is zero wherever the mask is not set; reads only
   bool (*is_clean)(const float* w, const uint8_t* mask, int64_t n);
-  // dw[row * cols + column] = sum over samples of dy[row] * x[column], written only where the mask is set
-  void (*sample)(Layout layout, const float* dy_panels, const float* x_panels, int64_t n, float* dw,
-                 int threads);
+  // dw (rows, cols) = mask ? dy.T @ x : 0, every product computed; all row-major. scratch: outer_scratch
+  // floats
+  void (*outer)(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,
+                float* dw, float* scratch, int threads);
+  int64_t (*outer_scratch)(int64_t n, int64_t rows);
 };
 
 extern const MaskedMatmul masked_matmul_base;
 extern const MaskedMatmul masked_matmul_avx2;
 extern const MaskedMatmul masked_matmul_avx512;
 
-// Most bytes that the layout of a mask can take.
-int64_t masked_matmul_layout_bound(int64_t rows, int64_t cols);
-// Fills the layout of mask (rows, cols), or that of its transpose, and returns the bytes it took. Entries are
-// 0 or 1.
-int64_t masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, bool transposed,
-                             uint8_t* layout);
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of a block: equal shares, two of them at least where there is work for two threads.
+inline int64_t rows_of_block(int64_t rows) {
+  const int64_t blocks = ceil_div(rows, rows < 2 * kRowBlock && rows >= 32 ? ceil_div(rows, 2) : kRowBlock);
+  return rows ? ceil_div(ceil_div(rows, blocks), kGroup) * kGroup : kGroup;
+}
 
 }  // namespace autoflip

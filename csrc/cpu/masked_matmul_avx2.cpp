@@ -1,6 +1,6 @@
-#include "cpu/masked_matmul_impl.h"
+#include "cpu/masked_matmul_grad.h"
 
 namespace autoflip {
-extern const MaskedMatmul masked_matmul_avx2 = {kLanes, kVector,  to_panels, multiply,
-                                                select, is_clean, sample};
+extern const MaskedMatmul masked_matmul_avx2 = {panel_scratch, panels_scratch, pack,  multiply,     backward,
+                                                select,        is_clean,       outer, outer_scratch};
 }

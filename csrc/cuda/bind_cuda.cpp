@@ -63,8 +63,48 @@ static void bind_masked_matmul(py::module_& m) {
   });
 }
 
+// --- delta
+
+extern "C" {
+int delta_gather_cuda(const float* x, const float* base, const uint32_t* words, const int64_t* offsets,
+                      int64_t n, float* out, int* bad, void* stream);
+int delta_quantise_cuda(const float* x, int64_t n, float levels, float largest, uint32_t key0, uint32_t key1,
+                        bool nearest, int8_t* codes, float* scales, void* stream);
+int delta_round_cuda(const float* x, int64_t n, uint32_t key0, uint32_t key1, bool nearest, uint16_t* words,
+                     void* stream);
+int delta_expand_cuda(const void* values, const float* scales, const uint32_t* words, const int64_t* offsets,
+                      int64_t n, float weight, bool add, float* out, void* stream);
+}
+
+static void bind_delta(py::module_& m) {
+  m.def("delta_gather", [](uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offsets, int64_t n,
+                           uintptr_t out, uintptr_t bad, uintptr_t stream) {
+    check("delta_gather",
+          delta_gather_cuda(at<float>(x), at<float>(base), at<uint32_t>(words), at<int64_t>(offsets), n,
+                            at<float>(out), at<int>(bad), at<void>(stream)));
+  });
+  m.def(
+      "delta_quantise", [](uintptr_t x, int64_t n, float levels, float largest, uint32_t key0, uint32_t key1,
+                           bool nearest, uintptr_t codes, uintptr_t scales, uintptr_t stream) {
+        check("delta_quantise", delta_quantise_cuda(at<float>(x), n, levels, largest, key0, key1, nearest,
+                                                    at<int8_t>(codes), at<float>(scales), at<void>(stream)));
+      });
+  m.def("delta_round", [](uintptr_t x, int64_t n, uint32_t key0, uint32_t key1, bool nearest, uintptr_t words,
+                          uintptr_t stream) {
+    check("delta_round",
+          delta_round_cuda(at<float>(x), n, key0, key1, nearest, at<uint16_t>(words), at<void>(stream)));
+  });
+  m.def("delta_expand", [](uintptr_t values, uintptr_t scales, uintptr_t words, uintptr_t offsets, int64_t n,
+                           float weight, bool add, uintptr_t out, uintptr_t stream) {
+    check("delta_expand",
+          delta_expand_cuda(at<void>(values), at<float>(scales), at<uint32_t>(words), at<int64_t>(offsets), n,
+                            weight, add, at<float>(out), at<void>(stream)));
+  });
+}
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "autoflip's CUDA kernels; use autoflip.ops, which checks what these functions take on trust";
   m.def("device_count", device_count_cuda, "number of CUDA devices, 0 without a driver");
   bind_masked_matmul(m);
+  bind_delta(m);
 }

@@ -1,4 +1,7 @@
-"""Write the golden frames of the current format version; run once per version, never to make a test green."""
+"""Write the golden frames of format version 1.1; run once per version, never to make a test green.
+
+Version 1.0 wrote the v1_ files, without those named ranks.
+"""
 
 import sys
 from pathlib import Path
@@ -16,10 +19,13 @@ frames = {f"shared_{v}": codec.encode(update, masks=masks, values=v, seed=1) for
 sparse = update | {"w": torch.where(masks["w"], update["w"], 0)}
 frames["explicit_fp32"] = codec.encode(sparse, values="fp32")
 frames["explicit_int8"] = codec.encode(sparse, values="int8", entropy="none")
-zeros = {n: torch.zeros_like(t) for n, t in update.items()}
-frames["patch"] = codec.encode_patch(update, zeros, base_id=b"golden base 0001")
+twos = {n: torch.full_like(t, 2) for n, t in update.items()}
+frames["patch_difference"] = codec.encode_patch(update, twos, base_id=b"golden base 0001")
 frames["masks"] = codec.encode_masks(masks)
 frames["change"] = codec.encode_masks(masks, MaskSet({"w": update["w"] > 0.15}))
+part = update | {"w": torch.where(update["w"] > 0.4, update["w"], 0)}  # some of what the mask keeps
+for v in ("fp32", "bf16", "int8", "int4"):
+    frames[f"ranks_{v}"] = codec.encode(part, masks=masks, values=v, seed=1)
 for name, blob in frames.items():
-    with open(HERE / f"v1_{name}.afd", "xb") as file:
+    with open(HERE / f"v11_{name}.afd", "xb") as file:
         file.write(blob)

@@ -1,83 +1,43 @@
-"""The methods: what each sends, whether it explores, and which weights it keeps after a round.
-
-``fedavg``: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
-AISTATS 2017, dense, float32 both ways. ``autoflip``: arXiv:2405.10271 done for real (channels removed, weights
-masked inside, int8 deltas). ``autoflip-paper``: that paper's own rule.
-"""
+"""AutoFLIP (arXiv:2405.10271) done for real: channels removed, weights masked inside; and the paper's own rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoflip import prune
 from autoflip.explore import Sums, rank
+from autoflip.fed.budget import channels_within, cost_of
 from autoflip.fed.config import Config
 from autoflip.fed.state import Guidance, ServerState
+from autoflip.fed.strategies.base import Ask, Strategy
 from autoflip.groups import find_groups
 from autoflip.masks import MaskSet
 
-__all__ = ["METHODS", "Strategy"]
-
-
-class Strategy:
-    """A method of federated learning: dense federated averaging unless a subclass says otherwise.
-
-    Args:
-        config: the run's configuration.
-        model: the full model, whose layers pruning looks at.
-    """
-
-    name = "fedavg"
-    explores = False
-    curvature = False  # explorers also upload a Gauss-Newton diagonal
-    stateful = False  # clients keep the view that they received last
-
-    def __init__(self, config: Config, model: torch.nn.Module) -> None:
-        self.config = config
-        self.model = model
-        self.values = "fp32"
-        self.downlink = "fp32"
-
-    def guidance(self, state: ServerState, params: Mapping[str, Tensor], sums: Sums) -> Guidance | None:
-        """Return the guidance after a round from ``state`` to ``params`` whose updates are in ``sums``."""
-        return state.guidance
-
-    def may_prune(self, state: ServerState) -> bool:
-        """Whether masks may change after the round that ``state`` is about to run, or a later one.
-
-        While they may, updates also feed the guidance (sums of squares, at no extra bytes).
-        """
-        return False
-
-    def masks(self, state: ServerState) -> MaskSet | None:
-        """Return what is kept from the next round on, given the new parameters and guidance of this one."""
-        return state.masks
-
-    def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
-        """Return parameters with pruned entries zero, when masks have changed."""
-        return {
-            name: torch.where(masks[name], value, torch.zeros(())) if name in masks else value
-            for name, value in params.items()
-        }
+__all__ = ["AutoFlip", "AutoFlipPaper"]
 
 
 class AutoFlip(Strategy):
     """Explore once, remove channels, mask weights inside what is left, refine while training."""
 
     name = "autoflip"
-    explores = True
     stateful = True
 
-    def __init__(self, config: Config, model: torch.nn.Module) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
+        super().__init__(config, model, example)
         self.values = config.wire.values
         self.downlink = config.wire.downlink
-        self.curvature = config.explore.signal == "curvature"
-        self._weights = [name for name, _ in model.named_parameters()]
+        self.optimizer = config.server.optimizer
+        self.probe = "curvature" if config.explore.signal == "curvature" else ""
         self._groups = find_groups(model)
+
+    def ask(self, round_number: int) -> Ask:
+        """Explore first, then train."""
+        if round_number:
+            return super().ask(round_number)
+        return Ask("exploration", self.config.explore.fraction, self.config.explore.epochs, self.probe)
 
     def may_prune(self, state: ServerState) -> bool:
         """Until the schedule has reached its end."""
@@ -92,9 +52,9 @@ class AutoFlip(Strategy):
         if state.round == 0:
             source = sums.curved if sums.curved is not None else sums.second
             return Guidance(
-                {name: source[name] / sums.weight for name in self._weights},
-                {name: found.agreement[name] for name in self._weights},
-                {name: params[name] for name in self._weights},
+                {name: source[name] / sums.weight for name in self.weights},
+                {name: found.agreement[name] for name in self.weights},
+                {name: params[name] for name in self.weights},
             )
         if state.guidance is None:
             return None
@@ -106,11 +66,10 @@ class AutoFlip(Strategy):
             weights[name] = torch.where(held, params[name], state.guidance.weights[name])
         return Guidance(state.guidance.importance, agreement, weights)
 
-    def target_density(self, round_number: int) -> float:
-        """Return the density after a round: falls from 1 to its target along a cubic (Zhu and Gupta 2017)."""
-        cfg = self.config.prune
-        progress = min(1.0, (round_number + 1) / cfg.until)
-        return cfg.density + (1 - cfg.density) * (1 - progress) ** 3
+    def after(self, round_number: int, share: float) -> float:
+        """Return what is kept after a round: falls from 1 to ``share`` along a cubic (Zhu and Gupta 2017)."""
+        progress = min(1.0, (round_number + 1) / self.config.prune.until)
+        return share + (1 - share) * (1 - progress) ** 3
 
     def masks(self, state: ServerState) -> MaskSet | None:
         """Hybrid pruning after the exploration round and at each step of the schedule."""
@@ -118,12 +77,38 @@ class AutoFlip(Strategy):
         last = state.round + 1 == cfg.until
         if state.guidance is None or not (state.round == 0 or last or state.round % cfg.every == 0):
             return state.masks
+        channels = self.after(state.round, self._channels(state.guidance))
+        return self._hybrid(state.guidance, self.after(state.round, cfg.density), channels)
+
+    def _channels(self, guidance: Guidance) -> float:
+        """Return the share of channels: as configured, or what the budgets leave."""
+        cfg, wire = self.config.prune, self.config.wire
+        if not (cfg.flops or cfg.bytes) or self.example is None:
+            return cfg.channels
+        example = self.example
+
+        def cost(share: float) -> tuple[float, float]:
+            masks = self._hybrid(guidance, cfg.density, share)
+            return cost_of(self.model, masks, example, self._groups, wire.values, wire.downlink)
+
+        return channels_within(cost, cfg.flops, cfg.bytes, cfg.channels)
+
+    def narrow(self, masks: MaskSet, guidance: Guidance | None) -> MaskSet | None:
+        """The best channels only (as HeteroFL, Diao et al., ICLR 2021, but by guidance, not by position)."""
+        cfg = self.config.prune
+        if guidance is None or cfg.slow_channels >= cfg.channels:
+            return None
+        return masks & self._hybrid(guidance, 1.0, cfg.slow_channels)
+
+    def _hybrid(self, guidance: Guidance, density: float, channels: float) -> MaskSet:
+        block = self.config.prune.block
         return prune.hybrid(
             self.model,
-            {name: self._score(name, state.guidance) for name in self._weights},
-            density=self.target_density(state.round),
-            channels=cfg.channels,
-            block=(cfg.block[0], cfg.block[1]) if cfg.block else None,
+            {name: self._score(name, guidance) for name in self.weights},
+            density=density,
+            channels=channels,
+            block=(block[0], block[1]) if block else None,
+            round_to=self.config.prune.round_to or None,
             groups=self._groups,
         )
 
@@ -134,10 +119,11 @@ class AutoFlip(Strategy):
         first have to win it back. The factor is at most ``prune.rescale``.
         """
         settled = super().settle(params, masks)
-        most = self.config.prune.rescale
-        for name in (n for n in self._weights if n in masks):
-            if params[name].ndim >= 2 and (norm := float(settled[name].norm())) > 0:
-                settled[name] = settled[name] * min(most, float(params[name].norm()) / norm)
+        most, whole = self.config.prune.rescale, self.config.prune.restore == "layer"
+        for name in (n for n in self.weights if n in masks and params[n].ndim >= 2):
+            old, new = ((t.flatten() if whole else t.flatten(1)).norm(dim=-1) for t in (params[name], settled[name]))
+            factor = torch.where(new > 0, old / new, 1.0).clamp(max=most)
+            settled[name] = settled[name] * factor.reshape(-1, *[1] * (params[name].ndim - 1))
         return settled
 
     def _score(self, name: str, guidance: Guidance) -> Tensor:
@@ -151,10 +137,11 @@ class AutoFlipPaper(AutoFlip):
 
     name = "autoflip-paper"
 
-    def __init__(self, config: Config, model: torch.nn.Module) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
+        super().__init__(config, model, example)
         self.values = self.downlink = "fp32"
-        self.curvature = False
+        self.optimizer = "none"
+        self.probe = ""
 
     def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
         """Zero pruned entries and nothing else."""
@@ -169,10 +156,3 @@ class AutoFlipPaper(AutoFlip):
         if state.round or state.guidance is None:
             return state.masks
         return prune.paper(state.guidance.importance, self.config.prune.paper_quantile)
-
-
-METHODS: dict[str, Callable[[Config, torch.nn.Module], Strategy]] = {
-    "autoflip": AutoFlip,
-    "autoflip-paper": AutoFlipPaper,
-    "fedavg": Strategy,
-}

@@ -1,0 +1,239 @@
+"""Sparse-delta ops: from a tensor to the byte streams of its kept values and back, in one pass.
+
+Floats exist in a cache-sized scratch only; the numbers of the kinds are those of docs/wire_format.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoflip.ops import backend, delta_gpu
+from autoflip.ops import delta_coding as coding
+from autoflip.ops.delta import Array, Pack, cpp, expand, expand_add, gather
+
+__all__ = [
+    "BF16",
+    "FP32",
+    "INT4",
+    "INT8",
+    "LEVELS",
+    "Coded",
+    "accumulate",
+    "code",
+    "decode",
+    "gpu_server",
+    "new_streams",
+    "valid",
+]
+
+FP32, BF16, INT8, INT4 = range(4)
+LEVELS = {INT8: 127, INT4: 7}
+_PLANES = {FP32: 4, BF16: 2}
+_GPU = {FP32: None, BF16: 0, **LEVELS}  # what delta_gpu.code calls them
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """Kept values as byte streams.
+
+    Attributes:
+        kind: FP32, BF16, INT8 or INT4.
+        count: values.
+        streams: contiguous uint8: for FP32 and BF16 byte planes of ``(count,)``, lowest first; for INT8 the codes
+            ``(count,)`` as bytes; for INT4 two codes a byte, the first in the low half.
+        scales: ``(ceil(count / 256),)`` float32 for INT8 and INT4, else empty.
+    """
+
+    kind: int
+    count: int
+    streams: tuple[Array, ...]
+    scales: Array
+
+    @property
+    def places(self) -> tuple[tuple[int, int, int, int], int]:
+        """Addresses of the streams and of the scales, as the extension takes them."""
+        first, *rest = (s.ctypes.data for s in self.streams)
+        second, third, fourth = (*rest, 0, 0, 0)[:3]
+        return (first, second, third, fourth), self.scales.ctypes.data
+
+
+def new_streams(kind: int, count: int) -> Coded:
+    """Return streams of the right sizes, not filled."""
+    planes = _PLANES.get(kind, 1)
+    size = -(-count // 2) if kind == INT4 else count
+    scales = -(-count // coding.BLOCK) if kind in LEVELS else 0
+    return Coded(kind, count, tuple(np.empty((planes, size), np.uint8)), np.empty(scales, np.float32))
+
+
+def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor | None = None) -> tuple[Coded, bool]:
+    """Code ``(x - base)[mask]`` as ``kind``, and tell whether all of ``x - base`` is finite.
+
+    Args:
+        x: any shape with ``mask.numel`` entries, float32, any device.
+        mask: a Pack, None = every entry.
+        kind: FP32, BF16, INT8 or INT4; the last three round at random, without bias.
+        key: two uint32 that the random numbers depend on, None = to the nearest; rank i among the kept draws number i.
+        base: like ``x``; None = zeros.
+
+    Returns:
+        The streams, and a bool that covers dropped entries too; the streams mean nothing where it is False.
+
+    Raises:
+        ValueError: sizes or dtypes do not fit.
+    """
+    mask = None if mask is None or mask.whole else mask
+    ext = cpp(x.device)
+    server = gpu_server(x.device)
+    fits = x.dtype is torch.float32 and (mask is None or mask.numel == x.numel())
+    fits = fits and (base is None or (base.shape == x.shape and base.dtype == x.dtype and base.device == x.device))
+    if server and fits:
+        start = None if base is None else base.detach().contiguous()
+        return _from_gpu(kind, *delta_gpu.code(x.detach().contiguous(), mask, _GPU[kind], key, start, server))
+    if ext is None or not fits:
+        values, finite = gather(x, mask, base)  # says what does not fit
+        if not finite:
+            return new_streams(kind, len(values)), False
+        return _code_values(values, kind, key), True
+    x = x.detach().contiguous()
+    base = None if base is None else base.detach().contiguous()
+    out = new_streams(kind, x.numel() if mask is None else mask.kept)
+    where = (0, 0) if mask is None else (mask.words.data_ptr(), mask.offsets.data_ptr())
+    largest = coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0
+    places = (x.data_ptr(), 0 if base is None else base.data_ptr(), *where, x.numel(), kind, *out.places)
+    return out, ext.delta_encode(*places, largest, *coding.words_of(key), torch.get_num_threads())
+
+
+def gpu_server(device: torch.device) -> str:
+    """Return "cuda" or "triton" when ``AUTOFLIP_BACKEND`` names it and it can serve ``device``, else nothing."""
+    wish = backend.wish()
+    return wish if wish in ("cuda", "triton") and device.type == "cuda" else ""
+
+
+def _from_gpu(kind: int, values: Tensor, scales: Tensor, finite: bool) -> tuple[Coded, bool]:
+    if not finite:
+        return new_streams(kind, 0), False
+    held, none = values.cpu().numpy(), np.empty(0, np.float32)
+    if kind in _PLANES:
+        planes = np.frombuffer(coding.split_planes(held.view(np.uint16 if kind == BF16 else np.float32)), np.uint8)
+        return Coded(kind, len(held), tuple(planes.reshape(_PLANES[kind], len(held))), none), True
+    codes = _nibbles(held) if kind == INT4 else held.view(np.uint8)
+    return Coded(kind, len(held), (codes,), scales.cpu().numpy()), True
+
+
+def _nibbles(codes: Array) -> Array:
+    even = np.zeros(len(codes) + len(codes) % 2, np.uint8)
+    even[: len(codes)] = codes.view(np.uint8) & 15
+    return even[::2] | even[1::2] << np.uint8(4)
+
+
+def _code_values(values: Array, kind: int, key: coding.Key) -> Coded:
+    if ext := cpp():  # of a tensor on another device
+        values = np.ascontiguousarray(values, np.float32)
+        out = new_streams(kind, len(values))
+        largest = coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0
+        places = (values.ctypes.data, 0, 0, 0, len(values), kind, *out.places)
+        ext.delta_encode(*places, largest, *coding.words_of(key), torch.get_num_threads())
+        return out
+    none = np.empty(0, np.float32)
+    if kind in _PLANES:
+        words = values if kind == FP32 else coding.round_bf16(values, key)
+        planes = np.frombuffer(coding.split_planes(words), np.uint8).reshape(_PLANES[kind], len(values))
+        return Coded(kind, len(values), tuple(planes), none)
+    codes, scales = coding.quantise(values, LEVELS[kind], key)
+    packed = _nibbles(codes) if kind == INT4 else codes.view(np.uint8)
+    return Coded(kind, len(values), (packed,), scales)
+
+
+def _values(coded: Coded) -> Array:
+    if coded.kind in _PLANES:
+        raw = b"".join(s.tobytes() for s in coded.streams)
+        if coded.kind == FP32:
+            return coding.merge_planes(raw, np.dtype("<f4"))
+        words = coding.merge_planes(raw, np.dtype("<u2"))
+        return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    codes = coded.streams[0].view(np.int8)
+    if coded.kind == INT4:
+        pairs, codes = codes, np.empty(2 * len(codes), np.int8)
+        codes[::2], codes[1::2] = pairs << np.int8(4) >> np.int8(4), pairs >> np.int8(4)
+    return coding.dequantise(codes[: coded.count], coded.scales)
+
+
+def decode(coded: Coded, mask: Pack | None, out: Tensor | None = None) -> Tensor:
+    """``out[mask] = values`` and zero elsewhere.
+
+    Args:
+        coded: valid streams (:func:`valid`).
+        mask: a Pack that keeps ``coded.count`` entries, None = every entry.
+        out: contiguous float32 on the CPU, written over; None = fresh memory.
+
+    Returns:
+        ``(numel,)`` float32, or ``out``.
+    """
+    _check(coded, mask)
+    numel = coded.count if mask is None else mask.numel
+    if out is None:
+        # numpy asks for huge pages where torch does not: fresh memory costs half as much
+        out = torch.from_numpy(np.empty(numel, np.float32))
+    if out.numel() != numel or out.dtype is not torch.float32 or not out.is_contiguous():
+        raise ValueError(f"decode: out is {out.dtype} {tuple(out.shape)}, wanted contiguous float32 of {numel} entries")
+    if ext := cpp(out.device):
+        where = (0, 0) if mask is None or mask.whole else (mask.words.data_ptr(), mask.offsets.data_ptr())
+        ext.delta_decode(coded.kind, *coded.places, *where, numel, out.data_ptr(), torch.get_num_threads())
+        return out
+    values = _values(coded)
+    flat = torch.from_numpy(values) if mask is None else expand(values, mask)
+    return out.copy_(flat.view(out.shape))
+
+
+def accumulate(coded: Coded, mask: Pack | None, out: Tensor, weight: float) -> None:
+    """``out[mask] += weight * values`` in place, the product rounded to float32 first.
+
+    Args:
+        coded: valid streams.
+        mask: a Pack that keeps ``coded.count`` entries, None = every entry.
+        out: as many entries as the mask covers, float32 or float64, any device.
+        weight: factor, rounded to float32.
+    """
+    _check(coded, mask)
+    if out.dtype is torch.float32 and out.is_contiguous() and (ext := cpp(out.device)):
+        where = (0, 0) if mask is None or mask.whole else (mask.words.data_ptr(), mask.offsets.data_ptr())
+        places = (*coded.places, *where, out.numel(), weight, out.data_ptr(), torch.get_num_threads())
+        ext.delta_decode_add(coded.kind, *places)
+        return
+    server = gpu_server(out.device)
+    if server and mask is not None and out.dtype is torch.float32 and out.is_contiguous():
+        if coded.kind == INT8:  # one byte a value crosses to the device, not four
+            values, scales = torch.from_numpy(coded.streams[0].view(np.int8)), torch.from_numpy(coded.scales)
+            delta_gpu.expand(values.to(out.device), scales.to(out.device), mask, weight, out, server)
+        else:
+            delta_gpu.expand(torch.from_numpy(_values(coded)).to(out.device), None, mask, weight, out, server)
+        return
+    expand_add(_values(coded), mask, out, weight)
+
+
+def valid(coded: Coded) -> bool:
+    """Tell whether streams of hostile origin hold only what :func:`code` writes: finite values, codes in range."""
+    scales = coded.scales.view(np.uint32)
+    if coded.kind in LEVELS:
+        largest = np.float32(coding.largest_scale(LEVELS[coded.kind])).view(np.uint32)
+        if not bool((scales <= largest).all()):  # negative ones and NaN lie above, as unsigned numbers
+            return False
+    if ext := cpp():
+        return ext.delta_valid(coded.kind, coded.places[0], coded.count)
+    if coded.kind in _PLANES:
+        high, low = coded.streams[-1], coded.streams[-2]
+        return not bool((((high & 0x7F) == 0x7F) & (low >= 0x80)).any())
+    codes = coded.streams[0]
+    if coded.kind == INT8:
+        return not bool((codes == 0x80).any())
+    past = coded.count % 2 and codes[-1] >> 4
+    return not (bool(((codes & 15) == 8).any()) or bool((codes >> 4 == 8).any()) or past)
+
+
+def _check(coded: Coded, mask: Pack | None) -> None:
+    if mask is not None and mask.kept != coded.count:
+        raise ValueError(f"decode: {coded.count} values for a mask that keeps {mask.kept}; they are of two tensors")

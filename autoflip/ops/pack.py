@@ -1,0 +1,119 @@
+"""A mask and what the kernels need of it, made when it is first needed and kept as long as the mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoflip.ops import _masked_kernels as kernels
+from autoflip.ops import backend, paths
+
+__all__ = ["Pack"]
+
+# entries of a gradient from which its memory is kept: beyond 32 MB malloc asks the system for fresh pages each time,
+# below it hands out what is still in the cache
+_KEEP_FROM = 1 << 23
+
+
+class Pack:
+    """A mask and the orders in which the kernels visit its kept entries, built once per mask, when first needed.
+
+    Args:
+        mask: ``(O, K)``, bool, True = kept. Copied nowhere: change it only by making another Pack.
+        path: "auto" chooses per batch size and step, see :mod:`autoflip.ops.paths`; "sparse" or "dense" force one.
+
+    Attributes:
+        mask: the mask, contiguous.
+        kept: number of kept entries.
+        density: kept share, 0 to 1 (1 for an empty mask).
+
+    A Pack keeps the memory of the last weight gradient where that is 32 MB or more, and hands it out again once
+    nobody else holds it: fresh pages cost more than a sparse gradient.
+
+    Raises:
+        ValueError: ``mask`` is not a 2-d bool tensor, or ``path`` is not one of the three.
+    """
+
+    def __init__(self, mask: Tensor, *, path: str = "auto") -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"Pack: mask is {got}, wanted a 2-d torch.bool tensor (True = kept)")
+        if path not in paths.PATHS:
+            raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(paths.PATHS)}")
+        self.mask = mask.contiguous()
+        self.path = path
+        self.kept = int(mask.sum())
+        self.density = self.kept / mask.numel() if mask.numel() else 1.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._layouts: dict[int, Tensor] = {}
+        self._live: Tensor | None = None
+        self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
+        self._gradient: Tensor | None = None
+        self._traced = self._make_parts(64, timed=False)
+        self.recent = (-1, 0, self._traced)  # rows, threads, parts of the last call: what most calls need
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mask": self.mask, "path": self.path, "kept": self.kept, "density": self.density}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def parts(self, n_rows: int) -> kernels.Parts:
+        """Return what the ops take for ``n_rows`` rows of x."""
+        if torch.compiler.is_compiling():
+            return self._traced  # a graph serves all batch sizes, and nothing can be built while it is traced
+        key = (paths.bucket(n_rows), torch.get_num_threads(), backend.wish())
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = self._make_parts(key[0])
+        return found
+
+    def _make_parts(self, n_rows: int, *, timed: bool = True) -> kernels.Parts:
+        server = backend.serve("masked_matmul", self.mask.device)
+        nothing = torch.empty(0, dtype=torch.uint8, device=self.mask.device)
+        chunk = paths.chunk(n_rows)
+        if server == "reference" or self.path == "dense":
+            return kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, "ddd")
+        if server != "cpp":
+            # no GPU has measured these kernels against dense: they run when asked for by name
+            if self.path != "sparse" and backend.wish() == "auto":
+                return kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, "ddd")
+            if self._live is None:
+                self._live = kernels.live_tiles(self.mask)
+            return kernels.Parts(self.mask, nothing, chunk, self._live, self.kept, "sss")
+        layout = lambda: self._layout(chunk)
+        letters = "sss" if self.path == "sparse" else paths.letters(self.mask, self.kept, n_rows, layout, timed=timed)
+        return kernels.Parts(self.mask, layout() if "s" in letters else nothing, chunk, nothing, self.kept, letters)
+
+    def _layout(self, chunk: int) -> Tensor:
+        if chunk not in self._layouts:
+            self._layouts[chunk] = kernels.make_layout(self.mask, chunk)
+        return self._layouts[chunk]
+
+    def new_gradient(self) -> Tensor:
+        """Return float32 memory shaped like the mask that nobody else holds; what stands in it means nothing."""
+        if self.mask.numel() < _KEEP_FROM:
+            return torch.empty(self.mask.shape)
+        own = self.__dict__.pop("_gradient", None)  # popped: another thread must not take it too
+        if own is None or _holders(own) > _ALONE:
+            own = torch.empty(self.mask.shape)
+        self._gradient = own
+        # another tensor on the same memory: autograd keeps a gradient as it is only where it is the one holder
+        return own.detach()
+
+    def __repr__(self) -> str:
+        return f"Pack({tuple(self.mask.shape)}, density {self.density:.4f}, path {self.path!r})"
+
+
+def _holders(tensor: Tensor) -> int:
+    """Return how many tensors and storages hold ``tensor``'s memory; a number above _ALONE where torch cannot tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return int(count(tensor.untyped_storage()._cdata)) if count else 1 << 30
+
+
+_ALONE = _holders(torch.empty(1))

@@ -1,0 +1,133 @@
+"""Which of several ways to do the same work is fastest here: short trials, remembered on disk per machine.
+
+A trial times the ways in turn, so that load hits all of them, and writes the winner to
+``$AUTOFLIP_CACHE/trials.json`` (default ``~/.cache/autoflip``). Later processes on the same machine read it, so that a
+run repeats bit for bit: the way taken decides the order of float32 sums. ``AUTOFLIP_TRIALS=off`` times nothing and
+reads nothing: callers then follow the rule that they pass along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from autoflip.ops import backend
+
+__all__ = ["choose", "enabled", "file", "forget", "known", "machine"]
+
+_VERSION = 1  # of the kernels that trials compare: raise it when one changes its speed
+_GAIN = 0.95  # the way that needs no care is left only for one that is at least 5 % faster
+_chosen: dict[str, str] = {}
+
+
+def enabled() -> bool:
+    """Tell whether trials may run; ``AUTOFLIP_TRIALS`` is "on" (default) or "off".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    wish = os.environ.get("AUTOFLIP_TRIALS") or "on"
+    if wish not in ("on", "off"):
+        raise ValueError(f"AUTOFLIP_TRIALS={wish!r}; wanted on or off")
+    return wish == "on"
+
+
+def file() -> Path:
+    """Return where choices are kept."""
+    return Path(os.environ.get("AUTOFLIP_CACHE") or Path.home() / ".cache" / "autoflip") / "trials.json"
+
+
+@cache
+def machine() -> str:
+    """Return what a choice depends on beside its key: CPU, its instruction set, torch and our kernels' version."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    module, _ = backend.extension("_C")
+    isa = module.isa() if module else "none"
+    return f"{cpu or platform.processor() or platform.machine()}, {isa}, torch {torch.__version__}, v{_VERSION}"
+
+
+def known() -> dict[str, str]:
+    """Return key -> choice for this machine, as kept on disk; a file that cannot be read counts as empty."""
+    try:
+        found = json.loads(file().read_text())[machine()]
+        return {str(key): str(choice) for key, choice in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def forget() -> None:
+    """Drop what this process remembers; what is on disk is read again."""
+    _chosen.clear()
+
+
+def choose(key: str, ways: Mapping[str, Callable[[], object]], *, seconds: float = 0.03) -> str:
+    """Return the name of the fastest of ``ways``, by what is remembered under ``key`` or else by a trial.
+
+    Args:
+        key: names the work: sizes, density, threads.
+        ways: name -> function of no argument; the first is kept unless another takes less than 95 % of its time.
+        seconds: about how long the trial may take.
+    """
+    if not _chosen:
+        _chosen.update(known())
+    if _chosen.get(key) not in ways:
+        _chosen[key] = _fastest(ways, seconds)
+        _remember(key, _chosen[key])
+    return _chosen[key]
+
+
+def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float) -> str:
+    # on one thread CPU time: what other processes take of a shared core is not ours
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    end = time.perf_counter() + seconds
+    while len(times[next(iter(ways))]) < 3 or (time.perf_counter() < end and len(times[next(iter(ways))]) < 25):
+        for name, way in ways.items():
+            start = now()
+            way()
+            times[name].append(now() - start)
+    middle = {name: statistics.median(t) for name, t in times.items()}
+    first = next(iter(ways))
+    best = min(middle, key=lambda name: middle[name])
+    return best if middle[best] < _GAIN * middle[first] else first
+
+
+def _remember(key: str, choice: str) -> None:
+    path = file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            everything = json.loads(path.read_text())
+            mine = everything.setdefault(machine(), {})
+            mine[key] = choice
+        except (OSError, ValueError, TypeError, AttributeError):
+            everything = {machine(): {key: choice}}
+        # two processes may write at once: each replaces the whole file, and the last one wins
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as new:
+            json.dump(everything, new, indent=0, sort_keys=True)
+        os.replace(new.name, path)
+    except OSError as error:
+        _warn(str(path), str(error))
+
+
+@cache
+def _warn(path: str, error: str) -> None:
+    warnings.warn(
+        f"autoflip: {path} cannot be written ({error}): kernels are timed again in each process. "
+        "Set AUTOFLIP_CACHE to a folder of yours, or AUTOFLIP_TRIALS=off to follow fixed rules",
+        stacklevel=4,
+    )

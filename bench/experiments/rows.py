@@ -1,0 +1,35 @@
+"""The rows of the table: data, partition and model, scaled so that two CPU cores can gather them.
+
+Kept from arXiv:2405.10271: 20 clients, a quarter of them a round, the partitions, the models. Scaled down: at most
+500 examples a client, 2 local epochs (1 for Shakespeare), 40 rounds, the subsets of CIFAR that lie here.
+"""
+
+from __future__ import annotations
+
+SCALED = ["fed.clients=20", "fed.fraction=0.25", "fed.rounds=40", "fed.eval_every=2"]
+
+
+def _images(name: str, model: str = "two-cnn") -> dict[str, list[str]]:
+    data = [f"data.name={name}", f"model.name={model}"]
+    tail = "" if model == "two-cnn" else f"-{model}"
+    return {
+        f"{name}-pathological{tail}": [*data, "data.partition=pathological"],
+        f"{name}-dirichlet-0.1{tail}": [*data, "data.partition=dirichlet", "data.alpha=0.1"],
+        f"{name}-dirichlet-1.0{tail}": [*data, "data.partition=dirichlet", "data.alpha=1.0"],
+    }
+
+
+ROWS: dict[str, list[str]] = {
+    **_images("fashion-mnist"),
+    **_images("cifar10"),
+    **_images("cifar100"),
+    **_images("cifar10", "resnet8-group"),
+    **_images("cifar100", "resnet8-group"),
+    "femnist-writer": ["data.name=femnist"],
+    "shakespeare-role": ["data.name=shakespeare"],
+    "har-subject": ["data.name=har"],
+    "digits-dirichlet-0.1": ["data.name=digits", "data.alpha=0.1"],  # not of the table: seconds, for quick looks
+}
+# chosen before any result was seen: an easy, a hard and a tabular one
+ALL_METHODS_ON = ("fashion-mnist-pathological", "fashion-mnist-dirichlet-0.1", "har-subject")
+EVERYWHERE = ("fedavg", "autoflip", "autoflip-paper")

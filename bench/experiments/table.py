@@ -1,0 +1,87 @@
+"""From the result files to the table: cost to dense FedAvg's final accuracy, and accuracy at the end."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+
+def load(folder: Path) -> dict[tuple[str, str], dict[int, dict]]:
+    """Return (row, method and tag) -> seed -> content of method-*.json."""
+    found: dict[tuple[str, str], dict[int, dict]] = defaultdict(dict)
+    for path in sorted(folder.glob("method-*.json")):
+        content = json.loads(path.read_text())
+        name = content["method"] + ("+" + content["tag"] if content["tag"] else "")
+        found[content["row"], name][content["seed"]] = content
+    return found
+
+
+def to_target(curve: dict, target: float) -> dict | None:
+    """Return the cost up to the first evaluated round at ``target``; None if there is none."""
+    for i, accuracy in enumerate(curve["accuracy"]):
+        if accuracy >= target - 1e-5:  # accuracies are written with five digits
+            return {key: curve[key][i] for key in ("flops", "bytes", "seconds", "round")}
+    return None
+
+
+def against(mine: dict[int, dict], dense: dict[int, dict]) -> dict | None:
+    """Return means over the seeds that both have: difference of final accuracy, ratios of cost."""
+    seeds = sorted(set(mine) & set(dense))
+    if not seeds:
+        return None
+    final = {s: (mine[s]["curve"]["accuracy"][-1], dense[s]["curve"]["accuracy"][-1]) for s in seeds}
+    gaps = [ours - theirs for ours, theirs in final.values()]
+    reached = {s: to_target(mine[s]["curve"], final[s][1]) for s in seeds}
+    base = {s: to_target(dense[s]["curve"], final[s][1]) for s in seeds}
+    ratios = {
+        key: [reached[s][key] / base[s][key] for s in seeds if reached[s] and base[s]]
+        for key in ("flops", "bytes", "seconds")
+    }
+    return {
+        "seeds": len(seeds),
+        "accuracy": statistics.mean(ours for ours, _ in final.values()),
+        "gap": statistics.mean(gaps),
+        "gap_stderr": statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None,
+        "reached": sum(r is not None for r in reached.values()),
+        "to_target": {key: statistics.mean(values) if values else None for key, values in ratios.items()},
+        "whole": {
+            key: statistics.mean(mine[s]["curve"][key][-1] / dense[s]["curve"][key][-1] for s in seeds)
+            for key in ("flops", "bytes", "seconds")
+        },
+        "loaded": any(max(run["load"]) > 1.5 for s in seeds for run in (mine[s], dense[s])),
+    }
+
+
+def _share(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}x"
+
+
+def table(folder: Path, rows: list[str] | None = None) -> str:
+    """Return the table of all result files, in Markdown; seconds are left out where the machine was loaded."""
+    found = load(folder)
+    lines = [
+        "| row | method | seeds | accuracy | - dense | reached | FLOPs to target | bytes to target "
+        "| FLOPs, whole run | bytes, whole run | seconds, whole run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (row, method), runs in found.items():
+        if rows and row not in rows:
+            continue
+        is_dense, dense = method == "fedavg", found.get((row, "fedavg"), {})
+        entry = against(runs, dense)
+        if entry is None:
+            mean = statistics.mean(r["curve"]["accuracy"][-1] for r in runs.values())
+            lines.append(f"| {row} | {method} | {len(runs)} | {100 * mean:.2f} % | | | | | | | |")
+            continue
+        error = "" if entry["gap_stderr"] is None else f" ± {100 * entry['gap_stderr']:.2f}"
+        seconds = "loaded" if entry["loaded"] else _share(entry["whole"]["seconds"], 2)
+        gap = "" if is_dense else f"{100 * entry['gap']:+.2f}{error}"
+        lines.append(
+            f"| {row} | {method} | {entry['seeds']} | {100 * entry['accuracy']:.2f} % | {gap} "
+            f"| {entry['reached']} of {entry['seeds']} | {_share(entry['to_target']['flops'], 3)} "
+            f"| {_share(entry['to_target']['bytes'], 4)} | {_share(entry['whole']['flops'], 3)} "
+            f"| {_share(entry['whole']['bytes'], 4)} | {seconds} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,177 @@
+// From (x, base) to coded values and back in one pass: floats live in a cache-sized scratch only.
+// Included by delta_impl.h, after gather and expand.
+#pragma once
+#include "cpu/delta_bits.h"
+#include "cpu/delta_values.h"
+
+namespace autoflip {
+namespace {
+
+constexpr int64_t kStep = 4096;  // entries in the scratch: 16 KB, a third of the first cache
+constexpr int64_t kSlack = 16;   // whole vectors are stored and loaded past the last value
+
+struct Scratch {
+  alignas(64) float values[kStep + kDeltaBlock + kSlack];
+};
+
+// out = x - base, every entry; returns whether one is NaN or infinite
+bool take(const float* x, const float* base, int64_t n, float* out) {
+  uint32_t bad = 0;
+  if (base)
+    for (int64_t i = 0; i < n; ++i) out[i] = x[i] - base[i];
+  else
+    std::memcpy(out, x, size_t(n) * 4);
+  for (int64_t i = 0; i < n; ++i) bad |= (bits_of(out[i]) & 0x7F800000u) == 0x7F800000u;
+  return bad;
+}
+
+void pack_nibbles(const int8_t* codes, int64_t n, uint8_t* out) {
+  for (int64_t i = 0; i < n / 2; ++i) out[i] = uint8_t((codes[2 * i] & 15) | uint8_t(codes[2 * i + 1]) << 4);
+  if (n % 2) out[n / 2] = codes[n - 1] & 15;
+}
+
+// Values of ranks first.. (a multiple of 256 for codes with scales) into their places in the streams.
+void code_values(const float* values, int64_t n, int64_t first, const DeltaCoding& c) {
+  if (c.kind == kFp32) {
+    for (int b = 0; b < 4; ++b) {
+      uint8_t* plane = c.streams[b] + first;
+      for (int64_t i = 0; i < n; ++i) plane[i] = uint8_t(bits_of(values[i]) >> 8 * b);
+    }
+  } else if (c.kind == kBf16) {
+    uint16_t words[kStep + kDeltaBlock];
+    round_bf16(values, n, c.key, first, words);
+    for (int64_t i = 0; i < n; ++i) c.streams[0][first + i] = uint8_t(words[i]);
+    for (int64_t i = 0; i < n; ++i) c.streams[1][first + i] = uint8_t(words[i] >> 8);
+  } else if (c.kind == kInt8) {
+    quantise(values, n, 127, c.largest, c.key, first, reinterpret_cast<int8_t*>(c.streams[0]) + first,
+             c.scales + first / kDeltaBlock);
+  } else {
+    int8_t codes[kStep + kDeltaBlock];
+    quantise(values, n, 7, c.largest, c.key, first, codes, c.scales + first / kDeltaBlock);
+    pack_nibbles(codes, n, c.streams[0] + first / 2);
+  }
+}
+
+bool encode(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t rank,
+            const DeltaCoding& c, float* loose) {
+  Scratch s;
+  const bool blocks = c.kind == kInt8 || c.kind == kInt4;
+  int64_t held = 0, head = blocks ? -rank & (kDeltaBlock - 1) : 0;
+  bool bad = false;
+  for (int64_t start = 0; start < n; start += kStep) {
+    const int64_t size = lesser(kStep, n - start);
+    const float* from = base ? base + start : nullptr;
+    int64_t fresh = size;
+    if (words) {
+      fresh = count(words + start / 64, (size + 63) / 64);
+      bad |= gather(x + start, from, words + start / 64, size, fresh + kSlack, s.values + held);
+    } else {
+      bad |= take(x + start, from, size, s.values + held);
+    }
+    if (bad) return true;  // NaN has no code, and nobody will read these streams
+    held += fresh;
+    int64_t done = 0;
+    if (head) {  // values before the first whole block of this range
+      done = lesser(head, held);
+      std::memcpy(loose, s.values, size_t(done) * 4);
+      loose += done;
+      head -= done;
+      rank += done;
+    }
+    const int64_t ready = blocks ? (held - done) & -kDeltaBlock : held - done;
+    code_values(s.values + done, ready, rank, c);
+    rank += ready;
+    held -= done + ready;
+    std::memmove(s.values, s.values + done + ready, size_t(held) * 4);
+  }
+  std::memcpy(loose, s.values, size_t(held) * 4);  // and those after the last one
+  return false;
+}
+
+void value_planes(const DeltaCoding& c, int64_t first, int64_t n, float* out) {
+  if (c.kind == kFp32) {
+    const uint8_t *p0 = c.streams[0] + first, *p1 = c.streams[1] + first, *p2 = c.streams[2] + first,
+                  *p3 = c.streams[3] + first;
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = float_of(p0[i] | uint32_t(p1[i]) << 8 | uint32_t(p2[i]) << 16 | uint32_t(p3[i]) << 24);
+    return;
+  }
+  const uint8_t *low = c.streams[0] + first, *high = c.streams[1] + first;
+  for (int64_t i = 0; i < n; ++i) out[i] = float_of(uint32_t(low[i]) << 16 | uint32_t(high[i]) << 24);
+}
+
+// out = values of ranks first..first + n
+void decode_values(const DeltaCoding& c, int64_t first, int64_t n, float* out) {
+  if (c.kind == kFp32 || c.kind == kBf16) return value_planes(c, first, n, out);
+  for (int64_t at = first; at < first + n;) {
+    const int64_t size = lesser(kDeltaBlock - at % kDeltaBlock, first + n - at);
+    const float scale = c.scales[at / kDeltaBlock];
+    float* to = out + (at - first);
+    if (c.kind == kInt8) {
+      const int8_t* codes = reinterpret_cast<const int8_t*>(c.streams[0]) + at;
+      for (int64_t i = 0; i < size; ++i) to[i] = float(codes[i]) * scale;
+    } else {
+      int8_t codes[kDeltaBlock + 2];
+      const uint8_t* pairs = c.streams[0] + at / 2;
+      const int64_t odd = at % 2;
+      for (int64_t i = 0; i < (size + odd + 1) / 2; ++i) {
+        codes[2 * i] = int8_t(int8_t(pairs[i] << 4) >> 4);
+        codes[2 * i + 1] = int8_t(int8_t(pairs[i]) >> 4);
+      }
+      for (int64_t i = 0; i < size; ++i) to[i] = float(codes[i + odd]) * scale;
+    }
+    at += size;
+  }
+}
+
+template <bool kAdd>
+void decode_any(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t rank, float weight, bool nt,
+                float* out) {
+  Scratch s;
+  for (int64_t start = 0; start < n; start += kStep) {
+    const int64_t size = lesser(kStep, n - start);
+    float* to = out + start;
+    const int64_t kept = words ? count(words + start / 64, (size + 63) / 64) : size;
+    if (!words && !kAdd) {
+      decode_values(c, rank, kept, to);
+    } else {
+      decode_values(c, rank, kept, s.values);
+      if (words)
+        expand_any<kAdd>(s.values, words + start / 64, size, kept + kSlack, weight, nt, to);
+      else
+        for (int64_t i = 0; i < size; ++i) to[i] += weight * s.values[i];
+    }
+    rank += kept;
+  }
+}
+
+void decode(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t rank, bool nt, float* out) {
+  decode_any<false>(c, words, n, rank, 1.0f, nt, out);
+}
+
+void decode_add(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t rank, float weight,
+                float* out) {
+  decode_any<true>(c, words, n, rank, weight, false, out);
+}
+
+// Whether hostile streams hold only what encode writes: finite values, codes within +-levels.
+bool valid(const DeltaCoding& c, int64_t n) {
+  uint32_t bad = 0;
+  if (c.kind == kFp32) {
+    for (int64_t i = 0; i < n; ++i)
+      bad |= uint32_t((c.streams[3][i] & 0x7F) == 0x7F) & uint32_t(c.streams[2][i] >> 7);
+  } else if (c.kind == kBf16) {
+    for (int64_t i = 0; i < n; ++i)
+      bad |= uint32_t((c.streams[1][i] & 0x7F) == 0x7F) & uint32_t(c.streams[0][i] >> 7);
+  } else if (c.kind == kInt8) {
+    for (int64_t i = 0; i < n; ++i) bad |= c.streams[0][i] == 0x80;
+  } else {
+    for (int64_t i = 0; i < (n + 1) / 2; ++i)
+      bad |= uint32_t((c.streams[0][i] & 15) == 8) | uint32_t(c.streams[0][i] >> 4 == 8);
+    if (n % 2) bad |= c.streams[0][n / 2] >> 4 != 0;
+  }
+  return !bad;
+}
+
+}  // namespace
+}  // namespace autoflip

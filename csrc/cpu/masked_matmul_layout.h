@@ -1,0 +1,14 @@
+// Builds and finds the layout that masked_matmul.h describes; apart from it because kernels use no STL.
+#pragma once
+#include <vector>
+
+#include "cpu/masked_matmul.h"
+
+namespace autoflip {
+
+// The layout of mask (rows, cols); entries are 0 or 1; chunk <= kMaxChunk.
+std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk);
+// What masked_matmul_layout made of a mask of this shape.
+Layout masked_matmul_layout_at(const uint8_t* bytes, int64_t rows, int64_t cols, int64_t chunk);
+
+}  // namespace autoflip

@@ -1,0 +1,271 @@
+"""A second decoder, in plain numpy, written from docs/wire_format.md alone: it shares no line with autoflip.codec.
+
+It reads every golden frame, and whatever frames the encoder makes today, to the same numbers; on a big-endian reader
+too, since each number's byte order is spelt out.
+"""
+
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from test_codec_hostile import golden_update
+
+from autoflip import MaskSet, codec
+
+INTEGERS = {1: "<i8", 2: "<i4", 3: "<i2", 4: "i1", 5: "u1", 6: "?"}
+WHOLE, SHARED, BITMAP, RICE, VARINT, RANKS = 0, 1, 2, 3, 4, 8
+
+
+class Bytes:
+    def __init__(self, data):
+        self.data, self.at = bytes(data), 0
+
+    def take(self, n):
+        assert self.at + n <= len(self.data)
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def byte(self):
+        return self.take(1)[0]
+
+    def varint(self):
+        value = shift = 0
+        while True:
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+
+def section(data, parts=1):
+    """The raw bytes of a section; `parts` says how many pieces stage 2 holds."""
+    entropy, stored = data.byte(), data.take(data.varint())
+    if entropy == 2:
+        inner = Bytes(stored)
+        return b"".join(section(inner) for _ in range(parts))
+    return zstandard.ZstdDecompressor().decompress(stored) if entropy else stored
+
+
+def planes(raw, width, dtype):
+    split = np.frombuffer(raw, np.uint8).reshape(width, -1)
+    return np.frombuffer(split.T.tobytes(), dtype)
+
+
+def read_schema(data):
+    tensors = []
+    for _ in range(data.varint()):
+        name = data.take(data.varint()).decode()
+        kind, dims = data.byte(), data.byte()
+        tensors.append((name, kind, tuple(data.varint() for _ in range(dims))))
+    return tensors
+
+
+def positions(data, coding, k, n, kept):
+    """Read one set of `kept` among `n` from an index stream."""
+    if coding == BITMAP:
+        bits = np.unpackbits(np.frombuffer(data.take(-(-n // 8)), np.uint8), bitorder="little")
+        return np.flatnonzero(bits[:n])
+    gaps = []
+    if coding == VARINT:
+        gaps = [data.varint() for _ in range(kept)]
+    else:
+        bits = np.unpackbits(np.frombuffer(data.data[data.at :], np.uint8), bitorder="little")
+        at = 0
+        for _ in range(kept):
+            ones = 0
+            while ones < 24 and bits[at]:
+                ones, at = ones + 1, at + 1
+            low, top = (32, 0) if ones == 24 else (k, ones << k)
+            at += ones < 24
+            gaps.append(top + sum(int(b) << i for i, b in enumerate(bits[at : at + low])))
+            at += low
+        data.take(-(-at // 8))
+    return np.cumsum(np.array(gaps, np.int64) + 1) - 1
+
+
+def read_sets(data, wanted):
+    """wanted: (coding, k, n, kept) each; the sets in that order."""
+    found = [np.arange(n) if coding == WHOLE else None for coding, _, n, _ in wanted]
+    for coding in (BITMAP, RICE, VARINT):
+        mine = [i for i, w in enumerate(wanted) if w[0] == coding]
+        if mine:
+            raw = Bytes(section(data, len(mine)))
+            for i in mine:
+                found[i] = positions(raw, *wanted[i])
+            assert raw.at == len(raw.data)
+    return found
+
+
+def header(blob, schema):
+    (magic, major, _, size, flags, kind, apply, _, _, count, schema_id, _, mask_id, body, _, _, crc) = struct.unpack(
+        "<4sBBHIBBHII16s16s16sQQII", blob[:96]
+    )
+    assert (magic, major, size, body) == (b"AFD1", 1, 96, len(blob) - 96)
+    assert zlib.crc32(blob[:92] + bytes(4) + blob[96:]) == crc
+    data = Bytes(blob[96:])
+    if flags & 1:
+        raw = section(data)
+        assert hashlib.sha256(b"AFD1 schema\0" + raw).digest()[:16] == schema_id
+        schema = read_schema(Bytes(raw))
+    assert len(schema) == count
+    return apply, flags, mask_id, schema, data
+
+
+def read_frame(blob, masks=None, schema=None, base=None):
+    """Decode a delta or patch frame; masks: name -> flat positions kept; base: name -> uint16 words or bytes."""
+    apply, flags, _, schema, data = header(blob, schema)
+    masks = masks or {}
+    rows = []
+    for name, tensor_kind, shape in schema:
+        n = int(np.prod(shape, dtype=np.int64))
+        byte = data.byte()
+        index, values = byte >> 4, byte & 15
+        kept = data.varint() if index else n
+        k = data.byte() if index & ~RANKS == RICE else 0
+        rows.append((name, tensor_kind, shape, n, index, values, kept, k))
+    coded = [r for r in rows if r[4] & ~RANKS >= BITMAP]
+    sets = iter(read_sets(data, [(i & ~RANKS, k, len(masks[name]) if i & RANKS else n, kept)
+                                 for name, _, _, n, i, _, kept, k in coded]))  # fmt: skip
+    where = []
+    for name, _, _, n, index, *_ in rows:
+        found = next(sets) if index & ~RANKS >= BITMAP else None
+        base_set = masks[name] if index == SHARED or index & RANKS else np.arange(n)
+        where.append(base_set if found is None else base_set[found])
+    streams = {}
+    for codec_number in range(5):
+        mine = [(i, r) for i, r in enumerate(rows) if r[5] == codec_number and r[6]]
+        if not mine:
+            continue
+        counts = [r[6] for _, r in mine]
+        if codec_number == 0:
+            flat = planes(section(data, 4), 4, "<f4")
+        elif codec_number == 1:
+            flat = planes(section(data, 2), 2, "<u2")
+        elif codec_number == 4:
+            counts = [r[6] * np.dtype(INTEGERS[r[1]]).itemsize for _, r in mine]
+            flat = np.frombuffer(section(data), np.uint8)
+        else:
+            raw = np.frombuffer(section(data), np.uint8)
+            if codec_number == 3:
+                pieces, at = [], 0
+                for count in counts:
+                    pairs = raw[at : at + -(-count // 2)].astype(np.int64)
+                    at += len(pairs)
+                    pieces.append(np.stack([pairs & 15, pairs >> 4], 1).ravel()[:count])
+                codes = np.concatenate(pieces)
+                codes = codes - 16 * (codes > 7)
+            else:
+                codes = raw.view(np.int8)
+            scales = planes(section(data, 4), 4, "<f4")
+            each, start = [], 0
+            for count in counts:
+                blocks = -(-count // 256)
+                each.append(np.repeat(scales[start : start + blocks], 256)[:count])
+                start += blocks
+            flat = codes.astype(np.float32) * np.concatenate(each)
+        for (i, _), piece in zip(mine, np.split(flat, np.cumsum(counts)[:-1]), strict=True):
+            streams[i] = piece
+    assert data.at == len(data.data)
+    out = {}
+    for i, (name, tensor_kind, shape, n, *_) in enumerate(rows):
+        stream = streams.get(i, np.empty(0, np.uint8))
+        if base is not None and flags & 4:
+            held = base[name] if tensor_kind else base[name][where[i]]
+            if apply == 4 and not tensor_kind:
+                signed = stream.astype(np.int64)
+                stream = (held + (signed >> 1 ^ -(signed & 1))).astype(np.uint16)
+            else:
+                stream = stream ^ held
+        if tensor_kind:
+            out[name] = np.frombuffer(stream.tobytes(), INTEGERS[tensor_kind]).reshape(shape)
+            continue
+        if stream.dtype == np.uint16:
+            stream = (stream.astype(np.uint32) << 16).view(np.float32)
+        out[name] = np.zeros(n, np.float32)
+        out[name][where[i]] = stream
+        out[name] = out[name].reshape(shape)
+    return out
+
+
+def read_masks(blob, base=None):
+    _, _, _, schema, data = header(blob, None)
+    ways, wanted = [], []
+    for name, _, shape in schema:
+        n, way = int(np.prod(shape, dtype=np.int64)), data.byte()
+        held = len(base[name]) if way == 2 else 0
+        for size in {0: (), 1: (n,), 2: (held, n - held)}[way]:
+            coding, kept, k = data.byte(), data.varint(), data.byte()
+            wanted.append((coding, k, size, kept))
+        ways.append((name, n, shape, way))
+    sets = iter(read_sets(data, wanted))
+    out = {}
+    for name, n, shape, way in ways:
+        mask = np.zeros(n, bool)
+        if way == 1:
+            mask[next(sets)] = True
+        elif way == 2:
+            mask[base[name]] = True
+            dropped, grown = base[name][next(sets)], np.flatnonzero(~mask)[next(sets)]
+            mask[dropped], mask[grown] = False, True
+        if way:
+            out[name] = mask.reshape(shape)
+    return out
+
+
+def flat(masks):
+    return {name: np.flatnonzero(mask.numpy()) for name, mask in masks.items()}
+
+
+def same(got, want):
+    assert list(got) == list(want)
+    for name in want:
+        assert np.array_equal(got[name], want[name].float().numpy() if want[name].is_floating_point() else want[name])
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "golden").glob("*.afd")), ids=lambda p: p.stem)
+def test_golden_frames_mean_the_same_to_both(path):
+    update, masks = golden_update()
+    blob, name = path.read_bytes(), path.stem.partition("_")[2]
+    if name in ("masks", "change"):
+        base = MaskSet({"w": update["w"] > 0.15})
+        got = read_masks(blob, flat(base))
+        assert list(got) == ["w"]
+        assert np.array_equal(got["w"], masks["w"].numpy())
+    elif name.startswith("patch"):
+        two = "difference" in name
+        base = {n: torch.full_like(t, 2 * two) for n, t in update.items()}
+        words = {n: np.full(t.numel(), 0x4000 * two, np.uint16) for n, t in update.items()}  # 2 in bf16, or 0
+        words["steps"] = np.array([2 * two, 0, 0, 0, 0, 0, 0, 0], np.uint8)
+        same(read_frame(blob, base=words), codec.decode_patch(blob, base))
+    else:
+        shared = masks if name.startswith(("shared", "ranks")) else None
+        same(read_frame(blob, flat(masks)), codec.decode(blob, masks=shared))
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("density", [0.0, 0.003, 0.05, 0.4, 1.0])
+@pytest.mark.parametrize("entropy", ["zstd", "none"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_todays_frames_mean_the_same_to_both(values, density, entropy, shared):
+    g = torch.Generator().manual_seed(0)
+    delta = {
+        "a": torch.randn(41, 97, generator=g),
+        "b": torch.randn(97, generator=g),
+        "half": torch.randn(33, 5, generator=g).to(torch.bfloat16),
+        "none": torch.zeros(0, 3),
+        "count": torch.tensor(12),
+        "flags": torch.tensor([True, False, True]),
+        "c": torch.randn(50, 60, generator=g),
+    }
+    for name in ("a", "c"):
+        delta[name] *= torch.rand(delta[name].shape, generator=g) < density
+    delta["c"][:, ::3] = 0
+    masks = MaskSet({n: torch.rand(delta[n].shape, generator=g) < 0.3 for n in ("a", "c")}) if shared else None
+    blob = codec.encode(delta, masks=masks, values=values, entropy=entropy)
+    same(read_frame(blob, flat(masks) if masks else None), codec.decode(blob, masks=masks))

@@ -1,0 +1,126 @@
+"""Trials: the faster way is found, remembered on disk, and nothing else in the process notices."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoflip import nn, ops
+from autoflip.ops import Pack, backend, paths, trials
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Trials on, with a folder of their own and an empty memory."""
+    monkeypatch.setenv("AUTOFLIP_TRIALS", "on")
+    monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path / "cache"))
+    trials.forget()
+    yield tmp_path / "cache" / "trials.json"
+    trials.forget()
+
+
+def long():
+    return sum(range(20000))
+
+
+def short():
+    return None
+
+
+def test_the_faster_way_wins_and_the_first_keeps_a_tie(kept):
+    assert trials.choose("a", {"dense": long, "sparse": short}) == "sparse"
+    assert trials.choose("b", {"dense": short, "sparse": long}) == "dense"
+    # the same function twice lies within 5 % of itself in the middle of 25 pairs, or the trial tells nothing
+    assert trials.choose("c", {"dense": long, "sparse": long}) == "dense"
+    assert json.loads(kept.read_text())[trials.machine()] == {"a": "sparse", "b": "dense", "c": "dense"}
+
+
+def test_what_is_kept_is_not_timed_again_by_another_process(kept):
+    trials.choose("a", {"dense": long, "sparse": short})
+    code = (
+        "from autoflip.ops import trials\n"
+        "def never(): raise AssertionError('timed again')\n"
+        "print(trials.choose('a', {'dense': never, 'sparse': never}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "sparse"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"x": 3}', "null"])
+def test_a_spoilt_file_counts_as_empty_and_is_written_anew(kept, text):
+    kept.parent.mkdir()
+    kept.write_text(text)
+    assert trials.known() == {}
+    assert trials.choose("a", {"dense": long, "sparse": short}) == "sparse"
+    trials.forget()
+    assert trials.known() == {"a": "sparse"}
+
+
+def test_a_choice_that_no_longer_exists_is_made_again(kept):
+    trials.choose("a", {"dense": long, "old": short})
+    trials.forget()
+    assert trials.choose("a", {"dense": long, "sparse": short}) == "sparse"
+
+
+def test_a_folder_that_cannot_be_written_warns_once_and_works(kept, monkeypatch):
+    kept.parent.write_text("a file where the folder should be")
+    trials._warn.cache_clear()
+    with pytest.warns(UserWarning, match="Set AUTOFLIP_CACHE"):
+        assert trials.choose("a", {"dense": long, "sparse": short}) == "sparse"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trials.choose("b", {"dense": long, "sparse": short}) == "sparse"
+
+
+def test_trials_can_be_turned_off(kept, monkeypatch):
+    monkeypatch.setenv("AUTOFLIP_TRIALS", "off")
+    mask = torch.rand(200, 784) < 0.05
+    letters = Pack(mask).parts(64).path
+    density = float(mask.float().mean())
+    assert letters == "".join(paths.rule(64, 200, 784, density, step=s)[0] for s in ("forward", "dx", "dw"))
+    assert not kept.exists()
+    monkeypatch.setenv("AUTOFLIP_TRIALS", "maybe")
+    with pytest.raises(ValueError, match="wanted on or off"):
+        trials.enabled()
+
+
+@pytest.mark.skipif(backend.extension("_C")[0] is None, reason="the CPU extension is not built: nothing to choose from")
+def test_a_layer_chooses_once_per_batch_size_and_no_counter_sees_it(kept, monkeypatch):
+    mask = torch.rand(96, 300, generator=torch.Generator().manual_seed(0)) < 0.05
+    layer = nn.MaskedLinear(300, 96)
+    layer.set_mask(mask)
+    x = torch.randn(64, 300, requires_grad=True)
+    with FlopCounterMode(display=False) as count:
+        layer(x).sum().backward()
+    letters = layer._pack.parts(64).path
+    kept_entries = int(mask.sum())
+    want = sum(2 * 64 * (kept_entries if letter == "s" else mask.numel()) for letter in letters)
+    assert count.get_total_flops() == want
+    keys = [key for key in trials.known() if key.startswith("masked_linear 96x300 n64")]
+    assert len(keys) == 3
+    assert all("threads 1" in key for key in keys)
+
+    monkeypatch.setattr(trials, "_fastest", lambda *_: pytest.fail("timed again"))
+    trials.forget()  # what is on disk is enough
+    assert Pack(mask).parts(60).path == letters  # 60 rows stand with 64
+    with torch.inference_mode():
+        assert Pack(mask).parts(64).path == letters
+
+
+def test_nothing_is_tried_where_nothing_can_be_gained(kept):
+    assert Pack(torch.rand(4, 5) < 0.5).parts(64).path == "ddd"  # a call costs more than the work
+    assert Pack(torch.ones(300, 300, dtype=torch.bool)).parts(64).path == "ddd"
+    assert Pack(torch.rand(300, 300) < 0.8).parts(64).path == "ddd"
+    assert not kept.exists()
+
+
+def test_result_is_the_same_on_either_side_of_a_choice(kept):
+    mask = torch.rand(96, 300) < 0.1
+    x, w = torch.randn(64, 300), torch.randn(96, 300)
+    y = ops.masked_linear(x, w, None, Pack(mask))
+    # float32 sums in another order, see tests/test_masked_matmul.py
+    torch.testing.assert_close(y, x @ (w * mask).T, rtol=0, atol=64 * torch.finfo(torch.float32).eps * 300**0.5)
