@@ -148,6 +148,34 @@ def test_squared_matmul_in_triton_equals_float64_reference(N, O, K, dtype, monke
     torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("shape", [*CONVS[:3], CONVS[4]], ids=str)
+def test_conv_squares_in_triton_equals_float64_reference(shape, monkeypatch):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setenv("AUTOFLIP_BACKEND", "triton")
+    d, x, kernel, options = conv(*shape)
+    got = ops.conv_squares(d.to(device), x.to(device), kernel, **options)
+    want = reference.conv_squares(d.double(), x.double(), kernel, **options)
+    torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=32 * EPS * want.abs().max().item())
+    d, x, _, at, kernel, options = pooled(*shape, 0.5)
+    got = ops.conv_squares(d.to(device), x.to(device), kernel, at=at.to(device), **options)
+    want = reference.conv_squares(d.double(), x.double(), kernel, at=at, **options)
+    torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=32 * EPS * want.abs().max().item())
+    rows, u = d.flatten(3)[..., :5], x.flatten(1)[:, :1, None].expand(-1, 5, 33) * torch.arange(33) + 1
+    got = ops.sequence_squares(rows.to(device), u.to(device))
+    want = reference.sequence_squares(rows.double(), u.double())
+    torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=32 * EPS * want.abs().max().item())
+
+
+def test_signs_in_triton_are_the_same(monkeypatch):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setenv("AUTOFLIP_BACKEND", "triton")
+    for seed, stream, shape in ((0, 0, (3, 1000)), (-1, 5, (65,)), (2**70 + 3, -2, (1,)), (7, 1, (0,))):
+        signs = ops.rademacher(seed, stream, shape, device=device)
+        assert torch.equal(signs.cpu(), reference.rademacher(seed, stream, shape))
+
+
 def test_signs_do_not_depend_on_who_draws_them():
     for shape in ((), (1,), (63,), (64,), (65,), (3, 1000)):
         for seed, stream in ((0, 0), (-1, 5), (2**70 + 3, -2)):

@@ -139,6 +139,8 @@ TRITON = {
     "masked_matmul_dx_kernel": [(_pointers("fp32", "p_dy", "p_w", "p_dx") | _TABLES, {"B": 32})],
     "masked_matmul_dw_kernel": [(_pointers("fp32", "p_dy", "p_x", "p_dw") | _TABLES, {"B": 32})],
     "squared_matmul_kernel": [(_pointers("fp32", "p_d", "p_a", "p_out"), {"BN": 32, "BO": 64, "BK": 64})],
+    "conv_squares_kernel": [(_pointers("fp32", "p_d", "p_x", "p_out"), {"BO": 32, "BK": 32, "BP": 32, "num_warps": 8})],
+    "rademacher_kernel": [({"p_start": "*i64", "p_out": "*fp32"}, {"B": 1024})],
 }
 
 

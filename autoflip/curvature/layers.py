@@ -114,6 +114,7 @@ class Layer(ABC):
 
 class _Linear(Layer):
     squared: Tensor | None = None
+    summed = False
 
     def add(self, d: Tensor) -> None:
         # all factors share the input's square, so theirs are added first: one product serves all of them
@@ -128,10 +129,14 @@ class _Linear(Layer):
 
     def flush(self) -> None:
         if self.squared is not None:
-            self.waiting, self.squared = [self.squared.sqrt()], None
+            self.waiting, self.squared = [self.squared], None
+            self.summed = True
         super().flush()
+        self.summed = False
 
     def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
+        if self.summed:  # d holds the factors' sum of squares
+            return {"weight": d[0].T @ x.square(), "bias": d[0].sum(0)}
         if x.dim() == 2:
             return {"weight": ops.squared_matmul(d[0], x), "bias": d[0].square().sum(0)}
         d = [one.flatten(1, -2).transpose(1, 2) for one in d]  # (N, O, P)

@@ -47,7 +47,7 @@ class Problem:
                 "derivative of; call requires_grad_() on those you mean"
             )
         # all at once; a sum of finite squares may overflow, so a hit is looked at again
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm([p.detach() for p in params.values()])])
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm([p.detach() for p in params.values()])])
         if not bool(norms.isfinite().all()):
             for name, p in params.items():
                 _check_finite(f"parameter {name!r}", p)

@@ -167,10 +167,9 @@ def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
 
     def columns() -> Iterator[Tensor]:
         for c in range(classes - 1):
-            column = torch.zeros_like(p)
+            column = -p * below.narrow(dim, c, 1)
+            column.narrow(dim, 0, c).zero_()
             column.narrow(dim, c, 1).copy_(here.narrow(dim, c, 1))
-            later = p.narrow(dim, c + 1, classes - c - 1)
-            column.narrow(dim, c + 1, classes - c - 1).copy_(-later * below.narrow(dim, c, 1))
             yield from _one_position_each(torch.empty_like(p).scatter_(dim, order, column), dim)
 
     return Root((classes - 1) * (f[0].numel() // classes), draw, columns)

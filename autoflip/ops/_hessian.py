@@ -17,8 +17,10 @@ from autoflip.ops import backend, reference
 # no C++ here: torch's matrix product of materialised squares was 1.6 to 2 times as fast as a fused kernel
 # (N 256, O 200, K 784: 0.65 against 1.04 ms, one AVX-512 thread)
 backend.register("squared_matmul", "triton", optional=True)
-for _name in ("sequence_squares", "conv_squares", "conv_pull_back", "rademacher"):
-    backend.register(_name, "cpp", optional=True)
+for _name in ("sequence_squares", "conv_squares", "rademacher"):
+    backend.register(_name, "cpp", "triton", optional=True)
+# on a GPU torch's dense product is as good: values behind max-pooling are scattered first
+backend.register("conv_pull_back", "cpp", optional=True)
 
 Pair = tuple[int, int]
 Ints = Sequence[int]
@@ -35,9 +37,14 @@ def _kernels(op: str, tensor: Tensor) -> Any:
     return backend.extension("_C")[0]
 
 
+def _triton(op: str, tensor: Tensor) -> bool:
+    """Return whether Triton serves ``op``; its sums are float32, so float64 goes to the reference."""
+    return backend.serve(op, tensor.device) == "triton" and tensor.dtype != torch.float64
+
+
 def squared_matmul(d: Tensor, a: Tensor) -> Tensor:
     """See hessian.squared_matmul."""
-    if backend.serve("squared_matmul", d.device) == "triton" and d.dtype != torch.float64:
+    if _triton("squared_matmul", d):
         from autoflip.kernels.hessian import squared_matmul
 
         return squared_matmul(d, a)
@@ -47,6 +54,13 @@ def squared_matmul(d: Tensor, a: Tensor) -> Tensor:
 def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
     """See hessian.sequence_squares."""
     full = 2 * len(d) * d[0].numel() * u.shape[2]
+    if _triton("sequence_squares", u):
+        from autoflip.kernels import hessian
+
+        one, (p, k) = (1, 1), u.shape[1:]
+        image = u.transpose(1, 2).unsqueeze(3)  # positions are an image's rows
+        out = hessian.conv_squares(torch.stack(d), image, (p, 1), one, one, (0, 0), one, 1, (p * k, 1, k, 0))
+        return out, torch.tensor(full)
     if (kernels := _kernels("sequence_squares", u)) is None:
         return reference.sequence_squares(torch.stack(d), u), torch.tensor(full)
     out = u.new_empty(d[0].shape[1], u.shape[2])
@@ -69,10 +83,21 @@ def conv_squares(
 ) -> tuple[Tensor, Tensor]:
     """See hessian.conv_squares."""
     columns = x.shape[1] // groups * kernel[0] * kernel[1]
+    full = 2 * len(d) * d[0].numel() * columns
+    if _triton("conv_squares", x):
+        from autoflip.kernels import hessian
+
+        size = positions(x.shape[2:], kernel, stride, padding, dilation)
+        rows = torch.stack(d).flatten(3)
+        if at is not None:
+            whole = rows.new_zeros(*rows.shape[:3], size[0] * size[1])
+            rows = whole.scatter_add_(3, at.flatten(2).expand_as(rows), rows)
+        out = hessian.conv_squares(rows, x, size, kernel, stride, padding, dilation, groups, x.stride())
+        return out, torch.tensor(full)
     if (kernels := _kernels("conv_squares", x)) is None:
         shape = _pair(kernel), _pair(stride), _pair(padding), _pair(dilation), groups
         out = reference.conv_squares(torch.stack(d), x, *shape, at)
-        return out, torch.tensor(2 * len(d) * d[0].numel() * columns)
+        return out, torch.tensor(full)
     out = x.new_empty(d[0].shape[1], columns)
     sizes = _sizes(d[0], x.shape[1:], kernel, stride, padding, dilation, groups)
     pointers = ([one.data_ptr() for one in d], x.data_ptr(), 0 if at is None else at.data_ptr(), out.data_ptr())

@@ -211,6 +211,10 @@ def rademacher(
         words = (seed % (1 << 64), stream % (1 << 64))
         kernels.rademacher(*words, out.data_ptr(), out.numel(), torch.get_num_threads())
         return out.to(dtype)
+    if backend.serve("rademacher", device) == "triton":
+        from autoflip.kernels import hessian
+
+        return hessian.rademacher(reference.rademacher_start(seed, stream), tuple(shape), device).to(dtype)
     return reference.rademacher(seed, stream, tuple(shape)).to(device, dtype)
 
 

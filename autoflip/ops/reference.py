@@ -190,10 +190,14 @@ def rademacher(seed: int, stream: int, shape: tuple[int, ...]) -> Tensor:
     count = 1
     for size in shape:
         count *= size
-    start = _mix(_mix(torch.tensor(_int64(seed))) ^ _int64(stream))
-    words = _mix(start + (torch.arange((count + 63) // 64) + 1) * _int64(0x9E3779B97F4A7C15))
+    words = _mix(rademacher_start(seed, stream) + (torch.arange((count + 63) // 64) + 1) * _int64(0x9E3779B97F4A7C15))
     bits = words[:, None] >> torch.arange(64) & 1
     return (1.0 - 2.0 * bits.reshape(-1)[:count].float()).reshape(shape)
+
+
+def rademacher_start(seed: int, stream: int) -> Tensor:
+    """State, an int64 scalar, from which SplitMix64 counts the words of (seed, stream)."""
+    return _mix(_mix(torch.tensor(_int64(seed))) ^ _int64(stream))
 
 
 def _int64(value: int) -> int:
