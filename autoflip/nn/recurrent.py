@@ -15,6 +15,7 @@ __all__ = ["MaskedGRU", "MaskedLSTM"]
 class _MaskedRNN(Masked):
     _flat_weights: Any  # torch's: the parameters in the order that the fused layer takes them
     _flat_weights_names: list[str]
+    _update_flat_weights: Any
 
     def _maskable(self) -> tuple[str, ...]:
         return tuple(self._flat_weights_names)
@@ -40,14 +41,14 @@ class _MaskedRNN(Masked):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run torch's fused layer on the kept weights; arguments and results are torch's."""
-        if not self.masks():
+        if all(self._mask_of(name) is None for name in self._flat_weights_names):
             return super().forward(*args, **kwargs)
-        whole = self._flat_weights
-        try:
-            self._flat_weights = [self._effective(name) for name in self._flat_weights_names]
-            return super().forward(*args, **kwargs)
-        finally:
-            self._flat_weights = whole
+        self._update_flat_weights()  # torch's: parameters may have been exchanged, and the twin must not find out
+        # on a twin that holds the kept weights: other threads may be running this very layer
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__["_flat_weights"] = [self._effective(name) for name in self._flat_weights_names]
+        return super(_MaskedRNN, twin).forward(*args, **kwargs)
 
 
 class MaskedLSTM(_MaskedRNN, nn.LSTM):
