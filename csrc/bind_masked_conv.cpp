@@ -56,12 +56,10 @@ void multiply(uintptr_t panel, const Six& sizes, const Four& kernel_sizes, uintp
   const Kernel kernel = kernel_of(kernel_sizes);
   const Layout layout = masked_conv_layout_at(k, at<const uint8_t>(lay), kept, rows, images, kernel,
                                               tile_height(false), tile_width(false));
-  const int64_t area =
-      (images.full_height() - kernel.span_height()) * (images.full_width() - kernel.span_width());
   Scratch& scratch = thread_scratch();
-  // the values at the end: the maps begin at a whole cache line
-  float* maps = scratch.take(rows * area * k.lanes + kept);
-  float* values = maps + rows * area * k.lanes;
+  // the values at the end: strips begin at a whole cache line
+  const int64_t strips = threads * k.strip_size(images, kernel, layout.block);
+  float *maps = scratch.take(strips + kept), *values = maps + strips;
   k.gather(at<const int32_t>(lay), kept, at<const float>(weight), values);
   k.multiply(layout, values, at<const float>(panel), images, kernel, at<const float>(bias), at<float>(y),
              maps, threads);

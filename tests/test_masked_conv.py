@@ -95,6 +95,18 @@ def test_what_stands_at_pruned_entries_is_ignored(path):
     assert all(torch.equal(a, c) for a, c in zip(got, want, strict=True))
 
 
+def test_backward_may_run_twice_and_layers_do_not_share_panels():
+    x, w, b, mask = case(*SHAPES[0], 0.3)
+    pack = ConvPack(mask, (1, 1), path="sparse")
+    first, second = (ops.masked_conv2d(t, w, b, pack) for t in (x, 2 * x))
+    dy = torch.randn(first.shape)
+    once = torch.autograd.grad(first, (x, w), dy, retain_graph=True)
+    other = torch.autograd.grad(second, (x, w), dy)
+    again = torch.autograd.grad(first, (x, w), dy)
+    assert all(torch.equal(a, c) for a, c in zip(once, again, strict=True))
+    torch.testing.assert_close(other[1], 2 * once[1])
+
+
 @pytest.mark.parametrize("path", ["sparse", "dense"])
 def test_second_derivatives_exist(path):
     x, w, b, mask = case(*SHAPES[0], 0.3)

@@ -1,14 +1,13 @@
-"""Masked convolution's kernels, registered ops, derivatives and FLOP formulas.
+"""Masked convolution's registered ops, derivatives and FLOP formulas.
 
 Three bilinear maps, each of which is the gradient of the other two: ``forward(x, w)``, ``dx(dy, w)`` and
 ``dw(dy, x)``. Training calls the kernels directly; under a dispatch mode (FlopCounterMode) the registered ops run.
-Every tensor that arrives here was checked by autoflip.ops.masked_conv: float32 on the CPU, stride 1, one group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,128 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from autoflip.ops import _masked_kernels as kernels
-
-Pair = tuple[int, int]
-Sizes = tuple[int, int, int, int, int, int]  # n, channels, height, width, padding
-_STEPS = {"forward": 0, "dx": 1, "dw": 2}
-
-
-class Parts(NamedTuple):
-    """What the ops take of a ConvPack: see ``autoflip.ops.masked_conv.ConvPack``."""
-
-    mask: Tensor
-    forward: Tensor  # layouts, empty where the path needs none
-    dx: Tensor
-    dw: Tensor
-    kept: int
-    padding: Pair
-    dilation: Pair
-    path: str  # one letter a step (forward, dx, dw): s = sparse kernel, d = dense convolution
-
-
-def kernel_sizes(parts: Parts) -> tuple[int, int, int, int]:
-    """Return (height, width, dilation of both) of the kernel."""
-    return (parts.mask.shape[2], parts.mask.shape[3], *parts.dilation)
-
-
-def x_sizes(n: int, height: int, width: int, parts: Parts) -> Sizes:
-    """Return the sizes of the panel of x."""
-    return (n, parts.mask.shape[1], height, width, *parts.padding)
-
-
-def dy_sizes(n: int, height: int, width: int, parts: Parts) -> Sizes:
-    """Return the sizes of the panel of dy, whose convolution with the turned kernel is dx; from those of x."""
-    span = _span(parts)
-    high, wide = (s + 2 * p - r for s, p, r in zip((height, width), parts.padding, span, strict=True))
-    return (n, parts.mask.shape[0], high, wide, span[0] - parts.padding[0], span[1] - parts.padding[1])
-
-
-def _span(parts: Parts) -> Pair:
-    return ((parts.mask.shape[2] - 1) * parts.dilation[0], (parts.mask.shape[3] - 1) * parts.dilation[1])
-
-
-def make_layout(mask: Tensor, sizes: Sizes, kernel: tuple[int, int, int, int], step: str) -> Tensor:
-    """Return the layout (uint8) of a contiguous CPU mask for one step; empty where its offsets do not fit."""
-    rows = mask.shape[step == "dx"]
-    made = kernels.extension().masked_conv_layout(mask.data_ptr(), rows, sizes, kernel, step == "dw", step == "dx")
-    return torch.frombuffer(bytearray(made), dtype=torch.uint8) if made else torch.empty(0, dtype=torch.uint8)
-
-
-# --- kernels
-
-
-def panel(x: Tensor, sizes: Sizes) -> Tensor:
-    """Return ``x`` as the kernels read it: padded, samples last."""
-    x = x.contiguous()
-    out = torch.empty(kernels.extension().masked_conv_panel_size(sizes))
-    kernels.extension().masked_conv_panel(x.data_ptr(), sizes, out.data_ptr(), torch.get_num_threads())
-    return out
-
-
-def multiply(from_panel: Tensor, sizes: Sizes, layout: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor,
-             parts: Parts) -> Tensor:  # fmt: skip
-    """Write the convolution of a panel into ``y`` (n, rows, height, width)."""
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    kernels.extension().masked_conv_multiply(
-        from_panel.data_ptr(),
-        sizes,
-        kernel_sizes(parts),
-        layout.data_ptr(),
-        parts.kept,
-        y.shape[1],
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return y
-
-
-def gradient(x_panel: Tensor, x_in: Sizes, dy_panel: Tensor, dy_in: Sizes, parts: Parts) -> Tensor:
-    """Return dw, zeros where it is pruned."""
-    dw = torch.zeros(parts.mask.shape)
-    kernels.extension().masked_conv_gradient(
-        x_panel.data_ptr(),
-        x_in,
-        dy_panel.data_ptr(),
-        dy_in,
-        kernel_sizes(parts),
-        parts.dw.data_ptr(),
-        parts.kept,
-        dw.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return dw
-
-
-def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Return (y, panel of x)."""
-    sizes = x_sizes(len(x), x.shape[2], x.shape[3], parts)
-    x_panel = panel(x, sizes)
-    y = torch.empty(dy_sizes(len(x), x.shape[2], x.shape[3], parts)[:4])
-    return multiply(x_panel, sizes, parts.forward, weight, bias, y, parts), x_panel
-
-
-def cpu_backward(
-    dy: Tensor, x: Tensor, x_panel: Tensor | None, weight: Tensor, parts: Parts, *, dx: bool, dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (dx, dw); ``x`` gives sizes alone where ``x_panel`` is there or dw is not wanted."""
-    sizes = (len(x), x.shape[2], x.shape[3], parts)
-    x_in, dy_in = x_sizes(*sizes), dy_sizes(*sizes)
-    dy_panel = panel(dy, dy_in)
-    out = multiply(dy_panel, dy_in, parts.dx, weight, None, torch.empty(x_in[:4]), parts) if dx else None
-    return out, gradient(panel(x, x_in) if x_panel is None else x_panel, x_in, dy_panel, dy_in, parts) if dw else None
-
-
-def dense_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, parts: Parts, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (dx, dw) by torch; ``weight`` has zeros where it is pruned, dw is masked."""
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, (1, 1), parts.padding, parts.dilation, False, (0, 0), 1, (*wanted, False)
-    )
-    return dx, kernels.select(dw, parts.mask) if wanted[1] else None
-
+from autoflip.ops._masked_conv_kernels import Parts, cpu_backward, cpu_forward, dense_backward, panels, span
 
 # --- registered ops
 
@@ -145,13 +23,15 @@ def dense_backward(
 def _forward_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     if parts.path[0] == "s":
-        return cpu_forward(x, weight, bias, parts)[0]
+        y, made = cpu_forward(x, weight, bias, parts)
+        panels.give(made)
+        return y
     return F.conv2d(x, kernels.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation).contiguous()
 
 
 def _x_like(dy: Tensor, weight: Tensor, parts: Parts) -> Tensor:
-    span = _span(parts)
-    high, wide = (dy.shape[2 + i] - 2 * parts.padding[i] + span[i] for i in (0, 1))
+    reach = span(parts)
+    high, wide = (dy.shape[2 + i] - 2 * parts.padding[i] + reach[i] for i in (0, 1))
     return dy.new_empty(1).expand(dy.shape[0], weight.shape[1], high, wide)
 
 
@@ -178,7 +58,7 @@ def _dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     parts = Parts(*rest)
-    high, wide = (x.shape[2 + i] + 2 * parts.padding[i] - s for i, s in enumerate(_span(parts)))
+    high, wide = (x.shape[2 + i] + 2 * parts.padding[i] - s for i, s in enumerate(span(parts)))
     return x.new_empty(x.shape[0], weight.shape[0], high, wide)
 
 
@@ -208,7 +88,7 @@ def _flops(step: str) -> Callable[..., int]:
     def count(a: Tensor, b: Tensor, *rest: Any, out_val: Any = None, **_: Any) -> int:
         parts = Parts(*rest[-8:])
         maps = a if step != "forward" else out_val  # y or dy: each of its positions uses each kept weight once
-        weights = parts.kept if parts.path[_STEPS[step]] == "s" else parts.mask.numel()
+        weights = parts.kept if parts.path[kernels.STEPS.index(step)] == "s" else parts.mask.numel()
         return 2 * len(maps) * maps.shape[2] * maps.shape[3] * weights
 
     return count
@@ -274,6 +154,8 @@ class _Conv(torch.autograd.Function):
         y, made = cpu_forward(x, weight, bias, parts)
         if parts.path[2] == "s" and ctx.needs_input_grad[1]:
             ctx.panel = made
+        else:
+            panels.give(made)
         return y
 
     @staticmethod
@@ -287,7 +169,8 @@ class _Conv(torch.autograd.Function):
         sparse_x, sparse_w = need_x and parts.path[1] == "s", need_w and parts.path[2] == "s"
         dx = dw = None
         if sparse_x or sparse_w:
-            dx, dw = cpu_backward(dy, x, ctx.panel, weight, parts, dx=sparse_x, dw=sparse_w)
+            made, ctx.panel = ctx.panel, None  # a second backward pass makes its own
+            dx, dw = cpu_backward(dy, x, made if sparse_w else None, weight, parts, dx=sparse_x, dw=sparse_w)
         if (need_x and not sparse_x) or (need_w and not sparse_w):
             wanted = need_x and not sparse_x, need_w and not sparse_w
             others = dense_backward(dy, x, kernels.plain_operand(weight, parts.mask), parts, wanted)

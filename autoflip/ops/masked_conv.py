@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autoflip.ops import _masked_conv as steps
+from autoflip.ops import _masked_conv_kernels as conv
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import backend, paths, trials
-from autoflip.ops._masked_conv import Pair, Parts
+from autoflip.ops._masked_conv_kernels import Pair, Parts
 
 __all__ = ["ConvPack", "conv_weight", "masked_conv2d"]
 
@@ -99,10 +100,10 @@ class ConvPack:
         )
         return bare._replace(path=path, forward=forward, dx=dx, dw=dw)
 
-    def _layout(self, step: str, sizes: steps.Sizes, kernel: tuple[int, int, int, int]) -> Tensor:
+    def _layout(self, step: str, sizes: conv.Sizes, kernel: tuple[int, int, int, int]) -> Tensor:
         key = (step, sizes[2], sizes[3])
         if key not in self._layouts:
-            self._layouts[key] = steps.make_layout(self.mask, sizes, kernel, step)
+            self._layouts[key] = conv.make_layout(self.mask, sizes, kernel, step)
         return self._layouts[key]
 
     def __repr__(self) -> str:
@@ -117,8 +118,8 @@ class _Trial:
         self._made: tuple[Tensor, Tensor, Tensor, Parts] | None = None
 
     def layout(self, step: str) -> Tensor:
-        sizes = (steps.dy_sizes if step == "dx" else steps.x_sizes)(self.n, *self.size, self.parts)
-        return self._layout(step, sizes, steps.kernel_sizes(self.parts))
+        sizes = (conv.dy_sizes if step == "dx" else conv.x_sizes)(self.n, *self.size, self.parts)
+        return self._layout(step, sizes, conv.kernel_sizes(self.parts))
 
     def letters(self) -> str:
         mask, kept = self.parts.mask, self.parts.kept
@@ -149,30 +150,36 @@ class _Trial:
             g = torch.Generator().manual_seed(0)
             forward, dx, dw = (self.layout(step) for step in kernels.STEPS)
             parts = self.parts._replace(forward=forward, dx=dx, dw=dw)
-            x = torch.randn(steps.x_sizes(self.n, *self.size, parts)[:4], generator=g)
-            dy = torch.randn(steps.dy_sizes(self.n, *self.size, parts)[:4], generator=g)
+            x = torch.randn(conv.x_sizes(self.n, *self.size, parts)[:4], generator=g)
+            dy = torch.randn(conv.dy_sizes(self.n, *self.size, parts)[:4], generator=g)
             self._made = x, dy, kernels.select(torch.randn(parts.mask.shape, generator=g), parts.mask), parts
-            self.x_panel = steps.panel(x, steps.x_sizes(self.n, *self.size, parts))
-            self.dy_panel = steps.panel(dy, steps.dy_sizes(self.n, *self.size, parts))
+            self.x_panel = conv.panel(x, conv.x_sizes(self.n, *self.size, parts))
+            self.dy_panel = conv.panel(dy, conv.dy_sizes(self.n, *self.size, parts))
         return self._made
 
     def dense(self, step: str) -> object:
         x, dy, weight, parts = self.case()
         if step == "forward":
             return F.conv2d(x, kernels.operand(weight, parts.mask), None, 1, parts.padding, parts.dilation)
-        return steps.dense_backward(dy, x, weight, parts, (step == "dx", step == "dw"))
+        return conv.dense_backward(dy, x, weight, parts, (step == "dx", step == "dw"))
 
     def sparse(self, step: str, before: str) -> object:
         x, dy, weight, parts = self.case()
         if step == "forward":
-            return steps.cpu_forward(x, weight, None, parts)
+            y, made = conv.cpu_forward(x, weight, None, parts)
+            conv.panels.give(made)
+            return y
         if step == "dx":
-            return steps.cpu_backward(dy, x, None, weight, parts, dx=True, dw=False)
-        x_in = steps.x_sizes(self.n, *self.size, parts)
-        dy_in = steps.dy_sizes(self.n, *self.size, parts)
-        x_panel = self.x_panel if before[0] == "s" else steps.panel(x, x_in)
-        dy_panel = self.dy_panel if before[1] == "s" else steps.panel(dy, dy_in)
-        return steps.gradient(x_panel, x_in, dy_panel, dy_in, parts)
+            return conv.cpu_backward(dy, x, None, weight, parts, dx=True, dw=False)
+        x_in = conv.x_sizes(self.n, *self.size, parts)
+        dy_in = conv.dy_sizes(self.n, *self.size, parts)
+        x_panel = self.x_panel if before[0] == "s" else conv.panel(x, x_in)
+        dy_panel = self.dy_panel if before[1] == "s" else conv.panel(dy, dy_in)
+        dw = conv.gradient(x_panel, x_in, dy_panel, dy_in, parts)
+        for made in (x_panel, dy_panel):
+            if made is not self.x_panel and made is not self.dy_panel:
+                conv.panels.give(made)
+        return dw
 
 
 class _Clean(torch.autograd.Function):

@@ -43,10 +43,11 @@ struct MaskedConv {
   void (*to_panel)(const float* x, Images images, float* panel, int threads);
   // values[i] = w[index[i]]
   void (*gather)(const int32_t* index, int64_t kept, const float* w, float* values);
-  // y (n, rows, out height, out width) = convolution of the panel plus bias (rows) or null. scratch: rows *
-  // out height * out width * lanes floats
+  // y (n, rows, out height, out width) = convolution of the panel plus bias (rows) or null. scratch:
+  // strip_size floats a thread
   void (*multiply)(Layout layout, const float* values, const float* panel, Images images, Kernel kernel,
                    const float* bias, float* y, float* scratch, int threads);
+  int64_t (*strip_size)(Images images, Kernel kernel, int64_t block);
   // dw[index[i]] = sum over samples and positions of dy * x at the i-th kept weight. Panels of x and dy.
   // scratch: kept floats
   void (*gradient)(Layout layout, const int32_t* index, int64_t kept, const float* x, Images x_images,

@@ -82,38 +82,59 @@ constexpr decltype(&add_cell<1, 1>) kAddTile[] = {add_cell<1, 1>, add_cell<2, 1>
 constexpr decltype(&add_cell<1, 1>) kAddTile[] = {add_cell<1, 1>, add_cell<2, 1>};
 #endif
 
+// Lines that are finished together: as many as fill whole tiles of a transpose.
+AF_INLINE int64_t lines_of_strip(int64_t height, int64_t width) {
+  int64_t lines = 1;
+  while (lines < height && lines * width % 16) ++lines;
+  return lines;
+}
+
+int64_t strip_size(Images images, Kernel kernel, int64_t block) {
+  const int64_t height = images.full_height() - kernel.span_height(),
+                width = images.full_width() - kernel.span_width();
+  // not a power of two: rows must not meet in one set of the cache
+  return block * (lines_of_strip(height, width) * width + 4) * kVector;
+}
+
 void multiply(Layout layout, const float* values, const float* panel, Images images, Kernel kernel,
               const float* bias, float* y, float* scratch, int threads) {
   const int64_t blocks = ceil_div(layout.rows, layout.block), chunks = ceil_div(layout.cols, layout.chunk);
   const int64_t full = images.full_width(), map = images.full_height() * full * kVector;
   const int64_t height = images.full_height() - kernel.span_height(), width = full - kernel.span_width();
   const int64_t area = height * width, step = layout.chunk / kernel.area() * map;
-  const int64_t tiles = ceil_div(width, kVectors);
-  for (int64_t first = 0; first < images.n; first += kVector, panel += images.channels * map) {
+  const int64_t tiles = ceil_div(width, kVectors), deep = lines_of_strip(height, width);
+  const int64_t strips = ceil_div(height, deep), groups = ceil_div(images.n, kVector);
+  const int64_t row_stride = (deep * width + 4) * kVector, tasks = groups * strips;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t line = 0; line < height; ++line) {
-      alignas(64) float sums[(kRowBlock + kGroup) * kLanes];
+  for (int64_t part = 0; part < threads; ++part) {
+    alignas(64) float sums[(kRowBlock + kGroup) * kLanes];
+    float* strip = scratch + part * layout.block * row_stride;
+    for (int64_t task = tasks * part / threads; task < tasks * (part + 1) / threads; ++task) {
+      const int64_t first = task / strips * kVector, top = task % strips * deep;
+      const int64_t lines = height - top < deep ? height - top : deep;
+      const int64_t samples = images.n - first < kVector ? images.n - first : kVector;
+      const float* x = panel + (task / strips * images.channels * map) + top * full * kVector;
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t row = b * layout.block;
         const int64_t rows = layout.rows - row < layout.block ? layout.rows - row : layout.block;
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t column = t * width / tiles, count = (t + 1) * width / tiles - column;
+        for (int64_t t = 0; t < lines * tiles; ++t) {
+          const int64_t line = t / tiles, column = t % tiles * width / tiles;
+          const int64_t count = (t % tiles + 1) * width / tiles - column;
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t v = 0; v < count; ++v)
               store(sums + (r * count + v) * kVector, broadcast(bias ? bias[row + r] : 0.0f));
           for (int64_t c = 0; c < chunks; ++c)
             kAddTile[count - 1](layout, b * chunks + c, values,
-                                panel + c * step + (line * full + column) * kVector, sums);
-          float* to = scratch + (row * area + line * width + column) * kVector;
-          for (int64_t r = 0; r < rows; ++r) copy(sums + r * count * kVector, count, to + r * area * kVector);
+                                x + c * step + (line * full + column) * kVector, sums);
+          for (int64_t r = 0; r < rows; ++r)
+            copy(sums + r * count * kVector, count,
+                 strip + r * row_stride + (line * width + column) * kVector);
         }
+        for (int64_t r = 0; r < rows; ++r)
+          transpose<false>(strip + r * row_stride, kVector, lines * width, samples,
+                           y + (first * layout.rows + row + r) * area + top * width, layout.rows * area);
       }
     }
-    const int64_t samples = images.n - first < kVector ? images.n - first : kVector;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < layout.rows; ++r)
-      transpose<false>(scratch + r * area * kVector, kVector, area, samples,
-                       y + (first * layout.rows + r) * area, layout.rows * area);
   }
 }
 
@@ -173,9 +194,11 @@ AF_INLINE void sample_columns(const Tile& tile, const float* dy, const uint16_t*
     unroll<0, kFour / 4>([&](auto i) AF_LAMBDA { sum_lanes(sums + 4 * i.value, found + 4 * i.value); });
   unroll<0, kRows>([&](auto r) AF_LAMBDA {
     float* to = out + r.value * out_stride;
-    unroll<0, Columns>([&](auto j) AF_LAMBDA {
-      if (j.value < count) to[j.value] += found[decltype(r)::value * Columns + decltype(j)::value];
-    });
+    const float* from = found + r.value * Columns;
+    if (count >= Columns)
+      unroll<0, Columns>([&](auto j) AF_LAMBDA { to[j.value] += from[j.value]; });
+    else
+      for (int64_t j = 0; j < count; ++j) to[j] += from[j];
   });
 }
 
