@@ -1,13 +1,12 @@
-// Addresses in; scratch panels live in this file, one buffer per calling thread, kept between calls because
-// fresh pages cost more than a small product.
+// Addresses in.
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <stdexcept>
 
 #include "bindings.h"
 #include "common/cpu.h"
+#include "common/scratch.h"
 #include "cpu/masked_matmul_layout.h"
 
 namespace py = pybind11;
@@ -17,34 +16,6 @@ namespace {
 
 const MaskedMatmul& kernels() { return pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512); }
 
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  float* take(int64_t floats) {
-    if (floats > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, size_t(ceil_div(floats, 16) * 64)));
-      if (!data_) throw std::bad_alloc();
-      size_ = floats;
-    }
-    return data_;
-  }
-  // A buffer for one huge call must not stay for good.
-  void settle() {
-    constexpr int64_t kKeep = int64_t(1) << 24;  // floats: 64 MB
-    if (size_ <= kKeep) return;
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
-thread_local Scratch scratch;
-
 int useful_threads(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
 
 py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk) {
@@ -53,7 +24,7 @@ py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk) {
   std::vector<uint8_t> bytes;
   {
     py::gil_scoped_release release;
-    bytes = masked_matmul_layout(at<const uint8_t>(mask), rows, cols, chunk);
+    bytes = masked_matmul_layout(at<const uint8_t>(mask), rows, cols, chunk, rows_of_block(rows));
   }
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
@@ -65,7 +36,7 @@ bool wanted() {
 }
 
 Layout layout_at(uintptr_t address, int64_t rows, int64_t cols, int64_t chunk) {
-  return masked_matmul_layout_at(at<const uint8_t>(address), rows, cols, chunk);
+  return masked_matmul_layout_at(at<const uint8_t>(address), rows, cols, chunk, rows_of_block(rows));
 }
 
 void select(uintptr_t w, uintptr_t mask, int64_t n, uintptr_t out, int threads) {
@@ -85,6 +56,7 @@ void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintpt
   const MaskedMatmul& k = kernels();
   const Layout layout = layout_at(lay, rows, cols, chunk);
   threads = useful_threads(n * cols, threads);
+  Scratch& scratch = thread_scratch();
   float* panel = scratch.take(k.panel_scratch(n, cols));
   k.pack(layout, at<const float>(weight), at<float>(values), threads);
   k.multiply(layout, at<const float>(values), at<const float>(x), n, at<const float>(bias), relu,
@@ -98,6 +70,7 @@ void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t lay, int64_
   const MaskedMatmul& k = kernels();
   const Layout layout = layout_at(lay, rows, cols, chunk);
   threads = useful_threads(n * cols, threads);
+  Scratch& scratch = thread_scratch();
   float* panels = scratch.take(k.panels_scratch(n, rows + cols));
   if (weight) k.pack(layout, at<const float>(weight), at<float>(values), threads);
   k.backward(layout, at<const float>(values), at<const float>(dy), at<const float>(x), n, at<float>(dx),
@@ -111,6 +84,7 @@ bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, i
   if (!k.outer) return false;
   py::gil_scoped_release release;
   threads = useful_threads(n * cols, threads);
+  Scratch& scratch = thread_scratch();
   k.outer(at<const float>(dy), at<const float>(x), at<const uint8_t>(mask), n, rows, cols, at<float>(dw),
           scratch.take(k.outer_scratch(n, rows)), threads);
   scratch.settle();

@@ -197,7 +197,7 @@ def test_compiles_in_one_graph(name):
 @pytest.mark.parametrize("path", ["sparse", "dense"])
 def test_opcheck(path):
     layer, x = linear()
-    parts = Pack(layer.weight_mask, path=path).parts()
+    parts = Pack(layer.weight_mask, path=path).parts(8)
     weight, bias = layer.weight.detach().requires_grad_(), layer.bias.detach().requires_grad_()
     torch.library.opcheck(torch.ops.autoflip.masked_linear.default, (x.requires_grad_(), weight, bias, False, *parts))
 

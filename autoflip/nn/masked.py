@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from autoflip.ops import masked_weight, version_of, zero_pruned
 
-__all__ = ["Masked", "rows"]
+__all__ = ["Masked", "channels_last", "rows"]
 
 
-def _last(tensor: Tensor) -> bool:
+def channels_last(tensor: Tensor) -> bool:
     """Tell whether a tensor lies in memory with its channels last, by its strides: sizes of 1 leave both open."""
     if tensor.ndim != 4 or tensor.stride(1) != 1 or tensor.stride(3) != tensor.shape[1]:
         return False
@@ -22,14 +22,14 @@ def _last(tensor: Tensor) -> bool:
 
 def _laid_out(parameter: Tensor, mask: Tensor) -> Tensor:
     """Return a copy of ``mask`` laid out like ``parameter``: the kernels walk both entry by entry."""
-    if _last(parameter):
+    if channels_last(parameter):
         return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
     return mask.to(parameter.device, copy=True).contiguous()
 
 
 def rows(parameter: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return both as they lie in memory where they agree, so that the kernels can walk them."""
-    if _last(parameter) and _last(mask):
+    if channels_last(parameter) and channels_last(mask):
         return parameter.permute(0, 2, 3, 1), mask.permute(0, 2, 3, 1)
     return parameter, mask
 
@@ -122,7 +122,7 @@ class Masked(nn.Module):
         parameter, mask = getattr(self, name), self._mask_of(name)
         if mask is None:
             return parameter
-        if _last(parameter) and _last(mask):  # so that the convolution keeps its fast layout
+        if channels_last(parameter) and channels_last(mask):  # so that the convolution keeps its fast layout
             return masked_weight(*rows(parameter, mask)).permute(0, 3, 1, 2)
         return masked_weight(parameter, mask)
 

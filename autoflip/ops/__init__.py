@@ -10,6 +10,11 @@ from autoflip.ops.hessian import rademacher as rademacher
 from autoflip.ops.hessian import sequence_squares as sequence_squares
 from autoflip.ops.hessian import squared_matmul as squared_matmul
 
+# masked_conv
+from autoflip.ops.masked_conv import ConvPack as ConvPack
+from autoflip.ops.masked_conv import conv_weight as conv_weight
+from autoflip.ops.masked_conv import masked_conv2d as masked_conv2d
+
 # masked_matmul
 from autoflip.ops.masked_matmul import Pack as Pack
 from autoflip.ops.masked_matmul import masked_linear as masked_linear

@@ -92,8 +92,9 @@ class Cell {
 
 }  // namespace
 
-std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk) {
-  const int64_t block = rows_of_block(rows), blocks = ceil_div(rows, block), chunks = ceil_div(cols, chunk);
+std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk,
+                                          int64_t block) {
+  const int64_t blocks = ceil_div(rows, block), chunks = ceil_div(cols, chunk);
   std::vector<int32_t> table(size_t(blocks * chunks * kTable));
   std::vector<uint32_t> runs;
   std::vector<uint16_t> columns;
@@ -125,8 +126,9 @@ std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int
   return bytes;
 }
 
-Layout masked_matmul_layout_at(const uint8_t* bytes, int64_t rows, int64_t cols, int64_t chunk) {
-  const int64_t block = rows_of_block(rows), cells = ceil_div(rows, block) * ceil_div(cols, chunk);
+Layout masked_matmul_layout_at(const uint8_t* bytes, int64_t rows, int64_t cols, int64_t chunk,
+                               int64_t block) {
+  const int64_t cells = ceil_div(rows, block) * ceil_div(cols, chunk);
   const int32_t* table = reinterpret_cast<const int32_t*>(bytes);
   const uint32_t* runs = reinterpret_cast<const uint32_t*>(table + cells * kTable + 1);
   return {table, runs, reinterpret_cast<const uint16_t*>(runs + table[cells * kTable]), rows, cols,

@@ -6,9 +6,11 @@
 
 namespace autoflip {
 
-// The layout of mask (rows, cols); entries are 0 or 1; chunk <= kMaxChunk.
-std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk);
+// The layout of mask (rows, cols); entries are 0 or 1; chunk <= kMaxChunk, block <= kRowBlock.
+std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk,
+                                          int64_t block);
 // What masked_matmul_layout made of a mask of this shape.
-Layout masked_matmul_layout_at(const uint8_t* bytes, int64_t rows, int64_t cols, int64_t chunk);
+Layout masked_matmul_layout_at(const uint8_t* bytes, int64_t rows, int64_t cols, int64_t chunk,
+                               int64_t block);
 
 }  // namespace autoflip

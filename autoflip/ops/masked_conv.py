@@ -1,0 +1,253 @@
+"""Convolve with the kept weights only, where that is faster: ``y = conv2d(x, w * mask) + b`` and its derivatives.
+
+A sparse kernel serves float32 on a CPU with stride 1, one group and zero padding; everything else is torch's dense
+convolution. Forward, dx and dw choose each for itself, per shape, batch size, density and thread count: by a short
+trial (:mod:`autoflip.ops.trials`), or by :data:`RULE` where trials are off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from autoflip.ops import _masked_conv as steps
+from autoflip.ops import _masked_conv_kernels as conv
+from autoflip.ops import _masked_kernels as kernels
+from autoflip.ops import backend, paths, trials
+from autoflip.ops._masked_conv_kernels import Pair, Parts
+
+__all__ = ["ConvPack", "conv_weight", "masked_conv2d"]
+
+LEAST_BATCH = 8  # samples are SIMD lanes
+# multiply-adds of the dense convolution below which a sparse call costs more than it saves, and is not tried
+LEAST_WORK = 2_000_000
+# density above which the sparse kernels are not tried: none gained there (bench/bench_layers.py --only conv)
+TRIED_BELOW = 0.6
+# step -> density below which the kernel was at least 10 % faster than torch 2.13's dense convolution (oneDNN) at
+# every shape of bench/bench_layers.py, batch 16. Intel Xeon (Sapphire Rapids), 1 thread, CPU time, 2026-11-22.
+RULE = {
+    "avx512": {"forward": 0.5, "dx": 0.5, "dw": 0.3},
+    "avx2": {"forward": 0.2, "dx": 0.2, "dw": 0.2},
+    "base": {"forward": 0.05, "dx": 0.05, "dw": 0.0},
+}
+
+
+class ConvPack:
+    """A convolution's mask and the orders in which the kernels visit its kept entries, built when first needed.
+
+    Args:
+        mask: ``(O, C, KH, KW)``, bool, True = kept. Copied nowhere: change it only by making another ConvPack.
+        padding: zeros on each side, (height, width).
+        dilation: (height, width).
+        path: "auto" chooses per shape and step; "sparse" or "dense" force one.
+
+    Raises:
+        ValueError: ``mask`` is not a 4-d bool tensor, or ``path`` is not one of the three.
+    """
+
+    def __init__(self, mask: Tensor, padding: Pair = (0, 0), dilation: Pair = (1, 1), *, path: str = "auto") -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"ConvPack: mask is {got}, wanted a 4-d torch.bool tensor (True = kept)")
+        if path not in paths.PATHS:
+            raise ValueError(f"ConvPack: path={path!r}; wanted one of {', '.join(paths.PATHS)}")
+        # torch.jit.trace would see a copy in its first run alone
+        self.mask = mask if mask.is_contiguous() else mask.contiguous()
+        self.padding, self.dilation, self.path = padding, dilation, path
+        self.kept = int(mask.sum())
+        self._parts: dict[tuple[int, int, int, int], Parts | None] = {}
+        self._layouts: dict[tuple[str, int, int], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": {}, "_layouts": {}}
+
+    def parts(self, n: int, height: int, width: int) -> Parts | None:
+        """Return what the ops take for x of this size, None where all three steps are dense."""
+        if n < LEAST_BATCH:
+            return None
+        key = (min(64, paths.bucket(n)), height, width, torch.get_num_threads())
+        if key not in self._parts:
+            self._parts[key] = self._make_parts(*key[:3])
+        return self._parts[key]
+
+    def _make_parts(self, n: int, height: int, width: int) -> Parts | None:
+        span = [d * (k - 1) for d, k in zip(self.dilation, self.mask.shape[2:], strict=True)]
+        out = [s + 2 * p - r for s, p, r in zip((height, width), self.padding, span, strict=True)]
+        # dx pads dy by what x's padding leaves of the kernel's span
+        fits = min(out) > 0 and all(0 <= p <= s for p, s in zip(self.padding, span, strict=True))
+        if self.path == "dense" or not fits or self.mask.numel() == 0:
+            return None
+        if self.path == "auto":
+            density = self.kept / self.mask.numel()
+            if n * out[0] * out[1] * self.mask.numel() < LEAST_WORK or density > TRIED_BELOW:
+                return None
+        nothing = torch.empty(0, dtype=torch.uint8)
+        bare = Parts(self.mask, nothing, nothing, nothing, self.kept, self.padding, self.dilation, "sss")
+        trial = _Trial(n, height, width, bare, self._layout)
+        if any(trial.layout(step).numel() == 0 for step in kernels.STEPS) and self.kept:
+            return None
+        path = "sss" if self.path == "sparse" else trial.letters()
+        if path == "ddd":
+            return None
+        forward, dx, dw = (
+            trial.layout(step) if letter == "s" else nothing for letter, step in zip(path, kernels.STEPS, strict=True)
+        )
+        return bare._replace(path=path, forward=forward, dx=dx, dw=dw)
+
+    def _layout(self, step: str, sizes: conv.Sizes, kernel: tuple[int, int, int, int]) -> Tensor:
+        key = (step, sizes[2], sizes[3])
+        if key not in self._layouts:
+            self._layouts[key] = conv.make_layout(self.mask, sizes, kernel, step)
+        return self._layouts[key]
+
+    def __repr__(self) -> str:
+        return f"ConvPack({tuple(self.mask.shape)}, {self.kept} kept, path {self.path!r})"
+
+
+class _Trial:
+    """What one geometry's trials compare."""
+
+    def __init__(self, n: int, height: int, width: int, parts: Parts, layout: Callable[..., Tensor]) -> None:
+        self.n, self.size, self.parts, self._layout = n, (height, width), parts, layout
+        self._made: tuple[Tensor, Tensor, Tensor, Parts] | None = None
+
+    def layout(self, step: str) -> Tensor:
+        sizes = (conv.dy_sizes if step == "dx" else conv.x_sizes)(self.n, *self.size, self.parts)
+        return self._layout(step, sizes, conv.kernel_sizes(self.parts))
+
+    def letters(self) -> str:
+        mask, kept = self.parts.mask, self.parts.kept
+        density = kept / mask.numel()
+        if not trials.enabled():
+            limits = RULE[kernels._C.isa()]
+            return "".join("s" if density < limits[step] else "d" for step in kernels.STEPS)
+        near = 2 ** (round(math.log2(max(density, 1e-4)) * 4) / 4)
+        shape = "x".join(map(str, mask.shape))
+        key = (
+            f"masked_conv2d {shape} map {self.size[0]}x{self.size[1]} padding {self.parts.padding} dilation "
+            f"{self.parts.dilation} n{self.n} density {near:.3g} threads {torch.get_num_threads()}"
+        )
+        found = ""
+        # a counter of FLOPs must not see the trial
+        with _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
+            for step in kernels.STEPS:
+                # what a step costs depends on the panels that those before it have made
+                ways: dict[str, Callable[[], object]] = {
+                    "dense": lambda step=step: self.dense(step),  # type: ignore[misc]
+                    "sparse": lambda step=step, found=found: self.sparse(step, found),  # type: ignore[misc]
+                }
+                found += trials.choose(f"{key} {step} {found}".rstrip(), ways)[0]
+        return found
+
+    def case(self) -> tuple[Tensor, Tensor, Tensor, Parts]:
+        if self._made is None:
+            g = torch.Generator().manual_seed(0)
+            forward, dx, dw = (self.layout(step) for step in kernels.STEPS)
+            parts = self.parts._replace(forward=forward, dx=dx, dw=dw)
+            x = torch.randn(conv.x_sizes(self.n, *self.size, parts)[:4], generator=g)
+            dy = torch.randn(conv.dy_sizes(self.n, *self.size, parts)[:4], generator=g)
+            self._made = x, dy, kernels.select(torch.randn(parts.mask.shape, generator=g), parts.mask), parts
+            self.x_panel = conv.panel(x, conv.x_sizes(self.n, *self.size, parts))
+            self.dy_panel = conv.panel(dy, conv.dy_sizes(self.n, *self.size, parts))
+        return self._made
+
+    def dense(self, step: str) -> object:
+        x, dy, weight, parts = self.case()
+        if step == "forward":
+            return F.conv2d(x, kernels.operand(weight, parts.mask), None, 1, parts.padding, parts.dilation)
+        return conv.dense_backward(dy, x, weight, parts, (step == "dx", step == "dw"))
+
+    def sparse(self, step: str, before: str) -> object:
+        x, dy, weight, parts = self.case()
+        if step == "forward":
+            y, made = conv.cpu_forward(x, weight, None, parts)
+            conv.panels.give(made)
+            return y
+        if step == "dx":
+            return conv.cpu_backward(dy, x, None, weight, parts, dx=True, dw=False)
+        x_in = conv.x_sizes(self.n, *self.size, parts)
+        dy_in = conv.dy_sizes(self.n, *self.size, parts)
+        x_panel = self.x_panel if before[0] == "s" else conv.panel(x, x_in)
+        dy_panel = self.dy_panel if before[1] == "s" else conv.panel(dy, dy_in)
+        dw = conv.gradient(x_panel, x_in, dy_panel, dy_in, parts)
+        for made in (x_panel, dy_panel):
+            if made is not self.x_panel and made is not self.dy_panel:
+                conv.panels.give(made)
+        return dw
+
+
+class _Clean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.mask = mask
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return kernels.select(g, ctx.mask), None
+
+
+def conv_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return :func:`autoflip.ops.masked_weight`, without a copy where the pruned entries are zero already.
+
+    Args:
+        weight: any shape.
+        mask: shape and device of ``weight``, bool, True = kept.
+    """
+    if kernels.kernel_here(weight) and weight.is_contiguous() and kernels.is_clean(weight, mask):
+        return _Clean.apply(weight, mask) if torch.is_grad_enabled() and weight.requires_grad else weight
+    return kernels.select(weight, mask)
+
+
+def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> Tensor:
+    """Convolve with the kept weights: ``y = conv2d(x, weight * mask, bias)``, stride 1, one group.
+
+    Args:
+        x: ``(N, C, H, W)``, any float dtype.
+        weight: ``(O, C, KH, KW)``, dtype and device of ``x``; what stands at pruned entries is ignored.
+        bias: ``(O,)`` or None.
+        pack: ``ConvPack(mask, padding, dilation)``, made once per mask.
+
+    Returns:
+        ``(N, O, H', W')``, dtype of ``x``. The gradient of ``weight`` is exactly zero at pruned entries.
+
+    Raises:
+        ValueError: the mask does not cover the weight, or ``x`` does not fit it.
+
+    Cost: ``2 * N * H' * W' * pack.kept`` FLOPs on the sparse path, the same for each gradient; on the dense path
+    ``2 * N * H' * W' * O * C * KH * KW``.
+    """
+    mask = pack.mask
+    if weight.shape != mask.shape:
+        raise ValueError(
+            f"masked_conv2d: mask has shape {tuple(mask.shape)} but weight has {tuple(weight.shape)}; a mask covers "
+            "its weight entry by entry. Did the layer get compacted after the mask was made?"
+        )
+    if x.dim() not in (3, 4) or x.shape[-3] != mask.shape[1]:
+        raise ValueError(f"masked_conv2d: x has shape {tuple(x.shape)}, wanted (N, {mask.shape[1]}, H, W)")
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if x.dim() == 4 and not torch.is_autocast_enabled("cpu"):
+        if kernels.kernel_here(*tensors):
+            parts = pack.parts(len(x), x.shape[2], x.shape[3])
+            if parts is not None:
+                return steps.train(x, weight, bias, parts)
+        elif _counted(*tensors):
+            parts = pack.parts(len(x), x.shape[2], x.shape[3])
+            if parts is not None:
+                return steps.forward_op(x, weight, bias, *parts)  # type: ignore[no-any-return]
+    return F.conv2d(x, conv_weight(weight, mask), bias, 1, pack.padding, pack.dilation)
+
+
+def _counted(*tensors: Tensor) -> bool:
+    """Tell whether ordinary float32 CPU tensors meet a dispatch mode, say a counter of FLOPs."""
+    if torch.compiler.is_compiling() or kernels.traced() or kernels.transformed(*tensors):
+        return False
+    if not torch._C._len_torch_dispatch_stack() or backend.serve("masked_matmul", torch.device("cpu")) != "cpp":
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype is torch.float32 and t.is_cpu for t in tensors)

@@ -1,0 +1,76 @@
+// y = conv2d(x, w * mask) + bias with stride 1, its gradient in x and its sampled gradient in w, for one CPU
+// instruction set. No im2col: a column of the weight (input channel, ky, kx) is an offset into the input.
+//
+// The layout of a mask is masked_matmul.h's, with rows = output channels, columns = (input channel, ky, kx)
+// and a chunk of whole input channels, as many as keep the input of one tile in the first-level cache. Its
+// column numbers are replaced by offsets into a panel, in vectors from the chunk's first channel. The
+// gradient in x is the same product over dy, with rows = input channels and columns = (output channel, ky,
+// kx) turned round. In memory, little-endian:
+//   int32 index[kept]   where the value that comes i-th in the layout stands in the weight
+//   then the layout
+//
+// Panels: [group of lanes][channel][padded height][padded width][lane]; a sample is a SIMD lane, missing
+// samples and the border are zeros.
+//
+// Sums do not depend on the thread count: no sum is ever cut between threads.
+#pragma once
+#include "cpu/masked_matmul.h"
+
+namespace autoflip {
+
+// n images of some channels, padded by (pad_height, pad_width) on each side
+struct Images {
+  int64_t n, channels, height, width, pad_height, pad_width;
+  int64_t full_height() const { return height + 2 * pad_height; }
+  int64_t full_width() const { return width + 2 * pad_width; }
+};
+
+struct Kernel {
+  int64_t height, width, dilation_height, dilation_width;
+  int64_t area() const { return height * width; }
+  // how far its last entry is from its first
+  int64_t span_height() const { return (height - 1) * dilation_height; }
+  int64_t span_width() const { return (width - 1) * dilation_width; }
+};
+
+struct MaskedConv {
+  int64_t lanes;  // of a panel
+  int64_t tile,
+      sample;  // positions in a row that a product takes at once, and a side of the gradient's square
+  // floats of a panel
+  int64_t (*panel_size)(Images images);
+  // panel = x (n, channels, height, width)
+  void (*to_panel)(const float* x, Images images, float* panel, int threads);
+  // values[i] = w[index[i]]
+  void (*gather)(const int32_t* index, int64_t kept, const float* w, float* values);
+  // y (n, rows, out height, out width) = convolution of the panel plus bias (rows) or null. scratch:
+  // strip_size floats a thread
+  void (*multiply)(Layout layout, const float* values, const float* panel, Images images, Kernel kernel,
+                   const float* bias, float* y, float* scratch, int threads);
+  int64_t (*strip_size)(Images images, Kernel kernel, int64_t block);
+  // dw[index[i]] = sum over samples and positions of dy * x at the i-th kept weight. Panels of x and dy.
+  // scratch: kept floats
+  void (*gradient)(Layout layout, const int32_t* index, int64_t kept, const float* x, Images x_images,
+                   const float* dy, Images dy_images, Kernel kernel, float* dw, float* scratch, int threads);
+};
+
+extern const MaskedConv masked_conv_base;
+extern const MaskedConv masked_conv_avx2;
+extern const MaskedConv masked_conv_avx512;
+
+// Input channels of a chunk for tiles of height x width positions, 0 where offsets do not fit 16 bits.
+inline int64_t channels_of_chunk(const MaskedConv& conv, Images images, Kernel kernel, int64_t tile_height,
+                                 int64_t tile_width) {
+  constexpr int64_t kCache = 32 << 10;  // bytes
+  const int64_t touched =
+      (tile_height + kernel.span_height()) * (tile_width + kernel.span_width()) * conv.lanes * 4;
+  int64_t channels = kCache / touched;
+  const auto at_most = [&](int64_t most) { channels = channels < most ? channels : most; };
+  at_most(images.channels);
+  at_most(kMaxChunk / kernel.area());
+  channels = channels > 0 ? channels : 1;
+  at_most(65536 / (images.full_height() * images.full_width()));
+  return kernel.area() <= kMaxChunk ? channels : 0;
+}
+
+}  // namespace autoflip

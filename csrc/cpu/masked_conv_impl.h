@@ -1,0 +1,263 @@
+// The products of masked_conv.h for the instruction set that the including source is compiled for.
+//
+// Measured by bench/bench_layers.py --only conv.
+#pragma once
+#include <cstddef>
+
+#include "cpu/masked_conv.h"
+#include "cpu/masked_matmul_runs.h"
+
+namespace autoflip {
+namespace {
+
+constexpr int64_t kSquare = 4;  // side of the gradient's tiles
+
+int64_t panel_size(Images images) {
+  return ceil_div(images.n, kVector) * images.channels * images.full_height() * images.full_width() * kVector;
+}
+
+AF_INLINE void copy(const float* from, int64_t vectors, float* to) {
+  for (int64_t i = 0; i < vectors; ++i) store(to + i * kVector, load(from + i * kVector));
+}
+AF_INLINE void clear(float* to, int64_t vectors) {
+  for (int64_t i = 0; i < vectors; ++i) store(to + i * kVector, vec{});
+}
+
+// One channel of one group of samples; `maps` are n apart by `stride`.
+void pad_channel(const float* maps, int64_t stride, int64_t samples, Images images, float* out) {
+  constexpr int64_t kPiece = 64;
+  const int64_t full = images.full_width(), left = images.pad_width, width = images.width;
+  clear(out, images.pad_height * full);
+  out += images.pad_height * full * kVector;
+  if (left == 0) {
+    transpose<true>(maps, stride, samples, images.height * width, out, kVector);
+  } else {
+    alignas(64) float piece[kPiece * kVector];
+    int64_t column = 0, area = images.height * width;
+    float* to = out;
+    for (int64_t begin = 0; begin < area; begin += kPiece) {
+      const int64_t count = area - begin < kPiece ? area - begin : kPiece;
+      transpose<true>(maps + begin, stride, samples, count, piece, kVector);
+      for (int64_t done = 0; done < count;) {
+        if (column == 0) {
+          clear(to, left);
+          to += left * kVector;
+        }
+        const int64_t part = count - done < width - column ? count - done : width - column;
+        copy(piece + done * kVector, part, to);
+        to += part * kVector;
+        done += part;
+        column += part;
+        if (column == width) {
+          clear(to, left);
+          to += left * kVector;
+          column = 0;
+        }
+      }
+    }
+  }
+  clear(out + images.height * full * kVector, images.pad_height * full);
+}
+
+void to_panel(const float* x, Images images, float* panel, int threads) {
+  const int64_t area = images.height * images.width, stride = images.channels * area,
+                full = images.full_height() * images.full_width() * kVector;
+  const int64_t tasks = ceil_div(images.n, kVector) * images.channels;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t t = 0; t < tasks; ++t) {
+    const int64_t begin = t / images.channels * kVector, channel = t % images.channels;
+    const int64_t samples = images.n - begin < kVector ? images.n - begin : kVector;
+    pad_channel(x + begin * stride + channel * area, stride, samples, images, panel + t * full);
+  }
+}
+
+void gather(const int32_t* index, int64_t kept, const float* w, float* values) {
+  for (int64_t i = 0; i < kept; ++i) values[i] = w[index[i]];
+}
+
+#if defined(__AVX512F__)
+constexpr decltype(&add_cell<1, 1>) kAddTile[] = {add_cell<1, 1>, add_cell<2, 1>, add_cell<3, 1>,
+                                                  add_cell<4, 1>};
+#else
+constexpr decltype(&add_cell<1, 1>) kAddTile[] = {add_cell<1, 1>, add_cell<2, 1>};
+#endif
+
+// Lines that are finished together: as many as fill whole tiles of a transpose.
+AF_INLINE int64_t lines_of_strip(int64_t height, int64_t width) {
+  int64_t lines = 1;
+  while (lines < height && lines * width % 16) ++lines;
+  return lines;
+}
+
+int64_t strip_size(Images images, Kernel kernel, int64_t block) {
+  const int64_t height = images.full_height() - kernel.span_height(),
+                width = images.full_width() - kernel.span_width();
+  // not a power of two: rows must not meet in one set of the cache
+  return block * (lines_of_strip(height, width) * width + 4) * kVector;
+}
+
+void multiply(Layout layout, const float* values, const float* panel, Images images, Kernel kernel,
+              const float* bias, float* y, float* scratch, int threads) {
+  const int64_t blocks = ceil_div(layout.rows, layout.block), chunks = ceil_div(layout.cols, layout.chunk);
+  const int64_t full = images.full_width(), map = images.full_height() * full * kVector;
+  const int64_t height = images.full_height() - kernel.span_height(), width = full - kernel.span_width();
+  const int64_t area = height * width, step = layout.chunk / kernel.area() * map;
+  const int64_t tiles = ceil_div(width, kVectors), deep = lines_of_strip(height, width);
+  const int64_t strips = ceil_div(height, deep), groups = ceil_div(images.n, kVector);
+  const int64_t row_stride = (deep * width + 4) * kVector, tasks = groups * strips;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t part = 0; part < threads; ++part) {
+    alignas(64) float sums[(kRowBlock + kGroup) * kLanes];
+    float* strip = scratch + part * layout.block * row_stride;
+    for (int64_t task = tasks * part / threads; task < tasks * (part + 1) / threads; ++task) {
+      const int64_t first = task / strips * kVector, top = task % strips * deep;
+      const int64_t lines = height - top < deep ? height - top : deep;
+      const int64_t samples = images.n - first < kVector ? images.n - first : kVector;
+      const float* x = panel + (task / strips * images.channels * map) + top * full * kVector;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t row = b * layout.block;
+        const int64_t rows = layout.rows - row < layout.block ? layout.rows - row : layout.block;
+        for (int64_t t = 0; t < lines * tiles; ++t) {
+          const int64_t line = t / tiles, column = t % tiles * width / tiles;
+          const int64_t count = (t % tiles + 1) * width / tiles - column;
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t v = 0; v < count; ++v)
+              store(sums + (r * count + v) * kVector, broadcast(bias ? bias[row + r] : 0.0f));
+          for (int64_t c = 0; c < chunks; ++c)
+            kAddTile[count - 1](layout, b * chunks + c, values,
+                                x + c * step + (line * full + column) * kVector, sums);
+          for (int64_t r = 0; r < rows; ++r)
+            copy(sums + r * count * kVector, count,
+                 strip + r * row_stride + (line * width + column) * kVector);
+        }
+        for (int64_t r = 0; r < rows; ++r)
+          transpose<false>(strip + r * row_stride, kVector, lines * width, samples,
+                           y + (first * layout.rows + row + r) * area + top * width, layout.rows * area);
+      }
+    }
+  }
+}
+
+// --- the gradient in w
+
+// dy and x where a tile begins: of the block's first row, of the chunk's first channel
+struct Tile {
+  const float *dy, *x;
+  int64_t row_stride, dy_line, x_line;  // floats between output channels, and between lines
+  int64_t height, width;
+};
+
+// sums[row * Columns + j] += dy[row] * x[column j] over Step positions
+template <int P, int Columns, int Step>
+AF_INLINE void sample_step(const float* dy, int64_t row_stride, const float* x, const uint16_t* column,
+                           int64_t count, vec* sums) {
+  constexpr int kRows = popcount(P);
+  vec d[kRows][Step];
+  unroll<0, kRows * Step>([&](auto i) AF_LAMBDA {
+    constexpr int r = decltype(i)::value / Step, v = decltype(i)::value % Step;
+    d[r][v] = load(dy + row_of(P, r) * row_stride + v * kVector);
+  });
+  unroll<0, Columns>([&](auto j) AF_LAMBDA {
+    const int64_t k = j.value < count ? column[j.value] : column[0];
+    unroll<0, Step>([&](auto v) AF_LAMBDA {
+      const vec xv = load(x + (k + v.value) * kVector);
+      unroll<0, kRows>([&](auto r) AF_LAMBDA {
+        vec& sum = sums[decltype(r)::value * Columns + decltype(j)::value];
+        sum = fma(d[r.value][v.value], xv, sum);
+      });
+    });
+  });
+}
+
+// the next `Columns` columns of a run; those past its end repeat the first and are not written
+template <int P, int Columns>
+AF_INLINE void sample_columns(const Tile& tile, const float* dy, const uint16_t* column, int64_t count,
+                              float* out, int64_t out_stride) {
+  constexpr int kRows = popcount(P), kSums = kRows * Columns, kFour = (kSums + 3) / 4 * 4;
+  constexpr int kStep = kRows == 1 && sizeof(vec) == 64 ? 4 : 2;
+  vec sums[kFour];
+  unroll<0, kFour>([&](auto i) AF_LAMBDA { sums[i.value] = vec{}; });
+  const float* x = tile.x;
+  for (int64_t h = 0; h < tile.height; ++h, dy += tile.dy_line, x += tile.x_line) {
+    int64_t v = 0;
+    for (; v + kStep <= tile.width; v += kStep)
+      sample_step<P, Columns, kStep>(dy + v * kVector, tile.row_stride, x + v * kVector, column, count, sums);
+    for (; v < tile.width; ++v)
+      sample_step<P, Columns, 1>(dy + v * kVector, tile.row_stride, x + v * kVector, column, count, sums);
+  }
+  alignas(64) float found[kFour];
+#if defined(__AVX512F__)
+  if constexpr (kFour == 16)
+    sum_lanes16(sums, found);
+  else
+#endif
+    unroll<0, kFour / 4>([&](auto i) AF_LAMBDA { sum_lanes(sums + 4 * i.value, found + 4 * i.value); });
+  unroll<0, kRows>([&](auto r) AF_LAMBDA {
+    float* to = out + r.value * out_stride;
+    const float* from = found + r.value * Columns;
+    if (count >= Columns)
+      unroll<0, Columns>([&](auto j) AF_LAMBDA { to[j.value] += from[j.value]; });
+    else
+      for (int64_t j = 0; j < count; ++j) to[j] += from[j];
+  });
+}
+
+template <int P>
+AF_INLINE void sample_tile(Runs& runs, const Tile& tile, const float* values, float* sums) {
+  constexpr int kSums = sizeof(vec) == 64 ? 16 : 8;  // registers
+  constexpr int kRows = popcount(P), kWide = kRows == 1 ? kSums : kRows == 2 ? kSums / 2 : kSums / 4;
+  constexpr int kNarrow = kWide > 4 ? 4 : kWide;
+  float* out = sums + (runs.value - values);
+  for (; runs.run != runs.end; ++runs.run) {
+    const int64_t row = *runs.run & 0xffff, count = *runs.run >> 16;
+    const float* dy = tile.dy + row * tile.row_stride;
+    int64_t done = 0;
+    for (; count - done > kWide - kNarrow; done += kWide)
+      sample_columns<P, kWide>(tile, dy, runs.column + done, count - done, out + done, count);
+    if constexpr (kNarrow < kWide)
+      for (; done < count; done += kNarrow)
+        sample_columns<P, kNarrow>(tile, dy, runs.column + done, count - done, out + done, count);
+    runs.column += count;
+    out += kRows * count;
+  }
+  runs.value = values + (out - sums);
+}
+
+void gradient(Layout layout, const int32_t* index, int64_t kept, const float* x, Images x_images,
+              const float* dy, Images dy_images, Kernel kernel, float* dw, float* scratch, int threads) {
+  const int64_t chunks = ceil_div(layout.cols, layout.chunk),
+                cells = ceil_div(layout.rows, layout.block) * chunks;
+  const int64_t height = dy_images.height, width = dy_images.width, step = layout.chunk / kernel.area();
+  const int64_t x_full = x_images.full_width(), x_map = x_images.full_height() * x_full * kVector;
+  const int64_t dy_full = dy_images.full_width(), dy_map = dy_images.full_height() * dy_full * kVector;
+  const int64_t tall = ceil_div(height, kSquare), wide = ceil_div(width, kSquare);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+  for (int64_t t = 0; t < cells; ++t) {
+    const int64_t begin = layout.table[t * kTable + 1],
+                  end = t + 1 < cells ? layout.table[(t + 1) * kTable + 1] : kept;
+    for (int64_t i = begin; i < end; ++i) scratch[i] = 0;
+    for (int64_t g = 0; g < ceil_div(x_images.n, kVector); ++g) {
+      const float* x_at = x + (g * x_images.channels + t % chunks * step) * x_map;
+      const float* dy_at = dy + (g * layout.rows + t / chunks * layout.block) * dy_map +
+                           (dy_images.pad_height * dy_full + dy_images.pad_width) * kVector;
+      for (int64_t s = 0; s < tall * wide; ++s) {
+        const int64_t line = s / wide * height / tall, lines = (s / wide + 1) * height / tall - line;
+        const int64_t column = s % wide * width / wide, columns = (s % wide + 1) * width / wide - column;
+        const Tile tile = {dy_at + (line * dy_full + column) * kVector,
+                           x_at + (line * x_full + column) * kVector,
+                           dy_map,
+                           dy_full * kVector,
+                           x_full * kVector,
+                           lines,
+                           columns};
+        each_pattern(layout, t, scratch, [&](auto p, Runs& runs) AF_LAMBDA {
+          sample_tile<p.value>(runs, tile, scratch, scratch);
+        });
+      }
+    }
+    for (int64_t i = begin; i < end; ++i) dw[index[i]] = scratch[i];
+  }
+}
+
+}  // namespace
+}  // namespace autoflip

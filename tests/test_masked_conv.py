@@ -1,0 +1,240 @@
+"""The masked convolution against float64, on every path and instruction set, with its derivatives and its ledger."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoflip import nn, ops
+from autoflip.ops import ConvPack
+
+# batch, outputs, inputs, map, kernel, padding, dilation: ragged in lanes, tiles, groups of rows and blocks
+SHAPES = [
+    (16, 8, 4, (8, 8), (3, 3), (1, 1), (1, 1)),
+    (9, 7, 5, (6, 7), (3, 3), (1, 0), (1, 1)),
+    (33, 37, 21, (9, 5), (5, 3), (2, 1), (1, 2)),
+    (17, 70, 40, (7, 11), (1, 1), (0, 0), (1, 1)),
+    (8, 5, 3, (13, 12), (5, 5), (2, 2), (2, 1)),
+    (20, 6, 40, (9, 17), (3, 3), (0, 2), (1, 1)),
+]
+EPS = torch.finfo(torch.float32).eps
+
+
+def case(N, O, C, size, kernel, padding, dilation, density):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(N, C, *size, generator=g).requires_grad_()
+    w = torch.randn(O, C, *kernel, generator=g).requires_grad_()
+    b = torch.randn(O, generator=g).requires_grad_()
+    mask = torch.rand(O, C, *kernel, generator=g) < density
+    mask[O // 2] = False  # an output that keeps nothing
+    return x, w, b, mask
+
+
+def both(x, w, b, mask, pack, padding, dilation):
+    """(y, dx, dw, db) of ours and of torch in float64."""
+    y = ops.masked_conv2d(x, w, b, pack)
+    x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
+    y64 = F.conv2d(x64, torch.where(mask, w64, 0), b64, 1, padding, dilation)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    got = (y, *torch.autograd.grad(y, (x, w, b), dy))
+    return got, (y64, *torch.autograd.grad(y64, (x64, w64, b64), dy.double()))
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_path_equals_float64_reference(shape, density, path):
+    *_, padding, dilation = shape
+    x, w, b, mask = case(*shape, density)
+    got, want = both(x, w, b, mask, ConvPack(mask, padding, dilation, path=path), padding, dilation)
+    positions = len(x) * want[0].shape[2] * want[0].shape[3]
+    terms = (w[0].numel() + 1, len(w) * w[0, 0].numel(), positions, positions)
+    for a, c, n in zip(got, want, terms, strict=True):
+        # rounding of the result + float32 sums (largest seen: 11 eps sqrt(terms))
+        torch.testing.assert_close(a.double(), c, rtol=0, atol=36 * EPS * n**0.5)
+    assert not got[2][~mask].any()
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_every_instruction_set_equals_float64_reference(isa):
+    # AUTOFLIP_CPU is read once per process; a CPU without the set runs the best it has
+    names = ["test_every_path_equals_float64_reference", "test_result_does_not_depend_on_the_thread_count"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{__file__}::{n}" for n in names)],
+        env={**os.environ, "AUTOFLIP_CPU": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+def test_result_does_not_depend_on_the_thread_count():
+    shape = (33, 70, 40, (9, 7), (3, 3), (1, 1), (1, 1))
+    x, w, b, mask = case(*shape, 0.2)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(both(x, w, b, mask, ConvPack(mask, (1, 1), path="sparse"), 1, 1)[0])
+    for other in results[1:]:
+        assert all(torch.equal(a, c) for a, c in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_what_stands_at_pruned_entries_is_ignored(path):
+    x, w, b, mask = case(*SHAPES[0], 0.3)
+    with torch.no_grad():
+        clean = torch.where(mask, w, 0).requires_grad_()
+        w[~mask] = float("nan")
+    pack = ConvPack(mask, (1, 1), path=path)
+    got, want = both(x, w, b, mask, pack, 1, 1)[0], both(x, clean, b, mask, pack, 1, 1)[0]
+    assert all(torch.equal(a, c) for a, c in zip(got, want, strict=True))
+
+
+def test_backward_may_run_twice_and_layers_do_not_share_panels():
+    x, w, b, mask = case(*SHAPES[0], 0.3)
+    pack = ConvPack(mask, (1, 1), path="sparse")
+    first, second = (ops.masked_conv2d(t, w, b, pack) for t in (x, 2 * x))
+    dy = torch.randn(first.shape)
+    once = torch.autograd.grad(first, (x, w), dy, retain_graph=True)
+    other = torch.autograd.grad(second, (x, w), dy)
+    again = torch.autograd.grad(first, (x, w), dy)
+    assert all(torch.equal(a, c) for a, c in zip(once, again, strict=True))
+    torch.testing.assert_close(other[1], 2 * once[1])
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_second_derivatives_exist(path):
+    x, w, b, mask = case(*SHAPES[0], 0.3)
+    pack = ConvPack(mask, (1, 1), path=path)
+
+    def hvp(layer, dtype):
+        p = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
+        g = torch.autograd.grad(layer(*p).pow(2).sum(), p, create_graph=True)
+        return torch.autograd.grad(sum(t.sum() for t in g), p)
+
+    got = hvp(lambda x, w, b: ops.masked_conv2d(x, w, b, pack), torch.float32)
+    want = hvp(lambda x, w, b: F.conv2d(x, torch.where(mask, w, 0), b, 1, 1), torch.float64)
+    for a, c in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-4 * c.abs().max().item())  # sums of sums
+    assert not got[1][~mask].any()
+
+
+def test_layer_takes_the_sparse_path_where_it_is_forced_and_falls_back_elsewhere(monkeypatch):
+    layer = nn.MaskedConv2d(4, 8, 3, padding="same", dilation=2)
+    mask = torch.rand(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.3
+    layer.set_mask(mask)
+    x = torch.randn(9, 4, 7, 7)
+    want = F.conv2d(x, layer.weight, layer.bias, padding="same", dilation=2)
+    torch.testing.assert_close(layer(x), want)
+    pack = layer._conv_pack(layer.weight_mask)
+    pack.path = "sparse"
+    pack._parts.clear()
+    monkeypatch.setattr(F, "conv2d", None)  # torch's convolution must not run
+    torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), want)
+    with pytest.raises(TypeError, match="not callable"):
+        layer(x[:7])  # a batch below 8 is torch's
+    monkeypatch.undo()
+    torch.testing.assert_close(copy.deepcopy(layer)(x), want)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"stride": 2}, {"groups": 2}, {"padding": 3}, {"padding_mode": "reflect", "padding": 1}, {"padding": "valid"}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_of_every_kind_equal_torchs(arguments, dtype):
+    g = torch.Generator().manual_seed(0)
+    layer = nn.MaskedConv2d(4, 8, 3, dtype=dtype, **arguments)
+    mask = torch.rand(layer.weight.shape, generator=g) < 0.3
+    plain = torch.nn.Conv2d(4, 8, 3, dtype=dtype, **arguments)
+    plain.load_state_dict(layer.state_dict())
+    layer.set_mask(mask)
+    with torch.no_grad():
+        plain.weight *= mask
+    x = torch.randn(9, 4, 7, 7, generator=g).to(dtype)
+    got, want = layer(x), plain(x)
+    torch.testing.assert_close(got, want)
+    (gw,) = torch.autograd.grad(got.float().pow(2).sum(), layer.weight)
+    (ww,) = torch.autograd.grad(want.float().pow(2).sum(), plain.weight)
+    torch.testing.assert_close(gw, ww * mask)
+
+
+def test_function_transforms_and_compile_see_the_same_function():
+    layer = nn.MaskedConv2d(3, 5, 3, padding=1)
+    mask = torch.rand(5, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.4
+    layer.set_mask(mask)
+    layer._conv_pack(layer.weight_mask).path = "sparse"
+    x, w = torch.randn(8, 3, 6, 6), layer.weight.detach()
+
+    def loss(w, x):
+        return torch.func.functional_call(layer, {"weight": w}, (x,)).pow(2).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(w, x[:, None])
+    want = torch.func.grad(lambda w: F.conv2d(x, w, layer.bias, padding=1).pow(2).sum())(w) * mask
+    torch.testing.assert_close(per_sample.sum(0), want, rtol=1e-4, atol=1e-4)  # sums in another order
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_flops_are_those_that_ran():
+    x, w, b, mask = case(*SHAPES[0], 0.3)
+    dense, sparse = 2 * 16 * 8 * 8 * mask.numel(), 2 * 16 * 8 * 8 * int(mask.sum())
+    for path, want in (("sparse", 3 * sparse), ("dense", 3 * dense)):
+        with FlopCounterMode(display=False) as counter:
+            ops.masked_conv2d(x, w, b, ConvPack(mask, (1, 1), path=path)).sum().backward()
+        assert counter.get_total_flops() == want
+
+
+@pytest.mark.parametrize("letters", ["sss", "ddd"])
+def test_ops_pass_opcheck(letters):
+    x, w, b, mask = case(9, 6, 3, (5, 4), (3, 3), (1, 1), (1, 1), 0.4)
+    parts = ConvPack(mask, (1, 1), path="sparse").parts(16, 5, 4)._replace(path=letters)
+    dy = torch.randn(9, 6, 5, 4, requires_grad=True)
+    for op, inputs in (
+        (torch.ops.autoflip.masked_conv2d, (x, w, b)),
+        (torch.ops.autoflip.masked_conv2d_dx, (dy, w)),
+        (torch.ops.autoflip.masked_conv2d_dw, (dy, x)),
+    ):
+        torch.library.opcheck(op.default, (*inputs, *parts))
+
+
+def test_trials_choose_once_and_see_no_flops(monkeypatch, tmp_path):
+    monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path))
+    monkeypatch.setenv("AUTOFLIP_TRIALS", "on")
+    ops.trials.forget()
+    g = torch.Generator().manual_seed(0)
+    layer = nn.MaskedConv2d(32, 32, 3, padding=1)
+    layer.set_mask(torch.rand(32, 32, 3, 3, generator=g) < 0.02)
+    x = torch.randn(16, 32, 8, 8, generator=g)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    dense = 2 * 16 * 64 * layer.weight.numel()
+    assert counter.get_total_flops() in (dense, round(dense * layer.density))
+    assert sum("masked_conv2d 32x32x3x3" in key for key in ops.trials.known()) == 3
+    ops.trials.forget()
+
+
+@pytest.mark.parametrize(
+    "x, mask, match",
+    [
+        (torch.randn(8, 3, 5, 5), torch.ones(2, 4, 3, 3, dtype=torch.bool), "entry by entry"),
+        (torch.randn(8, 2, 5, 5), torch.ones(2, 3, 3, 3, dtype=torch.bool), "wanted \\(N, 3, H, W\\)"),
+    ],
+)
+def test_wrong_shapes_are_told(x, mask, match):
+    with pytest.raises(ValueError, match=match):
+        ops.masked_conv2d(x, torch.randn(2, 3, 3, 3), None, ConvPack(mask))
+
+
+def test_wrong_packs_are_told():
+    with pytest.raises(ValueError, match="4-d"):
+        ConvPack(torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="wanted one of"):
+        ConvPack(torch.ones(1, 1, 1, 1, dtype=torch.bool), path="fast")
