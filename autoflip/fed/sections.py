@@ -86,7 +86,7 @@ class Prune:
 
     density: float = 1.0  # kept share of the weights; 1: channels only, what is left is dense
     rival_density: float = 0.15  # the same for random, magnitude, prunefl and ssfl, which remove no channels
-    channels: float = 0.35  # kept share of channels and neurons
+    channels: float = 0.5  # kept share of channels and neurons
     flops: float = 0.0  # budget: share of a dense round's FLOPs, met by fewer channels; 0: none
     bytes: float = 0.0  # the same for bytes, both ways against float32
     round_to: int = 0  # channels of a convolution are kept in multiples of this; 0: by its size, see prune.hybrid
