@@ -20,6 +20,7 @@ from autoflip.fed.strategies import METHODS
 from autoflip.fed.transport import InProcess
 
 SMALL = ["fed.rounds=4", "fed.clients=4", "fed.fraction=0.5", "train.epochs=1", "data.samples_per_client=40"]
+SMALL += ["explore.fraction=1.0", "prune.channels=0.5", "prune.density=0.15", "wire.values=int8", "wire.downlink=bf16"]
 
 
 def _config(*overrides):

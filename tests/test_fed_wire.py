@@ -65,8 +65,9 @@ def test_a_wrong_base_or_a_damaged_patch_is_refused():
 
 
 def test_a_start_by_seed_sends_no_initial_weights_and_changes_nothing_else():
-    seeded = fed.run(_config())
-    sent = fed.run(_config("wire.start=broadcast"))
+    exact = ["wire.downlink=bf16", "explore.fraction=1"]
+    seeded = fed.run(_config(*exact))
+    sent = fed.run(_config(*exact, "wire.start=broadcast"))
     assert seeded.records[0].bytes_down < 0.01 * sent.records[0].bytes_down
     assert all(torch.equal(seeded.params[k], sent.params[k]) for k in sent.params)
     assert [r.bytes_down for r in seeded.records[1:]] == [r.bytes_down for r in sent.records[1:]]
@@ -74,7 +75,7 @@ def test_a_start_by_seed_sends_no_initial_weights_and_changes_nothing_else():
 
 def test_quantised_downlinks_cost_less_and_resume_in_the_same_bits(tmp_path):
     small = ["prune.density=0.3", "fed.fraction=1.0"]
-    plain = fed.run(_config(*small, "fed.rounds=3"))
+    plain = fed.run(_config(*small, "fed.rounds=3", "wire.downlink=bf16"))
     config = _config(*small, "wire.downlink=int4", "wire.values=int4", "server.optimizer=momentum")
     whole, seen = fed.run(config), []
     assert whole.records[2].bytes_down < 0.6 * plain.records[2].bytes_down  # no masks travel any more

@@ -104,14 +104,14 @@ def test_a_probe_beyond_reason_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "prunefl", "ssfl"])
 def test_pruning_rivals_reach_the_density_and_keep_pruned_weights_zero(method):
-    result = fed.run(_config(f"fed.method={method}", "fed.against=none", "prune.density=0.2", "fed.rounds=6"))
+    result = fed.run(_config(f"fed.method={method}", "fed.against=none", "prune.rival_density=0.2", "fed.rounds=6"))
     assert result.records[-1].density == pytest.approx(0.2, rel=0.02)
     for name, mask in result.masks.items():
         assert float(result.params[name][~mask].abs().sum()) == 0
 
 
 def test_random_masks_follow_erdos_renyi_and_come_before_any_round():
-    config = _config("fed.method=random", "fed.against=none", "prune.density=0.1")
+    config = _config("fed.method=random", "fed.against=none", "prune.rival_density=0.1")
     state = _Job(config).states["random"]
     size = {n: p.numel() for n, p in state.params.items() if n in state.masks}
     shape = {n: tuple(state.params[n].shape) for n in size}
@@ -125,7 +125,14 @@ def test_random_masks_follow_erdos_renyi_and_come_before_any_round():
 
 
 def test_ssfl_measures_first_and_moves_nothing():
-    config = _config("fed.method=ssfl", "fed.against=none", "fed.rounds=1", "prune.density=0.3", "wire.values=fp32")
+    config = _config(
+        "fed.method=ssfl",
+        "fed.against=none",
+        "fed.rounds=1",
+        "prune.rival_density=0.3",
+        "wire.values=fp32",
+        "wire.downlink=bf16",
+    )
     job = _Job(config)
     result = fed.run(config)
     start = job.states["ssfl"].params
@@ -148,11 +155,11 @@ def test_ssfl_measures_first_and_moves_nothing():
 
 def test_prunefl_starts_from_one_client_and_exchanges_weights():
     result = fed.run(
-        _config("fed.method=prunefl", "fed.against=none", "prune.every=2", "fed.rounds=8", "prune.density=0.1")
+        _config("fed.method=prunefl", "fed.against=none", "prune.every=2", "fed.rounds=8", "prune.rival_density=0.1")
     )
     assert len(result.records[0].clients) == 1
     assert [r.density for r in result.records] == pytest.approx([0.1] * 8, rel=0.01)
-    before = fed.run(_config("fed.method=prunefl", "fed.against=none", "fed.rounds=1", "prune.density=0.1"))
+    before = fed.run(_config("fed.method=prunefl", "fed.against=none", "fed.rounds=1", "prune.rival_density=0.1"))
     changed = sum(int((before.masks[n] != result.masks[n]).sum()) for n in result.masks)
     assert 0 < changed < 2 * 0.45 * result.masks.kept
     probing, plain = result.records[2], result.records[3]

@@ -20,6 +20,7 @@ SETTINGS = [
     "fed.clients=4",
     "fed.fraction=0.5",
     "train.epochs=1",
+    "explore.fraction=1.0",
     "data.samples_per_client=30",
     "prune.until=4",
     "prune.every=1",

@@ -129,7 +129,8 @@ class Client:
         # counting slows it by its dispatch overhead only: one pass on a large batch
         self.cost.flops += meter.count_flops({"curvature": curvature, "gradient": gradient}[kind])
         dense = {n: found.get(n, torch.zeros(shape)) for n, shape in self.schema.shapes.items()}
-        return codec.encode(dense, values=self.strategy.values, **wire)
+        values = "int8" if self.strategy.values == "int4" else self.strategy.values  # ranks need the small ones too
+        return codec.encode(dense, values=values, **wire)
 
     def _charge_step(self, prepared: Prepared, x: Tensor, y: Tensor) -> None:
         start = time.perf_counter()

@@ -48,7 +48,8 @@ def send(
     if masks is not None and masks != (held.masks if held is not None else None):
         frames.append(codec.encode_masks(masks, held.masks if held is not None else None, schema=schema))
     if kind in QUANTISED and held is not None:
-        change = {name: value - held.params[name].float() for name, value in params.items()}
+        # what bfloat16 cannot hold is not worth sending: nothing has changed, nothing travels
+        change = {name: value.bfloat16().float() - held.params[name].float() for name, value in params.items()}
         values = "int8" if frames else kind
         frame = codec.encode(
             change, masks=masks, values=values, schema=schema, seed=seed, round=round_number, base_id=held.id

@@ -74,7 +74,7 @@ class Server:
 class Explore:
     """The exploration round."""
 
-    fraction: float = 1.0  # share of the clients that explore
+    fraction: float = 0.25  # share of the clients that explore
     epochs: int = 1
     signal: str = "fisher"  # what ranks a weight, see explore.SIGNALS
     agreement: float = 0.5  # exponent of the clients' agreement in a weight's score; 0: it does not count
@@ -84,7 +84,8 @@ class Explore:
 class Prune:
     """How much is kept."""
 
-    density: float = 0.15  # kept share of the weights
+    density: float = 1.0  # kept share of the weights; 1: channels only, what is left is dense
+    rival_density: float = 0.15  # the same for random, magnitude, prunefl and ssfl, which remove no channels
     channels: float = 0.5  # kept share of channels and neurons
     flops: float = 0.0  # budget: share of a dense round's FLOPs, met by fewer channels; 0: none
     bytes: float = 0.0  # the same for bytes, both ways against float32
@@ -94,7 +95,7 @@ class Prune:
     until: int = 1  # rounds over which density and channels fall to their targets; 1: at once
     every: int = 5  # rounds between two mask changes while they fall
     rescale: float = 3.0  # largest factor that restores a pruned layer's norm; 1: leave the weights alone
-    restore: str = "layer"  # whose norm: layer | row (of each output that is left)
+    restore: str = "row"  # whose norm: layer | row (of each output that is left)
     paper_quantile: float = 0.3  # T_p of method autoflip-paper: the pruned share
 
 
@@ -102,8 +103,8 @@ class Prune:
 class Wire:
     """What crosses the link. Applies to pruning methods; fedavg sends fp32 both ways."""
 
-    values: str = "int8"  # uplink: fp32 | bf16 | int8 | int4
-    downlink: str = "bf16"  # against what the client holds: bf16 (XOR, lossless) | int8 | int4 | fp32 (whole)
+    values: str = "int4"  # uplink: fp32 | bf16 | int8 | int4
+    downlink: str = "int4"  # against what the client holds: bf16 (XOR, lossless) | int8 | int4 | fp32 (whole)
     start: str = "seed"  # initial weights: seed (each client draws them itself) | broadcast
 
 
@@ -165,6 +166,7 @@ RANGES = {
     "explore.epochs": _COUNT,
     "explore.agreement": _range(0, 100),
     "prune.density": _SHARE,
+    "prune.rival_density": _SHARE,
     "prune.channels": _SHARE,
     "prune.flops": _range(0, 1),
     "prune.bytes": _range(0, 1),

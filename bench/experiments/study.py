@@ -82,7 +82,9 @@ def main() -> None:
         if chosen.table:
             head = "| variant | final | last 10 rounds | - dense | FLOPs | FLOPs to target | bytes | bytes to target |"
             print(f"\n{row}\n\n{head}\n|{'---|' * 8}")
-            print("\n".join(line(name, runs, found["fedavg"]) for name, runs in found.items() if runs))
+            dense = found.get("fedavg", {})
+            for name, runs in found.items():
+                print(line(name, runs, dense) if set(runs) & set(dense) else f"| {name} | no dense run yet |")
 
 
 if __name__ == "__main__":

@@ -143,6 +143,10 @@ class AutoFlipPaper(AutoFlip):
         self.optimizer = "none"
         self.probe = ""
 
+    def ask(self, round_number: int) -> Ask:
+        """Every client explores, as the paper has it."""
+        return super().ask(round_number) if round_number else Ask("exploration", 1.0, self.config.explore.epochs)
+
     def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
         """Zero pruned entries and nothing else."""
         return Strategy.settle(self, params, masks)

@@ -46,7 +46,7 @@ class Random(_Pruning):
         shapes = {name: tuple(state.params[name].shape) for name in self.covered}
         generator = torch.Generator().manual_seed(derive(self.config.fed.seed, "random masks"))
         masks = {}
-        for name, density in _erdos_renyi(shapes, self.config.prune.density).items():
+        for name, density in _erdos_renyi(shapes, self.config.prune.rival_density).items():
             scores = torch.rand(shapes[name], generator=generator)
             masks[name] = prune.by_scores({name: scores}, density)[name]
         drawn = MaskSet(masks)
@@ -82,7 +82,7 @@ class Magnitude(_Pruning):
         end = max(1, self.config.fed.rounds // 2)
         if state.round >= end or (state.round % 2 and state.round != end - 1):
             return state.masks
-        share = self.config.prune.density
+        share = self.config.prune.rival_density
         density = share + (1 - share) * (1 - (state.round + 1) / end) ** 3
         return prune.by_scores({name: state.params[name].abs() for name in self.covered}, density)
 
@@ -92,7 +92,7 @@ class PruneFL(_Pruning):
 
     Jiang et al., "Model Pruning Enables Efficient Federated Learning on Edge Devices", TNNLS 2022: importance is
     the squared gradient, pruned weights included; of the kept ones only the smaller can be cut. The paper also
-    lets a linear model of the round's time choose the size; here ``prune.density`` does, so that methods compare
+    lets a linear model of the round's time choose the size; here ``prune.rival_density`` does, so that methods compare
     at one size. Reconfigured every ``prune.every`` rounds up to half of the rounds, the exchanged share falling as
     ``0.3 * 0.5^k``.
     """
@@ -126,7 +126,7 @@ class PruneFL(_Pruning):
         if not self._reconfigures(state.round) or state.guidance is None:
             return state.masks
         size = sum(state.params[name].numel() for name in self.covered)
-        budget = round(self.config.prune.density * size)
+        budget = round(self.config.prune.rival_density * size)
         exchanged = self.swap * 0.5 ** (state.round // self.config.prune.every)
         firm = prune.by_scores(
             {name: state.params[name].abs() for name in self.covered}, max(1, round((1 - exchanged) * budget)) / size
@@ -170,5 +170,6 @@ class SSFL(_Pruning):
             return state.masks
         importance = state.guidance.importance
         return prune.by_scores(
-            {name: importance[name] * state.params[name].abs() for name in self.covered}, self.config.prune.density
+            {name: importance[name] * state.params[name].abs() for name in self.covered},
+            self.config.prune.rival_density,
         )
