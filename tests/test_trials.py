@@ -50,6 +50,16 @@ def test_what_is_kept_is_not_timed_again_by_another_process(kept):
     assert run.stdout.strip() == "sparse"
 
 
+def test_two_processes_that_try_at_once_agree(kept):
+    def other_process_is_faster():
+        if not kept.exists():
+            kept.parent.mkdir()
+            kept.write_text(json.dumps({trials.machine(): {"a": "dense"}}))
+
+    # this trial alone would find "sparse", but "dense" was kept while it ran
+    assert trials.choose("a", {"dense": long, "sparse": other_process_is_faster}) == "dense"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"x": 3}', "null"])
 def test_a_spoilt_file_counts_as_empty_and_is_written_anew(kept, text):
     kept.parent.mkdir()

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -83,8 +83,7 @@ def choose(key: str, ways: Mapping[str, Callable[[], object]], *, seconds: float
     if not _chosen:
         _chosen.update(known())
     if _chosen.get(key) not in ways:
-        _chosen[key] = _fastest(ways, seconds)
-        _remember(key, _chosen[key])
+        _chosen[key] = _remember(key, _fastest(ways, seconds), ways)
     return _chosen[key]
 
 
@@ -106,22 +105,26 @@ def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float) -> str:
     return best if middle[best] < _GAIN * middle[first] else first
 
 
-def _remember(key: str, choice: str) -> None:
+def _remember(key: str, choice: str, ways: Container[str]) -> str:
+    """Keep a choice; return the one that another process has kept in the meantime, if there is one."""
     path = file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             everything = json.loads(path.read_text())
             mine = everything.setdefault(machine(), {})
+            if mine.get(key) in ways:
+                return str(mine[key])
             mine[key] = choice
         except (OSError, ValueError, TypeError, AttributeError):
             everything = {machine(): {key: choice}}
-        # two processes may write at once: each replaces the whole file, and the last one wins
+        # replaced as a whole: a reader never meets half a file
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as new:
             json.dump(everything, new, indent=0, sort_keys=True)
         os.replace(new.name, path)
     except OSError as error:
         _warn(str(path), str(error))
+    return choice
 
 
 @cache
