@@ -101,6 +101,18 @@ constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cel
 constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>};
 #endif
 
+constexpr int64_t kPastCache = int64_t(1) << 22;  // floats: 16 MB
+
+AF_INLINE void copy_row(const float* from, int64_t n, float* to, bool past) {
+  int64_t j = 0;
+#if defined(__AVX512F__)
+  if (past && reinterpret_cast<std::uintptr_t>(to) % 64 == 0)
+    for (; j + kVector <= n; j += kVector) _mm512_stream_ps(to + j, load(from + j));
+#endif
+  (void)past;
+  __builtin_memcpy(to + j, from + j, std::size_t(n - j) * sizeof(float));
+}
+
 // dw of one (block, chunk), all panels, by way of a tile: rows of a weight whose width is a power of two
 // would otherwise fight for the same few lines of the cache
 void sample_tile(const Layout& layout, int64_t cell, const float* dy, const float* x, int64_t n, float* dw) {
@@ -116,8 +128,13 @@ void sample_tile(const Layout& layout, int64_t cell, const float* dy, const floa
                                        {dy + p.begin * layout.rows + row * p.width,
                                         x + p.begin * layout.cols + col * p.width, tile, cols, i == 0});
   }
+  // what no cache will hold until it is read again need not pass through one
+  const bool past = layout.rows * layout.cols >= kPastCache;
   for (int64_t r = 0; r < rows; ++r)
-    __builtin_memcpy(dw + (row + r) * layout.cols + col, tile + r * cols, std::size_t(cols) * sizeof(float));
+    copy_row(tile + r * cols, cols, dw + (row + r) * layout.cols + col, past);
+#if defined(__AVX512F__)
+  if (past) _mm_sfence();
+#endif
 }
 
 void backward(Layout layout, const float* values, const float* dy, const float* x, int64_t n, float* dx,
@@ -148,8 +165,13 @@ int64_t outer_scratch(int64_t n, int64_t rows) {
   return n * (ceil_div(rows, kTileRows) * kTileRows + kOuterTiles * kLanes);
 }
 
-AF_INLINE void store_masked(float* to, vec v, const uint8_t* mask, int64_t live) {
+AF_INLINE void store_masked(float* to, vec v, const uint8_t* mask, int64_t live, bool past) {
   if (live <= 0) return;
+  if (past && live >= kVector && reinterpret_cast<std::uintptr_t>(to) % 64 == 0) {
+    const __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
+    _mm512_stream_ps(to, _mm512_maskz_mov_ps(_mm_test_epi8_mask(m, m), v));
+    return;
+  }
   const __mmask16 some = live >= kVector ? __mmask16(0xffff) : __mmask16((1u << live) - 1);
   const __m128i m = _mm_maskz_loadu_epi8(some, mask);
   _mm512_mask_storeu_ps(to, some, _mm512_maskz_mov_ps(_mm_test_epi8_mask(m, m), v));
@@ -157,13 +179,13 @@ AF_INLINE void store_masked(float* to, vec v, const uint8_t* mask, int64_t live)
 
 // dw (up to 6 rows, up to kLanes columns) = dy tile (n, 6) transposed @ x tile (n, kLanes)
 void outer_tile(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t live,
-                int64_t cols, float* dw) {
+                int64_t cols, float* dw, bool past) {
   vec sums[kTileRows][kVectors];
   unroll<0, kTileRows * kVectors>([&](auto i)
                                       AF_LAMBDA { sums[i.value / kVectors][i.value % kVectors] = vec{}; });
   // the stores at the end miss the first-level cache, and would wait for each other
   unroll<0, kTileRows * kVectors>([&](auto i) AF_LAMBDA {
-    if (i.value / kVectors < rows)
+    if (!past && i.value / kVectors < rows)
       __builtin_prefetch(dw + i.value / kVectors * cols + i.value % kVectors * kVector, 1, 3);
   });
   for (int64_t i = 0; i < n; ++i, dy += kTileRows, x += kLanes) {
@@ -179,7 +201,7 @@ void outer_tile(const float* dy, const float* x, const uint8_t* mask, int64_t n,
     if (r.value < rows)
       unroll<0, kVectors>([&](auto v) AF_LAMBDA {
         const int64_t at = r.value * cols + v.value * kVector;
-        store_masked(dw + at, sums[r.value][v.value], mask + at, live - v.value * kVector);
+        store_masked(dw + at, sums[r.value][v.value], mask + at, live - v.value * kVector, past);
       });
   });
 }
@@ -187,6 +209,7 @@ void outer_tile(const float* dy, const float* x, const uint8_t* mask, int64_t n,
 void outer(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,
            float* dw, float* scratch, int threads) {
   const int64_t row_tiles = ceil_div(rows, kTileRows), col_tiles = ceil_div(cols, kLanes);
+  const bool past = rows * cols >= kPastCache;
   float* packed = scratch + row_tiles * kTileRows * n;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < row_tiles; ++t) {
@@ -211,12 +234,14 @@ void outer(const float* dy, const float* x, const uint8_t* mask, int64_t n, int6
     }
     // along the rows of dw, so that its pages are met one after the other
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < row_tiles; ++t)
+    for (int64_t t = 0; t < row_tiles; ++t) {
       for (int64_t c = 0; c < tiles; ++c) {
         const int64_t row = t * kTileRows, col = (first + c) * kLanes;
         outer_tile(scratch + row * n, packed + c * n * kLanes, mask + row * cols + col, n, rows - row,
-                   cols - col, cols, dw + row * cols + col);
+                   cols - col, cols, dw + row * cols + col, past);
       }
+      if (past) _mm_sfence();
+    }
   }
 }
 #else
