@@ -1,10 +1,8 @@
 """The masked convolution against float64, on every path and instruction set, with its derivatives and its ledger."""
 
 import copy
-import os
-import subprocess
-import sys
 
+import instruction_sets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,17 +58,10 @@ def test_every_path_equals_float64_reference(shape, density, path):
     assert not got[2][~mask].any()
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", instruction_sets.LEVELS)
 def test_every_instruction_set_equals_float64_reference(isa):
-    # AUTOFLIP_CPU is read once per process; a CPU without the set runs the best it has
-    names = ["test_every_path_equals_float64_reference", "test_result_does_not_depend_on_the_thread_count"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{__file__}::{n}" for n in names)],
-        env={**os.environ, "AUTOFLIP_CPU": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-2000:]
+    names = "test_every_path_equals_float64_reference", "test_result_does_not_depend_on_the_thread_count"
+    instruction_sets.rerun(__file__, isa, *names)
 
 
 def test_result_does_not_depend_on_the_thread_count():

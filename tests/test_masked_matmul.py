@@ -1,10 +1,9 @@
 """The masked product against float64, on every path and instruction set, with its derivatives and its ledger."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import instruction_sets
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,17 +72,10 @@ def test_sparse_path_equals_float64_reference(N, O, K, density, activation):
     assert not got[2][~mask].any()
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", instruction_sets.LEVELS)
 def test_every_instruction_set_equals_float64_reference(isa):
-    # AUTOFLIP_CPU is read once per process; a CPU without the set runs the best it has
-    names = ["test_sparse_path_equals_float64_reference", "test_result_does_not_depend_on_the_thread_count"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{__file__}::{n}" for n in names)],
-        env={**os.environ, "AUTOFLIP_CPU": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-2000:]
+    names = "test_sparse_path_equals_float64_reference", "test_result_does_not_depend_on_the_thread_count"
+    instruction_sets.rerun(__file__, isa, *names)
 
 
 def test_result_does_not_depend_on_the_thread_count():

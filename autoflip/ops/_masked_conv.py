@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from autoflip.ops import _masked_kernels as kernels
+from autoflip.ops import _masked_weight as weights
 from autoflip.ops._masked_conv_kernels import Parts, cpu_backward, cpu_forward, dense_backward, panels, span
 
 # --- registered ops
@@ -26,7 +27,7 @@ def _forward_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) 
         y, made = cpu_forward(x, weight, bias, parts)
         panels.give(made)
         return y
-    return F.conv2d(x, kernels.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation).contiguous()
+    return F.conv2d(x, weights.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation).contiguous()
 
 
 def _x_like(dy: Tensor, weight: Tensor, parts: Parts) -> Tensor:
@@ -41,7 +42,7 @@ def _dx_kernel(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     if parts.path[1] == "s":
         dx, _ = cpu_backward(dy, x, None, weight, parts, dx=True, dw=False)
     else:
-        dx, _ = dense_backward(dy, x, kernels.operand(weight, parts.mask), parts, (True, False))
+        dx, _ = dense_backward(dy, x, weights.operand(weight, parts.mask), parts, (True, False))
     assert dx is not None
     return dx.contiguous()
 
@@ -150,7 +151,7 @@ class _Conv(torch.autograd.Function):
         ctx.parts, ctx.panel = parts, None
         ctx.save_for_backward(x, weight)
         if parts.path[0] == "d":
-            return F.conv2d(x, kernels.plain_operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation)
+            return F.conv2d(x, weights.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation)
         y, made = cpu_forward(x, weight, bias, parts)
         if parts.path[2] == "s" and ctx.needs_input_grad[1]:
             ctx.panel = made
@@ -164,8 +165,8 @@ class _Conv(torch.autograd.Function):
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         parts: Parts = ctx.parts
         db = dy.sum((0, 2, 3)) if need_b else None
-        if torch.is_grad_enabled() or not kernels.kernel_here(dy):  # a second derivative is wanted, or a transform
-            return *dense_backward(dy, x, kernels.select(weight, parts.mask), parts, (need_x, need_w)), db, None
+        if torch.is_grad_enabled() or not weights.kernel_here(dy):  # a second derivative is wanted, or a transform
+            return *dense_backward(dy, x, weights.select(weight, parts.mask), parts, (need_x, need_w)), db, None
         sparse_x, sparse_w = need_x and parts.path[1] == "s", need_w and parts.path[2] == "s"
         dx = dw = None
         if sparse_x or sparse_w:
@@ -173,11 +174,11 @@ class _Conv(torch.autograd.Function):
             dx, dw = cpu_backward(dy, x, made if sparse_w else None, weight, parts, dx=sparse_x, dw=sparse_w)
         if (need_x and not sparse_x) or (need_w and not sparse_w):
             wanted = need_x and not sparse_x, need_w and not sparse_w
-            others = dense_backward(dy, x, kernels.plain_operand(weight, parts.mask), parts, wanted)
+            others = dense_backward(dy, x, weights.operand(weight, parts.mask), parts, wanted)
             dx, dw = dx if others[0] is None else others[0], dw if others[1] is None else others[1]
         return dx, dw, db, None
 
 
 def train(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> Tensor:
-    """Return the convolution where ``kernels.kernel_here`` holds for all three."""
+    """Return the convolution where ``weights.kernel_here`` holds for all three."""
     return _Conv.apply(x, weight, bias, parts)  # type: ignore[no-any-return]

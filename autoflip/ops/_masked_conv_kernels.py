@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autoflip.ops import _masked_kernels as kernels
+from autoflip.ops import _masked_weight as weights
+from autoflip.ops._masked_weight import CPP
 
 Pair = tuple[int, int]
 Sizes = tuple[int, int, int, int, int, int]  # n, channels, height, width, padding
@@ -54,7 +55,7 @@ def span(parts: Parts) -> Pair:
 def make_layout(mask: Tensor, sizes: Sizes, kernel: tuple[int, int, int, int], step: str) -> Tensor:
     """Return the layout (uint8) of a contiguous CPU mask for one step; empty where its offsets do not fit."""
     rows = mask.shape[step == "dx"]
-    made = kernels._C.masked_conv_layout(mask.data_ptr(), rows, sizes, kernel, step == "dw", step == "dx")
+    made = CPP.masked_conv_layout(mask.data_ptr(), rows, sizes, kernel, step == "dw", step == "dx")
     return torch.frombuffer(bytearray(made), dtype=torch.uint8) if made else torch.empty(0, dtype=torch.uint8)
 
 
@@ -92,8 +93,8 @@ panels = _Panels()
 def panel(x: Tensor, sizes: Sizes) -> Tensor:
     """Return ``x`` as the kernels read it: padded, samples last."""
     x = x.contiguous()
-    out = panels.take(kernels._C.masked_conv_panel_size(sizes))
-    kernels._C.masked_conv_panel(x.data_ptr(), sizes, out.data_ptr(), torch.get_num_threads())
+    out = panels.take(CPP.masked_conv_panel_size(sizes))
+    CPP.masked_conv_panel(x.data_ptr(), sizes, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -101,7 +102,7 @@ def multiply(from_panel: Tensor, sizes: Sizes, layout: Tensor, weight: Tensor, b
              parts: Parts) -> Tensor:  # fmt: skip
     """Write the convolution of a panel into ``y`` (n, rows, height, width)."""
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    kernels._C.masked_conv_multiply(
+    CPP.masked_conv_multiply(
         from_panel.data_ptr(),
         sizes,
         kernel_sizes(parts),
@@ -119,7 +120,7 @@ def multiply(from_panel: Tensor, sizes: Sizes, layout: Tensor, weight: Tensor, b
 def gradient(x_panel: Tensor, x_in: Sizes, dy_panel: Tensor, dy_in: Sizes, parts: Parts) -> Tensor:
     """Return dw, zeros where it is pruned."""
     dw = torch.zeros(parts.mask.shape)
-    kernels._C.masked_conv_gradient(
+    CPP.masked_conv_gradient(
         x_panel.data_ptr(),
         x_in,
         dy_panel.data_ptr(),
@@ -168,4 +169,4 @@ def dense_backward(
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, (1, 1), parts.padding, parts.dilation, False, (0, 0), 1, (*wanted, False)
     )
-    return dx, kernels.select(dw, parts.mask) if wanted[1] else None
+    return dx, weights.select(dw, parts.mask) if wanted[1] else None

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend
+from autoflip.ops._masked_weight import CPP
 
 backend.register("masked_matmul", "cpp", "cuda", "triton")
 
 TILE = 32  # of kernels/masked_matmul.py and csrc/cuda/masked_matmul.cu
 STEPS = ("forward", "dx", "dw")
-_CPU = torch.device("cpu")
 
 
 class Parts(NamedTuple):
@@ -46,7 +47,7 @@ def serves(a: Tensor, parts: Parts, step: str) -> str:
 def make_layout(mask: Tensor, chunk: int) -> Tensor:
     """Return the CPU kernel's layout (uint8) of a contiguous 2-d CPU mask."""
     rows, cols = mask.shape
-    layout = _C.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk)
+    layout = CPP.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk)
     return torch.frombuffer(bytearray(layout), dtype=torch.uint8)
 
 
@@ -57,108 +58,6 @@ def live_tiles(mask: Tensor) -> Tensor:
     return padded.view(padded.shape[0] // TILE, TILE, padded.shape[1] // TILE, TILE).amax((1, 3)).contiguous()
 
 
-# --- where a tensor's address may be used
-
-
-def transformed(*tensors: Tensor) -> bool:
-    """Tell whether a function transform (vmap, grad, jvp) is at work on the tensors."""
-    # is_grads_batched=True runs under an older vmap that functorch's stack does not show
-    old_vmap = torch._C._functorch.is_legacy_batchedtensor
-    return torch._C._functorch.peek_interpreter_stack() is not None or any(old_vmap(t) for t in tensors)
-
-
-def traced() -> bool:
-    """Tell whether ``torch.jit.trace`` is at work, to which a kernel's result would look like a constant."""
-    return not torch.compiler.is_compiling() and bool(torch._C._is_tracing())
-
-
-def has_memory(t: Tensor) -> bool:
-    """Tell whether ``t`` is an ordinary tensor outside any dispatch mode, so that its address means something."""
-    return type(t) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
-
-
-# --- where(mask, weight, 0): the dense path's weight
-
-
-class _Select(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        ctx.mask = mask
-        return _select_kernel(weight, mask)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return select(g, ctx.mask), None
-
-
-def _select_kernel(weight: Tensor, mask: Tensor) -> Tensor:
-    mask, weight = mask.contiguous(), weight.contiguous()
-    out = torch.empty(weight.shape)
-    _C.masked_matmul_select(weight.data_ptr(), mask.data_ptr(), mask.numel(), out.data_ptr(), torch.get_num_threads())
-    return out
-
-
-_PARAMETER = torch.nn.Parameter
-_C: Any = backend.extension("_C")[0]
-_depth, _stack = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-_old_vmap, _tracing, _compiling = (
-    torch._C._functorch.is_legacy_batchedtensor,
-    torch._C._is_tracing,
-    torch.compiler.is_compiling,
-)
-
-
-def kernel_here(*tensors: Tensor) -> bool:
-    """Tell whether the CPU extension may read the tensors: float32 on the CPU, addresses, no transform or trace.
-
-    Asked twice a training step: each microsecond here is two percent of a small layer.
-    """
-    if _C is None or _compiling() or _depth() or _tracing() or _stack() is not None or not _C.masked_matmul_wanted():
-        return False
-    for t in tensors:
-        kind = type(t)
-        if (kind is not Tensor and kind is not _PARAMETER) or t.dtype is not torch.float32 or not t.is_cpu:
-            return False
-        if _old_vmap(t):
-            return False
-    return True
-
-
-def operand(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return what the dense path multiplies by: ``weight`` itself where its pruned entries are zero already.
-
-    Layers keep them at zero, and to look (read only) costs a third of a masked copy or less; a copy of a 784x200
-    weight costs half of its product with 32 rows.
-    """
-    return plain_operand(weight, mask) if kernel_here(weight) else select(weight, mask)
-
-
-def plain_operand(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return :func:`operand` where :func:`kernel_here` is known."""
-    return weight if weight.is_contiguous() and is_clean(weight, mask) else _select_kernel(weight, mask)
-
-
-def is_clean(weight: Tensor, mask: Tensor) -> bool:
-    """Tell whether all pruned entries are zero; both contiguous, :func:`kernel_here` known."""
-    return bool(_C.masked_matmul_is_clean(weight.data_ptr(), mask.data_ptr(), mask.numel()))
-
-
-def reads_clean(weight: Tensor, mask: Tensor) -> bool | None:
-    """Tell whether all pruned entries are zero; None where the CPU kernel cannot look."""
-    if not (kernel_here(weight) and weight.is_contiguous() and mask.is_contiguous()):
-        return None
-    return bool(_C.masked_matmul_is_clean(weight.data_ptr(), mask.data_ptr(), mask.numel()))
-
-
-def select(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return ``torch.where(mask, weight, 0)``, on the CPU about 20 times as fast; equal shapes, any number of dims."""
-    if not kernel_here(weight):
-        return torch.where(mask, weight, 0)
-    if weight.requires_grad and torch.is_grad_enabled():
-        return _Select.apply(weight, mask)
-    return _select_kernel(weight, mask)
-
-
 # --- the three steps
 
 
@@ -166,7 +65,7 @@ def linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *r
     parts = Parts(*rest)
     name = serves(x, parts, "forward")
     if name == "dense":
-        y = F.linear(x, operand(weight, parts.mask), bias)
+        y = F.linear(x, weights.operand(weight, parts.mask), bias)
         return y.relu_() if relu else y
     if name == "cpp":
         return cpu_forward(x, weight, bias, relu, parts)[0]
@@ -184,7 +83,7 @@ def dx_kernel(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     name = serves(dy, parts, "dx")
     if name == "dense":
-        return dy @ operand(weight, parts.mask)
+        return dy @ weights.operand(weight, parts.mask)
     if name == "cpp":
         out = cpu_backward(dy, None, weight, None, parts, dx=True)[0]
         assert out is not None
@@ -202,7 +101,7 @@ def dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     name = serves(dy, parts, "dw")
     if name == "dense":
-        if kernel_here(dy, x):
+        if weights.kernel_here(dy, x):
             return cpu_outer(dy, x, parts, torch.empty(parts.mask.shape))
         return torch.where(parts.mask, dy.T @ x, 0)
     if name == "cpp":
@@ -227,7 +126,7 @@ def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, part
     bias = None if bias is None else bias.contiguous()
     rows, cols = parts.mask.shape
     y, values = torch.empty(len(x), rows), torch.empty(parts.kept)
-    _C.masked_matmul_forward(
+    CPP.masked_matmul_forward(
         x.data_ptr(),
         weight.data_ptr(),
         parts.layout.data_ptr(),
@@ -263,7 +162,7 @@ def cpu_backward(
     if pack:
         assert weight is not None
         values, weight = torch.empty(parts.kept), weight.contiguous()
-    _C.masked_matmul_backward(
+    CPP.masked_matmul_backward(
         dy.data_ptr(),
         0 if x is None else x.data_ptr(),
         weight.data_ptr() if pack and weight is not None else 0,
@@ -284,9 +183,9 @@ def cpu_outer(dy: Tensor, x: Tensor, parts: Parts, out: Tensor) -> Tensor:
     """Write ``where(mask, dy.T @ x, 0)`` into ``out``, every product computed."""
     dy, x = dy.contiguous(), x.contiguous()
     threads, sizes = torch.get_num_threads(), (len(dy), *parts.mask.shape)
-    if not _C.masked_matmul_outer(dy.data_ptr(), x.data_ptr(), parts.mask.data_ptr(), *sizes, out.data_ptr(), threads):
+    if not CPP.masked_matmul_outer(dy.data_ptr(), x.data_ptr(), parts.mask.data_ptr(), *sizes, out.data_ptr(), threads):
         torch.mm(dy.T, x, out=out)
-        _C.masked_matmul_select(out.data_ptr(), parts.mask.data_ptr(), out.numel(), out.data_ptr(), threads)
+        CPP.masked_matmul_select(out.data_ptr(), parts.mask.data_ptr(), out.numel(), out.data_ptr(), threads)
     return out
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from autoflip.ops import _masked_kernels as kernels
+from autoflip.ops import _masked_weight as weights
 from autoflip.ops._masked_kernels import Parts
 
 # --- registration
@@ -116,7 +117,7 @@ def _function(name: str, op: Any, kernel: Callable[..., Tensor], save: Any, back
     torch.library.register_autograd(f"autoflip::{name}", backward, setup_context=save, lib=_lib)
 
     def call(*args: Any) -> Tensor:
-        if kernels.has_memory(args[0]):
+        if weights.has_memory(args[0]):
             return kernel(*args)
         return op(*args)
 
@@ -132,7 +133,7 @@ def _function(name: str, op: Any, kernel: Callable[..., Tensor], save: Any, back
     def run(*args: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return op(*args)
-        if kernels.transformed(args[0], args[1]):
+        if weights.transformed(args[0], args[1]):
             return kernel(*args[:-1], "ddd")  # function transforms compose with plain torch, not with kernels
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args[:3]):
             return function.apply(*args)  # type: ignore[attr-defined]
@@ -161,7 +162,7 @@ class _Linear(torch.autograd.Function):
         if parts.path[0] == "s":
             y, ctx.values = kernels.cpu_forward(x, weight, bias, relu, parts)
         else:
-            ctx.operand = kernels.plain_operand(weight, parts.mask)
+            ctx.operand = weights.operand(weight, parts.mask)
             y = torch.nn.functional.linear(x, ctx.operand, bias)
             y = y.relu_() if relu else y
         ctx.save_for_backward(x, weight, y if relu else None)
@@ -174,7 +175,7 @@ class _Linear(torch.autograd.Function):
         if y is not None:
             dy = _relu_backward(dy, y)
         _, parts, new = ctx.job
-        if torch.is_grad_enabled() or not kernels.kernel_here(dy):  # a second derivative is wanted, or a transform
+        if torch.is_grad_enabled() or not weights.kernel_here(dy):  # a second derivative is wanted, or a transform
             grad_x, grad_w = dx(dy, weight, parts) if need_x else None, dw(dy, x, parts) if need_w else None
             return grad_x, grad_w, dy.sum(0) if need_b else None, None
         sparse_x, sparse_w = need_x and parts.path[1] == "s", need_w and parts.path[2] == "s"
@@ -183,7 +184,7 @@ class _Linear(torch.autograd.Function):
             grad_w = new() if sparse_w else None
             grad_x, grad_w = kernels.cpu_backward(dy, x, weight, ctx.values, parts, dx=sparse_x, dw=grad_w)
         if need_x and not sparse_x:
-            grad_x = dy @ (ctx.operand if ctx.operand is not None else kernels.operand(weight, parts.mask))
+            grad_x = dy @ (ctx.operand if ctx.operand is not None else weights.operand(weight, parts.mask))
         if need_w and not sparse_w:
             grad_w = kernels.cpu_outer(dy, x, parts, new())
         return grad_x, grad_w, dy.sum(0) if need_b else None, None
@@ -196,7 +197,7 @@ _apply_linear = super(torch.autograd.Function, _Linear).apply  # type: ignore[mi
 def train(
     x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, new: Callable[[], Tensor], relu: bool
 ) -> Tensor:
-    """Do what :func:`linear` does where ``kernels.kernel_here(x)`` and the weight is float32 on the CPU.
+    """Do what :func:`linear` does where ``weights.kernel_here(x)`` and the weight is float32 on the CPU.
 
     ``new`` returns a tensor for the weight's gradient, (O, K), whatever stands in it.
     """

@@ -7,20 +7,20 @@ trial (:mod:`autoflip.ops.trials`), or by :data:`RULE` where trials are off.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from autoflip.ops import _masked_conv as steps
 from autoflip.ops import _masked_conv_kernels as conv
 from autoflip.ops import _masked_kernels as kernels
+from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend, paths, trials
 from autoflip.ops._masked_conv_kernels import Pair, Parts
+from autoflip.ops._masked_weight import CPP
 
 __all__ = ["ConvPack", "conv_weight", "masked_conv2d"]
 
@@ -125,24 +125,21 @@ class _Trial:
         mask, kept = self.parts.mask, self.parts.kept
         density = kept / mask.numel()
         if not trials.enabled():
-            limits = RULE[kernels._C.isa()]
+            limits = RULE[CPP.isa()]
             return "".join("s" if density < limits[step] else "d" for step in kernels.STEPS)
-        near = 2 ** (round(math.log2(max(density, 1e-4)) * 4) / 4)
         shape = "x".join(map(str, mask.shape))
         key = (
             f"masked_conv2d {shape} map {self.size[0]}x{self.size[1]} padding {self.parts.padding} dilation "
-            f"{self.parts.dilation} n{self.n} density {near:.3g} threads {torch.get_num_threads()}"
+            f"{self.parts.dilation} n{self.n} density {trials.near(density)} threads {torch.get_num_threads()}"
         )
         found = ""
-        # a counter of FLOPs must not see the trial
-        with _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
-            for step in kernels.STEPS:
-                # what a step costs depends on the panels that those before it have made
-                ways: dict[str, Callable[[], object]] = {
-                    "dense": lambda step=step: self.dense(step),  # type: ignore[misc]
-                    "sparse": lambda step=step, found=found: self.sparse(step, found),  # type: ignore[misc]
-                }
-                found += trials.choose(f"{key} {step} {found}".rstrip(), ways)[0]
+        for step in kernels.STEPS:
+            # what a step costs depends on the panels that those before it have made
+            ways: dict[str, Callable[[], object]] = {
+                "dense": lambda step=step: self.dense(step),  # type: ignore[misc]
+                "sparse": lambda step=step, found=found: self.sparse(step, found),  # type: ignore[misc]
+            }
+            found += trials.choose(f"{key} {step} {found}".rstrip(), ways)[0]
         return found
 
     def case(self) -> tuple[Tensor, Tensor, Tensor, Parts]:
@@ -152,7 +149,7 @@ class _Trial:
             parts = self.parts._replace(forward=forward, dx=dx, dw=dw)
             x = torch.randn(conv.x_sizes(self.n, *self.size, parts)[:4], generator=g)
             dy = torch.randn(conv.dy_sizes(self.n, *self.size, parts)[:4], generator=g)
-            self._made = x, dy, kernels.select(torch.randn(parts.mask.shape, generator=g), parts.mask), parts
+            self._made = x, dy, weights.select(torch.randn(parts.mask.shape, generator=g), parts.mask), parts
             self.x_panel = conv.panel(x, conv.x_sizes(self.n, *self.size, parts))
             self.dy_panel = conv.panel(dy, conv.dy_sizes(self.n, *self.size, parts))
         return self._made
@@ -160,7 +157,7 @@ class _Trial:
     def dense(self, step: str) -> object:
         x, dy, weight, parts = self.case()
         if step == "forward":
-            return F.conv2d(x, kernels.operand(weight, parts.mask), None, 1, parts.padding, parts.dilation)
+            return F.conv2d(x, weights.operand(weight, parts.mask), None, 1, parts.padding, parts.dilation)
         return conv.dense_backward(dy, x, weight, parts, (step == "dx", step == "dw"))
 
     def sparse(self, step: str, before: str) -> object:
@@ -190,7 +187,7 @@ class _Clean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return kernels.select(g, ctx.mask), None
+        return weights.select(g, ctx.mask), None
 
 
 def conv_weight(weight: Tensor, mask: Tensor) -> Tensor:
@@ -200,9 +197,9 @@ def conv_weight(weight: Tensor, mask: Tensor) -> Tensor:
         weight: any shape.
         mask: shape and device of ``weight``, bool, True = kept.
     """
-    if kernels.kernel_here(weight) and weight.is_contiguous() and kernels.is_clean(weight, mask):
+    if weights.is_clean(weight, mask):
         return _Clean.apply(weight, mask) if torch.is_grad_enabled() and weight.requires_grad else weight
-    return kernels.select(weight, mask)
+    return weights.select(weight, mask)
 
 
 def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> Tensor:
@@ -233,7 +230,7 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
         raise ValueError(f"masked_conv2d: x has shape {tuple(x.shape)}, wanted (N, {mask.shape[1]}, H, W)")
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if x.dim() == 4 and not torch.is_autocast_enabled("cpu"):
-        if kernels.kernel_here(*tensors):
+        if weights.kernel_here(*tensors):
             parts = pack.parts(len(x), x.shape[2], x.shape[3])
             if parts is not None:
                 return steps.train(x, weight, bias, parts)
@@ -246,7 +243,7 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
 
 def _counted(*tensors: Tensor) -> bool:
     """Tell whether ordinary float32 CPU tensors meet a dispatch mode, say a counter of FLOPs."""
-    if torch.compiler.is_compiling() or kernels.traced() or kernels.transformed(*tensors):
+    if torch.compiler.is_compiling() or weights.traced() or weights.transformed(*tensors):
         return False
     if not torch._C._len_torch_dispatch_stack() or backend.serve("masked_matmul", torch.device("cpu")) != "cpp":
         return False

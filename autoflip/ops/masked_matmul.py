@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +11,13 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_matmul as steps
-from autoflip.ops import backend
+from autoflip.ops import _masked_weight as weights
 from autoflip.ops.pack import Pack
 
 __all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "version_of", "zero_pruned"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CPU = torch.device("cpu")
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, activation: str | None = None) -> Tensor:
@@ -47,32 +45,21 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
         raise ValueError(f"masked_linear: activation={activation!r}; wanted None, 'relu' or 'gelu'")
     if (
         x.dim() == 2
-        and kernels.kernel_here(x, weight)
+        and weights.kernel_here(x, weight)
         and weight.shape == pack.mask.shape
         and x.shape[1] == weight.shape[1]
-        and (bias is None or (bias.shape == weight.shape[:1] and kernels.kernel_here(bias)))
+        and (bias is None or (bias.shape == weight.shape[:1] and weights.kernel_here(bias)))
         and not torch.is_autocast_enabled("cpu")
     ):
-        return layer_linear(x, weight, bias, pack, activation == "relu")
-    if torch.is_autocast_enabled(x.device.type) or kernels.traced():
+        return steps.train(x, weight, bias, pack.cpu_parts(len(x)), pack.new_gradient, activation == "relu")
+    if torch.is_autocast_enabled(x.device.type) or weights.traced():
         y = F.linear(x, torch.where(pack.mask, weight, 0), bias)
         return y.relu() if activation else y
     _check(x, weight, bias, pack.mask, "masked_linear")
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), weight.shape[1])
-    parts = pack.parts(len(rows))
-    if kernels.kernel_here(rows, weight):
-        y = steps.train(rows, weight, bias, parts, pack.new_gradient, relu=activation == "relu")
-    else:
-        y = steps.linear(rows, weight, bias, parts, relu=activation == "relu")
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def layer_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, relu: bool) -> Tensor:
-    """Do what :func:`masked_linear` does where its caller has checked everything: 2-d, ``kernels.kernel_here``."""
-    n, threads = x.shape[0], torch.get_num_threads()
-    if pack.recent[0] != n or pack.recent[1] != threads:
-        pack.recent = (n, threads, pack.parts(n))
-    return steps.train(x, weight, bias, pack.recent[2], pack.new_gradient, relu)
+    if x.dim() != 2:
+        rows = x.reshape(x.shape[:-1].numel(), weight.shape[1])
+        return masked_linear(rows, weight, bias, pack, activation).reshape(*x.shape[:-1], weight.shape[0])
+    return steps.linear(x, weight, bias, pack.parts(len(x)), relu=activation == "relu")
 
 
 def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
@@ -130,7 +117,7 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
             f"masked_weight: mask has shape {tuple(mask.shape)} and dtype {mask.dtype} but weight has "
             f"{tuple(weight.shape)}; a bool mask covers its weight entry by entry"
         )
-    return kernels.select(weight, mask)
+    return weights.select(weight, mask)
 
 
 def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -144,49 +131,28 @@ def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
     Cost: 0 FLOPs, 5 bytes read per float32 entry; one wait for each device that is not the CPU.
     """
-    if torch.compiler.is_compiling() or kernels.traced():
+    if torch.compiler.is_compiling() or weights.traced():
         return
     if torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
         return
     with torch.no_grad():
         looks: list[tuple[Tensor, Tensor, bool | Tensor]] = []
-        look = _look()
         for tensor, mask in pairs:
-            if look is not None and _is_plain(tensor) and mask.is_cpu and mask.is_contiguous():
-                if not look(tensor.data_ptr(), mask.data_ptr(), mask.numel()):
-                    looks.append((tensor, mask, True))
-                continue
-            if not _readable(tensor):
-                continue
-            clean = kernels.reads_clean(tensor, mask)
-            # not yet a bool: all looks are on their way to the device before the first is waited for
-            looks.append((tensor, mask, torch.where(mask, 0, tensor).any() if clean is None else not clean))
+            clean = weights.is_clean(tensor, mask)
+            if clean is not None:
+                looks.append((tensor, mask, not clean))
+            elif _readable(tensor):
+                # not yet a bool: all looks are on their way to the device before the first is waited for
+                looks.append((tensor, mask, torch.where(mask, 0, tensor).any()))
         for tensor, mask, dirty in looks:
             if dirty:
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(torch.where(mask, tensor, 0))
 
 
-def _look() -> Callable[[int, int, int], bool] | None:
-    """Return the CPU kernel that tells whether all pruned entries are zero, None where it cannot be asked now.
-
-    What holds for all tensors is asked once: per tensor it costs more than the kernel needs for a small one.
-    """
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    if backend.serve("masked_matmul", _CPU) != "cpp":
-        return None
-    return backend.extension("_C")[0].masked_matmul_is_clean  # type: ignore[union-attr]
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    kind = type(tensor) is torch.nn.Parameter and tensor.is_cpu and tensor.dtype is torch.float32
-    return kind and tensor.is_contiguous()
-
-
 def _readable(tensor: Tensor) -> bool:
     capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (capturing or tensor.is_meta or isinstance(tensor, FakeTensor) or kernels.transformed(tensor))
+    return not (capturing or tensor.is_meta or isinstance(tensor, FakeTensor) or weights.transformed(tensor))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, op: str) -> None:

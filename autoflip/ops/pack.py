@@ -54,7 +54,7 @@ class Pack:
         self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
         self._gradient: Tensor | None = None
         self._traced = self._make_parts(64, timed=False)
-        self.recent = (-1, 0, self._traced)  # rows, threads, parts of the last call: what most calls need
+        self._recent = (-1, 0, self._traced)  # rows, threads, parts of the last call: what most calls need
 
     def __getstate__(self) -> dict[str, Any]:
         return {"mask": self.mask, "path": self.path, "kept": self.kept, "density": self.density}
@@ -72,6 +72,13 @@ class Pack:
         if found is None:
             found = self._parts[key] = self._make_parts(key[0])
         return found
+
+    def cpu_parts(self, n_rows: int) -> kernels.Parts:
+        """Return :meth:`parts` where the CPU extension is known to serve, in a third of the time."""
+        threads = torch.get_num_threads()
+        if self._recent[0] != n_rows or self._recent[1] != threads:
+            self._recent = (n_rows, threads, self.parts(n_rows))
+        return self._recent[2]
 
     def _make_parts(self, n_rows: int, *, timed: bool = True) -> kernels.Parts:
         server = backend.serve("masked_matmul", self.mask.device)

@@ -9,6 +9,7 @@ reads nothing: callers then follow the rule that they pass along.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -20,10 +21,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from autoflip.ops import backend
 
-__all__ = ["choose", "enabled", "file", "forget", "known", "machine"]
+__all__ = ["choose", "enabled", "file", "forget", "known", "machine", "near"]
 
 _VERSION = 1  # of the kernels that trials compare: raise it when one changes its speed
 _GAIN = 0.95  # the way that needs no care is left only for one that is at least 5 % faster
@@ -72,6 +74,11 @@ def forget() -> None:
     _chosen.clear()
 
 
+def near(density: float) -> str:
+    """Return a density as keys name it, to the nearest quarter of a doubling: what lies between behaves alike."""
+    return f"{2 ** (round(math.log2(max(density, 1e-4)) * 4) / 4):.3g}"
+
+
 def choose(key: str, ways: Mapping[str, Callable[[], object]], *, seconds: float = 0.03) -> str:
     """Return the name of the fastest of ``ways``, by what is remembered under ``key`` or else by a trial.
 
@@ -83,7 +90,9 @@ def choose(key: str, ways: Mapping[str, Callable[[], object]], *, seconds: float
     if not _chosen:
         _chosen.update(known())
     if _chosen.get(key) not in ways:
-        _chosen[key] = _remember(key, _fastest(ways, seconds), ways)
+        # a counter of FLOPs must not see the trial, nor autograd
+        with _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
+            _chosen[key] = _remember(key, _fastest(ways, seconds), ways)
     return _chosen[key]
 
 

@@ -8,9 +8,7 @@
 // left over goes to the rows one by one. The runs of a pattern are sorted by length, so that the branch
 // predictor knows where each ends. No branch per weight, no padding, exactly nnz multiply-adds. In memory,
 // little-endian:
-//   int32  table[blocks][chunks][15]  first column, first value, then the first run of each of the 12
-//   patterns
-//                                     and the end
+//   int32  table[blocks][chunks][15]  first column, first value, first run of each of the 12 patterns, end
 //   uint32 runs[]                     row - first row of the block (low half), columns of the run (high half)
 //   uint16 columns[]                  column - first column of the chunk, run by run
 // Values: the kept weights in the order of the runs, within a run row by row: read in sequence by the product
@@ -46,20 +44,19 @@ struct MaskedMatmul {
   // values (kept) = w (rows, cols) row-major at the layout
   void (*pack)(Layout layout, const float* w, float* values, int threads);
   // y (n, rows) = x (n, cols) @ weight.T, plus bias (rows) or null, then relu if asked; all row-major.
-  // scratch: a panel of cols
+  // scratch: panel_scratch(n, cols) floats
   void (*multiply)(Layout layout, const float* values, const float* x, int64_t n, const float* bias,
                    bool relu, float* y, float* scratch, int threads);
   // dx (n, cols) = dy (n, rows) @ weight, unless dx is null; dw (rows, cols) = mask ? dy.T @ x : 0, unless
-  // dw is null. scratch: a panel of rows +
-  // cols
+  // dw is null. scratch: panels_scratch(n, rows + cols) floats
   void (*backward)(Layout layout, const float* values, const float* dy, const float* x, int64_t n, float* dx,
                    float* dw, float* scratch, int threads);
   // out[i] = mask[i] ? w[i] : 0, the weight of the dense path (torch.where takes 20 times as long)
   void (*select)(const float* w, const uint8_t* mask, int64_t n, float* out, int threads);
   // whether w is zero wherever the mask is not set; reads only
   bool (*is_clean)(const float* w, const uint8_t* mask, int64_t n);
-  // dw (rows, cols) = mask ? dy.T @ x : 0, every product computed; all row-major. scratch: outer_scratch
-  // floats
+  // dw (rows, cols) = mask ? dy.T @ x : 0, every product computed; all row-major. scratch:
+  // outer_scratch(n, rows) floats. Null where a vendor's product is faster
   void (*outer)(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,
                 float* dw, float* scratch, int threads);
   int64_t (*outer_scratch)(int64_t n, int64_t rows);
