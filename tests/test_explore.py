@@ -92,6 +92,29 @@ def test_batches_of_vectors_as_targets_and_a_left_over_example():
     assert found.num_examples == 9
 
 
+def test_a_dataset_and_a_loader_explore_like_their_tensors():
+    inputs, targets = torch.randn(300, 4), torch.randint(0, 3, (300,))
+    pairs = [(x, int(y)) for x, y in zip(inputs, targets, strict=True)]  # what a map-style data set gives one by one
+    data = torch.utils.data.TensorDataset(inputs, targets)
+    model = torch.nn.Linear(4, 3)
+    loader = torch.utils.data.DataLoader(data, batch_size=7)
+    found = [explore.scout(model, given, F.cross_entropy) for given in ((inputs, targets), data, loader, _Pairs(pairs))]
+    for other in found[1:]:
+        assert other.num_examples == 300
+        assert torch.equal(other.delta["weight"], found[0].delta["weight"])
+
+
+class _Pairs(torch.utils.data.Dataset):
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+
 def test_mistakes_are_named():
     scouts = _scouts()
     with pytest.raises(ValueError, match="at least one client"):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from autoflip import curvature as _curvature
 from autoflip import meter
@@ -98,7 +99,8 @@ def scout(
 
     Args:
         model: the common start; any module.
-        data: ``(inputs, targets)`` tensors, or an iterable of such batches.
+        data: ``(inputs, targets)`` tensors, a ``torch.utils.data.Dataset`` of pairs, or an iterable of such batches
+            (a ``DataLoader``).
         loss_fn: ``loss_fn(output, target)``, a scalar.
         epochs: passes over the data.
         seed: of the order of the examples.
@@ -150,14 +152,19 @@ def absolute_gradient(
 def _tensors(data: Any) -> tuple[Tensor, Tensor]:
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         inputs, targets = data
-    elif isinstance(data, Iterable):
+    elif isinstance(data, (Dataset, Iterable)):
+        if isinstance(data, Dataset):
+            data = DataLoader(data, batch_size=256, generator=torch.Generator())  # the global one stays as it is
         pairs = [(x, y) for x, y in data]
         if not pairs:
             raise ValueError("scout: the data is empty; wanted (inputs, targets) or batches of them")
         inputs = torch.cat([torch.as_tensor(x) for x, _ in pairs])
         targets = torch.cat([torch.atleast_1d(torch.as_tensor(y)) for _, y in pairs])
     else:
-        raise ValueError(f"scout: data is {type(data).__name__}; wanted (inputs, targets) or an iterable of batches")
+        raise ValueError(
+            f"scout: data is {type(data).__name__}; wanted (inputs, targets), a Dataset of pairs or an "
+            "iterable of batches"
+        )
     if len(inputs) != len(targets):
         raise ValueError(f"scout: {len(inputs)} inputs but {len(targets)} targets; wanted one target an input")
     return inputs, targets
