@@ -168,6 +168,9 @@ class Plan:
         lines += [f"{layer or 'model'}: left as it is ({why})" for layer, why in self.left.items()]
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return f"Plan({'; '.join(self.report().splitlines())})"  # not the kept indices: thousands of numbers
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a safetensors file, in one atomic step."""
         from safetensors.torch import save
