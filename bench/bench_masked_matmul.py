@@ -2,7 +2,7 @@
 
 ``pytest bench/bench_masked_matmul.py --benchmark-enable`` times ours and stores, in extra_info, the middle and the
 spread of paired ratios (ours / dense, alternating, so that load hits both). ``python bench/bench_masked_matmul.py``
-prints the table from which CROSSOVER in autoflip/ops/_masked_matmul.py was read.
+prints the table from which RULE in autoflip/ops/paths.py is read.
 """
 
 import statistics

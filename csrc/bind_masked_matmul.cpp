@@ -18,13 +18,13 @@ const MaskedMatmul& kernels() { return pick(masked_matmul_base, masked_matmul_av
 
 int useful_threads(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
 
-py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk) {
+py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk, bool back) {
   if (rows * cols > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument("masked_matmul: a mask of 2^31 entries or more has no layout");
   std::vector<uint8_t> bytes;
   {
     py::gil_scoped_release release;
-    bytes = masked_matmul_layout(at<const uint8_t>(mask), rows, cols, chunk, rows_of_block(rows));
+    bytes = masked_matmul_orders(at<const uint8_t>(mask), rows, cols, chunk, back);
   }
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
@@ -33,10 +33,6 @@ py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk) {
 bool wanted() {
   const char* wish = std::getenv("AUTOFLIP_BACKEND");
   return !wish || !*wish || !std::strcmp(wish, "auto") || !std::strcmp(wish, "cpp");
-}
-
-Layout layout_at(uintptr_t address, int64_t rows, int64_t cols, int64_t chunk) {
-  return masked_matmul_layout_at(at<const uint8_t>(address), rows, cols, chunk, rows_of_block(rows));
 }
 
 void select(uintptr_t w, uintptr_t mask, int64_t n, uintptr_t out, int threads) {
@@ -51,30 +47,26 @@ bool is_clean(uintptr_t w, uintptr_t mask, int64_t n) {
 }
 
 void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t bias, int64_t n,
-             int64_t rows, int64_t cols, bool relu, uintptr_t values, uintptr_t y, int threads) {
+             int64_t rows, int64_t cols, bool relu, uintptr_t y, int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
-  const Layout layout = layout_at(lay, rows, cols, chunk);
   threads = useful_threads(n * cols, threads);
   Scratch& scratch = thread_scratch();
-  float* panel = scratch.take(k.panel_scratch(n, cols));
-  k.pack(layout, at<const float>(weight), at<float>(values), threads);
-  k.multiply(layout, at<const float>(values), at<const float>(x), n, at<const float>(bias), relu,
-             at<float>(y), panel, threads);
+  k.forward(masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk), at<const float>(weight),
+            at<const float>(x), n, at<const float>(bias), relu, at<float>(y),
+            scratch.take(k.forward_scratch(n, rows, cols)), threads);
   scratch.settle();
 }
 
-void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t values,
-              int64_t n, int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw, int threads) {
+void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, int64_t n,
+              int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
-  const Layout layout = layout_at(lay, rows, cols, chunk);
   threads = useful_threads(n * cols, threads);
   Scratch& scratch = thread_scratch();
-  float* panels = scratch.take(k.panels_scratch(n, rows + cols));
-  if (weight) k.pack(layout, at<const float>(weight), at<float>(values), threads);
-  k.backward(layout, at<const float>(values), at<const float>(dy), at<const float>(x), n, at<float>(dx),
-             at<float>(dw), panels, threads);
+  k.backward(masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk), at<const float>(weight),
+             at<const float>(dy), at<const float>(x), n, at<float>(dx), at<float>(dw), at<float>(db),
+             scratch.take(k.backward_scratch(n, rows, cols)), threads);
   scratch.settle();
 }
 
@@ -95,13 +87,13 @@ bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, i
 
 void bind_masked_matmul(py::module_& m) {
   m.def("masked_matmul_wanted", wanted, "whether AUTOFLIP_BACKEND leaves CPU tensors to this extension");
-  m.def("masked_matmul_layout", layout, "the layout of mask (rows, cols) with this many columns a chunk");
+  m.def("masked_matmul_layout", layout, "the orders of mask (rows, cols) with this many columns a chunk");
   m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
   m.def("masked_matmul_is_clean", is_clean, "whether w is zero wherever mask is not set");
-  m.def("masked_matmul_forward", forward,
-        "values = w at the layout; y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
+  m.def("masked_matmul_forward", forward, "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
   m.def("masked_matmul_backward", backward,
-        "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0)");
+        "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
+        "dy.sum(0)");
   m.def("masked_matmul_outer", outer,
         "dw (rows, cols) = where(mask, dy.T @ x, 0), every product computed; False: nothing done, a vendor "
         "is faster");

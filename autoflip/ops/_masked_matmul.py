@@ -151,16 +151,16 @@ def _relu_backward(dy: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
-# --- the way that training on a CPU takes: one call forward, one back, nothing packed twice
+# --- the way that training on a CPU takes: one call forward, one back
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: tuple[bool, Parts, Any]) -> Tensor:
         relu, parts, _ = ctx.job = job
-        ctx.values = ctx.operand = None
+        ctx.operand = None
         if parts.path[0] == "s":
-            y, ctx.values = kernels.cpu_forward(x, weight, bias, relu, parts)
+            y = kernels.cpu_forward(x, weight, bias, relu, parts)
         else:
             ctx.operand = weights.operand(weight, parts.mask)
             y = torch.nn.functional.linear(x, ctx.operand, bias)
@@ -179,15 +179,17 @@ class _Linear(torch.autograd.Function):
             grad_x, grad_w = dx(dy, weight, parts) if need_x else None, dw(dy, x, parts) if need_w else None
             return grad_x, grad_w, dy.sum(0) if need_b else None, None
         sparse_x, sparse_w = need_x and parts.path[1] == "s", need_w and parts.path[2] == "s"
-        grad_x = grad_w = None
+        grad_x = grad_w = grad_b = None
         if sparse_x or sparse_w:
             grad_w = new() if sparse_w else None
-            grad_x, grad_w = kernels.cpu_backward(dy, x, weight, ctx.values, parts, dx=sparse_x, dw=grad_w)
+            grad_x, grad_w, grad_b = kernels.cpu_backward(dy, x, weight, parts, dx=sparse_x, dw=grad_w, db=need_b)
+        elif need_b:
+            grad_b = dy.sum(0)
         if need_x and not sparse_x:
             grad_x = dy @ (ctx.operand if ctx.operand is not None else weights.operand(weight, parts.mask))
         if need_w and not sparse_w:
             grad_w = kernels.cpu_outer(dy, x, parts, new())
-        return grad_x, grad_w, dy.sum(0) if need_b else None, None
+        return grad_x, grad_w, grad_b, None
 
 
 # without torch's look for function transforms, which the caller has had: 3 us of some 50

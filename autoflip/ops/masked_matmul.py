@@ -45,10 +45,10 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
         raise ValueError(f"masked_linear: activation={activation!r}; wanted None, 'relu' or 'gelu'")
     if (
         x.dim() == 2
-        and weights.kernel_here(x, weight)
+        and (weights.kernel_here(x, weight) if bias is None else weights.kernel_here(x, weight, bias))
         and weight.shape == pack.mask.shape
         and x.shape[1] == weight.shape[1]
-        and (bias is None or (bias.shape == weight.shape[:1] and weights.kernel_here(bias)))
+        and (bias is None or bias.shape == weight.shape[:1])
         and not torch.is_autocast_enabled("cpu")
     ):
         return steps.train(x, weight, bias, pack.cpu_parts(len(x)), pack.new_gradient, activation == "relu")

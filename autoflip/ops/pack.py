@@ -49,10 +49,11 @@ class Pack:
         self._forget()
 
     def _forget(self) -> None:
-        self._layouts: dict[int, Tensor] = {}
+        self._layouts: dict[tuple[int, bool], Tensor] = {}
         self._live: Tensor | None = None
         self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
         self._gradient: Tensor | None = None
+        self._shape, self._keeps = self.mask.shape, self.mask.numel() >= _KEEP_FROM
         self._traced = self._make_parts(64, timed=False)
         self._recent = (-1, 0, self._traced)  # rows, threads, parts of the last call: what most calls need
 
@@ -83,7 +84,7 @@ class Pack:
     def _make_parts(self, n_rows: int, *, timed: bool = True) -> kernels.Parts:
         server = backend.serve("masked_matmul", self.mask.device)
         nothing = torch.empty(0, dtype=torch.uint8, device=self.mask.device)
-        chunk = paths.chunk(n_rows)
+        chunk = paths.chunk(n_rows, self.density)
         if server == "reference" or self.path == "dense":
             return kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, "ddd")
         if server != "cpp":
@@ -93,19 +94,19 @@ class Pack:
             if self._live is None:
                 self._live = kernels.live_tiles(self.mask)
             return kernels.Parts(self.mask, nothing, chunk, self._live, self.kept, "sss")
-        layout = lambda: self._layout(chunk)
+        layout = lambda: self._layout(chunk, paths.back(n_rows))
         letters = "sss" if self.path == "sparse" else paths.letters(self.mask, self.kept, n_rows, layout, timed=timed)
         return kernels.Parts(self.mask, layout() if "s" in letters else nothing, chunk, nothing, self.kept, letters)
 
-    def _layout(self, chunk: int) -> Tensor:
-        if chunk not in self._layouts:
-            self._layouts[chunk] = kernels.make_layout(self.mask, chunk)
-        return self._layouts[chunk]
+    def _layout(self, chunk: int, back: bool) -> Tensor:
+        if (chunk, back) not in self._layouts:
+            self._layouts[chunk, back] = kernels.make_layout(self.mask, chunk, back)
+        return self._layouts[chunk, back]
 
     def new_gradient(self) -> Tensor:
         """Return float32 memory shaped like the mask that nobody else holds; what stands in it means nothing."""
-        if self.mask.numel() < _KEEP_FROM:
-            return torch.empty(self.mask.shape)
+        if not self._keeps:
+            return torch.empty(self._shape)
         own = self.__dict__.pop("_gradient", None)  # popped: another thread must not take it too
         if own is None or _holders(own) > _ALONE:
             own = torch.empty(self.mask.shape)

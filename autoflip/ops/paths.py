@@ -2,36 +2,37 @@
 
 Forward, dx and dw choose each for itself, per weight shape, batch size, density, shape of the mask's blocks and thread
 count: by a short trial that is remembered on disk (:mod:`autoflip.ops.trials`), or by :func:`rule` where trials are
-off. A trial compares the products; what autograd in Python adds to either (some 15 us a step) is not in it.
+off. A last trial puts what was chosen, as a whole training step through autograd, against the dense path.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from autoflip.ops import _masked_kernels as kernels
+from autoflip.ops import _masked_matmul as steps
 from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend, trials
 
 __all__ = ["PATHS", "bucket", "chunk", "letters", "rule"]
 
 PATHS = ("auto", "sparse", "dense")
-# multiply-adds of the dense product below which a sparse call costs more than it saves, and is not tried
+# multiply-adds of the dense product below which :func:`rule` takes no sparse call
 LEAST_WORK = 400_000
-# density above which element masks are not tried: no CPU measured (bench/bench_layers.py) gained there
-TRIED_BELOW = 0.6
 # step -> (least rows of x, density below which the kernel was at least 10 % faster than torch 2.13's dense float32
-# product (MKL; "avx2" with MKL_ENABLE_INSTRUCTIONS=AVX2) at every weight of bench/bench_masked_matmul.py). Intel Xeon
-# (Sapphire Rapids), 1 thread, CPU time, 2026-11-22. "base" was not measured: it runs where a trial finds it faster.
+# product at every weight tried: 784x200, 2304x512 and 4096x4096, densities 0.7 to 0.01). "avx512": AMD EPYC (Zen 4),
+# 1 thread, CPU time, 2026-11-28. "avx2": an earlier kernel on an Intel Xeon (Sapphire Rapids) with
+# MKL_ENABLE_INSTRUCTIONS=AVX2. "base" was not measured: it runs where a trial finds it faster.
 RULE: dict[str, dict[str, tuple[tuple[int, float], ...]]] = {
     "avx512": {
-        "forward": ((16, 0.25), (64, 0.3), (128, 0.35)),
-        "dx": ((16, 0.08), (64, 0.12), (128, 0.15)),
-        "dw": ((16, 0.08), (64, 0.25)),
+        "forward": ((16, 0.5), (64, 0.7)),
+        "dx": ((16, 0.2), (64, 0.6)),
+        "dw": ((16, 0.2), (64, 0.5)),
     },
     "avx2": {"forward": ((16, 0.35),), "dx": ((16, 0.2),), "dw": ((16, 0.2),)},
     "base": {"forward": (), "dx": (), "dw": ()},
@@ -43,9 +44,19 @@ def bucket(n_rows: int) -> int:
     return min(512, 1 << max(0, n_rows - 1).bit_length())
 
 
-def chunk(n_rows: int) -> int:
-    """Return the layout's columns a chunk: as many as keep their activations in the first-level cache."""
-    return 128 if n_rows > 16 else 512
+def chunk(n_rows: int, density: float) -> int:
+    """Return the layout's columns a chunk: as many as keep what they are multiplied by in the first-level cache.
+
+    The fewer of them are kept, the more are needed to fill a loop.
+    """
+    if n_rows <= 16 or density < 0.03:
+        return 512
+    return 256 if n_rows <= 32 or density < 0.07 else 128
+
+
+def back(n_rows: int) -> bool:
+    """Return whether dx walks an order of its own: with few lanes it adds up in memory, along the forward product's."""
+    return n_rows > 32
 
 
 def rule(n_rows: int, out_features: int, in_features: int, density: float, *, step: str = "forward") -> str:
@@ -72,24 +83,23 @@ def letters(mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor], 
         mask: ``(O, K)``, contiguous bool on the CPU.
         kept: its kept entries.
         n_rows: a :func:`bucket`.
-        layout: makes the mask's layout for ``chunk(n_rows)``.
+        layout: makes the mask's layout for ``chunk`` and ``back``.
         timed: whether a trial may run, or what one found be used.
     """
     rows, cols = mask.shape
     density = kept / mask.numel() if mask.numel() else 1.0
     if not (timed and trials.enabled()):
         return "".join(rule(n_rows, rows, cols, density, step=step)[0] for step in kernels.STEPS)
-    if n_rows * rows * cols < LEAST_WORK or kept == 0 or kept == mask.numel():
-        return "ddd"
-    blocks = _rows_together(mask, kept)
-    if density > TRIED_BELOW and blocks < 2:
+    if kept == 0 or kept == mask.numel():
         return "ddd"
     key = (
-        f"masked_linear {rows}x{cols} n{n_rows} density {trials.near(density)} rows {blocks:.1f} "
-        f"threads {torch.get_num_threads()}"
+        f"masked_linear {rows}x{cols} n{n_rows} density {trials.near(density)} "
+        f"rows {_rows_together(mask, kept):.1f} threads {torch.get_num_threads()}"
     )
-    ways = _ways(mask, kept, n_rows, layout)
-    return "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
+    ways, whole = _ways(mask, kept, n_rows, layout)
+    found = "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
+    # "sss" is one call back: the least of autograd's cost, which is most of a small layer's
+    return trials.choose(f"{key} whole", {path: partial(whole, path) for path in ("ddd", found, "sss")})
 
 
 def _rows_together(mask: Tensor, kept: int) -> float:
@@ -105,22 +115,22 @@ def _rows_together(mask: Tensor, kept: int) -> float:
 
 def _ways(
     mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor]
-) -> dict[str, dict[str, Callable[[], object]]]:
+) -> tuple[dict[str, dict[str, Callable[[], object]]], Callable[[str], object]]:
+    """Return step -> its two ways, and a training step along a path."""
     rows, cols = mask.shape
     made: dict[str, object] = {}
 
-    def case() -> tuple[Tensor, Tensor, Tensor, kernels.Parts, Tensor, Tensor]:
+    def case() -> tuple[Tensor, Tensor, Tensor, kernels.Parts, Tensor]:
         if not made:
             g = torch.Generator().manual_seed(0)
             x, dy = torch.randn(n_rows, cols, generator=g), torch.randn(n_rows, rows, generator=g)
             w = weights.select(torch.randn(rows, cols, generator=g), mask)
-            parts = kernels.Parts(mask, layout(), chunk(n_rows), mask.new_empty(0), kept, "sss")
-            values = kernels.cpu_forward(x, w, None, False, parts)[1]
-            made["case"] = (x, dy, w, parts, values, torch.zeros(rows, cols))
+            parts = kernels.Parts(mask, layout(), chunk(n_rows, kept / mask.numel()), mask.new_empty(0), kept, "sss")
+            made["case"] = (x, dy, w, parts, torch.zeros(rows, cols))
         return made["case"]  # type: ignore[return-value]
 
     def forward() -> object:
-        x, _, w, parts, *_ = case()
+        x, _, w, parts, _ = case()
         return kernels.cpu_forward(x, w, None, False, parts)
 
     def forward_dense() -> object:
@@ -128,23 +138,31 @@ def _ways(
         return F.linear(x, weights.operand(w, mask))
 
     def dx() -> object:
-        _, dy, w, parts, values, _ = case()
-        return kernels.cpu_backward(dy, None, w, values, parts, dx=True)
+        _, dy, w, parts, _ = case()
+        return kernels.cpu_backward(dy, None, w, parts, dx=True)
 
     def dx_dense() -> object:
         _, dy, w, *_ = case()
         return dy @ w
 
     def dw() -> object:
-        x, dy, _, parts, _, out = case()
-        return kernels.cpu_backward(dy, x, None, None, parts, dw=out)
+        x, dy, _, parts, out = case()
+        return kernels.cpu_backward(dy, x, None, parts, dw=out)
 
     def dw_dense() -> object:
-        x, dy, _, parts, _, out = case()
+        x, dy, _, parts, out = case()
         return kernels.cpu_outer(dy, x, parts, out)
+
+    def whole(path: str) -> object:
+        x, dy, w, parts, out = case()
+        with torch.enable_grad():
+            x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+            bias = w.new_zeros(rows, requires_grad=True)
+            y = steps.train(x, w, bias, parts._replace(path=path), lambda: torch.empty_like(out), False)
+            return torch.autograd.grad(y, (x, w, bias), dy)
 
     return {
         "forward": {"dense": forward_dense, "sparse": forward},
         "dx": {"dense": dx_dense, "sparse": dx},
         "dw": {"dense": dw_dense, "sparse": dw},
-    }
+    }, whole

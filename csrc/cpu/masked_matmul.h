@@ -1,18 +1,23 @@
 // y = act(x @ (w * mask).T + b), its gradient in x and its sampled gradient in w, for one CPU instruction
 // set.
 //
-// Layout of a mask (built once per mask, never from values): rows in blocks, columns in chunks small enough
-// that their activations stay in the first-level cache. In each (block, chunk) the columns of four
-// neighbouring rows are bucketed by the pattern of rows that keep them: one loop per pattern loads an
-// activation once for all rows that want it. Buckets of several rows hold a multiple of four columns; what is
-// left over goes to the rows one by one. The runs of a pattern are sorted by length, so that the branch
-// predictor knows where each ends. No branch per weight, no padding, exactly nnz multiply-adds. In memory,
+// Orders of a mask (built once per mask, never from values): rows in blocks, columns in chunks small enough
+// that their activations stay in the first-level cache. The weights are read where they stand: a column
+// number finds the activations and the weights of its rows alike, so no step copies what is kept.
+//
+// Groups, for the products: in each (block, chunk) the columns of four neighbouring rows are bucketed by the
+// pattern of rows that keep them: one loop per pattern loads an activation once for all rows that want it,
+// and the sums of the four rows stay in registers through all of them. Buckets too small to pay for their
+// loop go to the rows one by one. No branch per weight, no padding, exactly nnz multiply-adds. In memory,
 // little-endian:
-//   int32  table[blocks][chunks][15]  first column, first value, first run of each of the 12 patterns, end
-//   uint32 runs[]                     row - first row of the block (low half), columns of the run (high half)
-//   uint16 columns[]                  column - first column of the chunk, run by run
-// Values: the kept weights in the order of the runs, within a run row by row: read in sequence by the product
-// and by the gradient in x, which walks the same layout and adds to the columns.
+//   int32  first[blocks][chunks], end             where the columns of a cell begin
+//   uint16 counts[blocks][chunks][groups][16]     columns of each of the 15 patterns; the last is 0: none,
+//                                                 1: single rows only, 2: any
+//   uint16 columns[]                              column - first column of the chunk, pattern by pattern
+// Lists, for the gradient in w: the kept columns of each row.
+//   int32  first[blocks][chunks], end
+//   uint16 counts[blocks][chunks][rows of a block][1 + chunk / 16]  the count, then the row's mask, 16 to a
+//   word uint16 columns[]                                                and 16 zeros
 //
 // Panels: activations feature-major, [sample block][feature][lane], a sample is a SIMD lane. Blocks have
 // `lanes` samples, the last one as few vectors as hold the rest, padded with zeros.
@@ -26,10 +31,17 @@ namespace autoflip {
 constexpr int kGroup = 4;
 constexpr int64_t kRowBlock = 128;  // most rows of a block: with 64 lanes their sums take 32 KB
 constexpr int64_t kMaxChunk = 512;
+constexpr int64_t kUnrolled = 128;  // columns of a chunk above which loops take several columns at once
 constexpr int kPatterns = 12;
 constexpr int kPattern[kPatterns] = {15, 14, 13, 11, 7, 12, 10, 9, 6, 5, 3, 1};  // 1: any single row
 constexpr int kTable = kPatterns + 3;
 
+// The order that masked convolutions walk: as Groups, but pattern by pattern through a whole cell, values in
+// the order of the runs. The runs of a pattern are sorted by length, so that the branch predictor knows where
+// each ends.
+//   int32  table[blocks][chunks][15]  first column, first value, first run of each of the 12 patterns, end
+//   uint32 runs[]                     row - first row of the block (low half), columns of the run (high half)
+//   uint16 columns[]                  column - first column of the chunk, run by run
 struct Layout {
   const int32_t* table;
   const uint32_t* runs;
@@ -37,20 +49,41 @@ struct Layout {
   int64_t rows, cols, block, chunk;
 };
 
+constexpr int kSlots =
+    16;  // of Groups' counts: patterns of several rows in kPattern's order, rows 0 to 3, what
+
+struct Groups {
+  const int32_t* first;
+  const uint16_t* counts;
+  const uint16_t* columns;
+  int64_t rows, cols, block, chunk;
+};
+
+struct Lists {  // the fields of Groups
+  const int32_t* first;
+  const uint16_t* counts;
+  const uint16_t* columns;
+  int64_t rows, cols, block, chunk;
+};
+
+// Three orders of one mask; `back` (the mask turned round: rows are columns) has no rows where the gradient
+// in x walks `groups`.
+struct Orders {
+  Groups groups, back;
+  Lists lists;
+};
+
 struct MaskedMatmul {
-  // floats of scratch that the first panel of n samples takes, and all of them
-  int64_t (*panel_scratch)(int64_t n, int64_t features);
-  int64_t (*panels_scratch)(int64_t n, int64_t features);
-  // values (kept) = w (rows, cols) row-major at the layout
-  void (*pack)(Layout layout, const float* w, float* values, int threads);
-  // y (n, rows) = x (n, cols) @ weight.T, plus bias (rows) or null, then relu if asked; all row-major.
-  // scratch: panel_scratch(n, cols) floats
-  void (*multiply)(Layout layout, const float* values, const float* x, int64_t n, const float* bias,
-                   bool relu, float* y, float* scratch, int threads);
-  // dx (n, cols) = dy (n, rows) @ weight, unless dx is null; dw (rows, cols) = mask ? dy.T @ x : 0, unless
-  // dw is null. scratch: panels_scratch(n, rows + cols) floats
-  void (*backward)(Layout layout, const float* values, const float* dy, const float* x, int64_t n, float* dx,
-                   float* dw, float* scratch, int threads);
+  // floats of scratch that forward and backward take
+  int64_t (*forward_scratch)(int64_t n, int64_t rows, int64_t cols);
+  int64_t (*backward_scratch)(int64_t n, int64_t rows, int64_t cols);
+  // y (n, rows) = x (n, cols) @ (w * mask).T, plus bias (rows) or null, then relu if asked; all row-major
+  void (*forward)(const Orders& orders, const float* w, const float* x, int64_t n, const float* bias,
+                  bool relu, float* y, float* scratch, int threads);
+  // dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = mask ? dy.T @ x : 0; db (rows) = dy's sum
+  // over samples; those that are null are left out
+  void (*backward)(const Orders& orders, const float* w, const float* dy, const float* x, int64_t n,
+                   float* dx, float* dw, float* db, float* scratch, int threads);
   // out[i] = mask[i] ? w[i] : 0, the weight of the dense path (torch.where takes 20 times as long)
   void (*select)(const float* w, const uint8_t* mask, int64_t n, float* out, int threads);
   // whether w is zero wherever the mask is not set; reads only
@@ -67,6 +100,8 @@ extern const MaskedMatmul masked_matmul_avx2;
 extern const MaskedMatmul masked_matmul_avx512;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t list_slots(int64_t chunk) { return 1 + ceil_div(chunk, 16); }  // of Lists' counts, a row
 
 // Rows of a block: equal shares, two of them at least where there is work for two threads.
 inline int64_t rows_of_block(int64_t rows) {

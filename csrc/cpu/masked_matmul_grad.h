@@ -2,7 +2,7 @@
 #pragma once
 #include <cstddef>
 
-#include "cpu/masked_matmul_impl.h"
+#include "cpu/masked_matmul_product.h"
 
 namespace autoflip {
 namespace {
@@ -26,131 +26,147 @@ bool is_clean(const float* w, const uint8_t* mask, int64_t n) {
   return true;
 }
 
-struct Visit {
-  const float *dy, *x;  // the panel at the first row of the block and the first column of the chunk
-  float* dw;            // at both
-  int64_t cols;
-  bool first;  // panel: sums are written, else added
-};
+// --- the gradient in w
 
-// dw at the next `Columns` columns of a run; those past the end repeat the first and are not written
-template <int P, int V, int Columns>
-AF_INLINE void sample_block(const uint16_t* column, const uint16_t* end, const vec (&d)[popcount(P)][V],
-                            const Visit& at, float* dw) {
-  constexpr int kRows = popcount(P), kSums = kRows * Columns, kFour = (kSums + 3) / 4 * 4;
-  vec sums[kFour];
-  unroll<kSums, kFour>([&](auto i) AF_LAMBDA { sums[i.value] = vec{}; });
+// sums[j] = the sum over lanes of dy * x at column[j] (plus sums[j] unless `first`), j < Columns
+template <int Columns, int V>
+AF_INLINE void sample(const uint16_t* column, const vec (&dy)[V], const float* x, bool first, float* sums) {
+#if defined(__AVX512F__)
+  if constexpr (V == 1) {  // in halves: the first fold is a multiply-add
+    const __m256 low = _mm512_castps512_ps256(dy[0]), high = _mm512_extractf32x8_ps(dy[0], 1);
+    __m256 half[Columns];
+    unroll<0, Columns>([&](auto j) AF_LAMBDA {
+      const float* xk = x + column[j.value] * int64_t(kVector);
+      half[j.value] = _mm256_fmadd_ps(high, _mm256_loadu_ps(xk + 8), low * _mm256_loadu_ps(xk));
+    });
+    sum_halves<Columns>(half, first, sums);
+    return;
+  }
+#endif
+  vec products[Columns];
   unroll<0, Columns>([&](auto j) AF_LAMBDA {
-    const int64_t k = j.value < end - column ? column[j.value] : column[0];
-    const float* x = at.x + k * V * kVector;
-    unroll<0, V>([&](auto v) AF_LAMBDA {
-      const vec xv = load(x + v.value * kVector);
-      unroll<0, kRows>([&](auto r) AF_LAMBDA {
-        constexpr int i = decltype(j)::value * kRows + decltype(r)::value;
-        sums[i] = v.value ? fma(d[r.value][v.value], xv, sums[i]) : d[r.value][0] * xv;
-      });
+    const float* xk = x + column[j.value] * int64_t(V * kVector);
+    products[j.value] = dy[0] * load(xk);
+    unroll<1, V>([&](auto v) AF_LAMBDA {
+      products[j.value] = fma(dy[v.value], load(xk + v.value * kVector), products[j.value]);
     });
   });
-  float out[kFour];
-#if defined(__AVX512F__)
-  if constexpr (kFour == 16)
-    sum_lanes16(sums, out);
-  else
-#endif
-    unroll<0, kFour / 4>([&](auto i) AF_LAMBDA { sum_lanes(sums + 4 * i.value, out + 4 * i.value); });
-  unroll<0, Columns>([&](auto j) AF_LAMBDA {
-    if (j.value < end - column)
-      unroll<0, kRows>([&](auto r) AF_LAMBDA {
-        float& entry = dw[column[j.value] + row_of(P, decltype(r)::value) * at.cols];
-        const float sum = out[decltype(j)::value * kRows + decltype(r)::value];
-        entry = at.first ? sum : entry + sum;
-      });
-  });
+  sum_columns<Columns>(products, first, sums);
 }
 
-template <int P, int V>
-AF_INLINE void sample_runs(Runs& runs, const Visit& at) {
-  constexpr int kSums = sizeof(vec) == 64 ? 16 : 8;  // registers
-  constexpr int kRows = popcount(P), kWide = kRows == 1 ? kSums : kRows == 2 ? kSums / 2 : kSums / 4;
-  constexpr int kNarrow = kWide > 4 ? 4 : kWide;
-  for (; runs.run != runs.end; ++runs.run) {
-    const int64_t row = *runs.run & 0xffff;
-    const uint16_t *column = runs.column, *end = column + (*runs.run >> 16);
-    float* dw = at.dw + row * at.cols;
-    vec d[kRows][V];
-    unroll<0, kRows * V>([&](auto i) AF_LAMBDA {
-      constexpr int r = decltype(i)::value / V, v = decltype(i)::value % V;
-      d[r][v] = load(at.dy + ((row + row_of(P, r)) * V + v) * kVector);
-    });
-    for (; end - column > kWide - kNarrow; column += kWide) sample_block<P, V, kWide>(column, end, d, at, dw);
-    if constexpr (kNarrow < kWide)
-      for (; column < end; column += kNarrow) sample_block<P, V, kNarrow>(column, end, d, at, dw);
-    runs.column = end;
+constexpr int kWide = sizeof(vec) == 64 ? 16 : sizeof(vec) == 32 ? 8 : 4;  // columns that registers hold
+
+// The gradients of a cell, row after row, each row's from a whole vector on. sums: written, or added to
+template <int V>
+void sample_cell(const Lists& lists, int64_t cell, int64_t rows, const float* dy, const float* x, bool first,
+                 float* sums) {
+  const int64_t slots = list_slots(lists.chunk);
+  const uint16_t *count = lists.counts + cell * lists.block * slots,
+                 *column = lists.columns + lists.first[cell];
+  for (int64_t r = 0; r < rows; ++r, count += slots) {
+    vec d[V];
+    unroll<0, V>([&](auto v) AF_LAMBDA { d[v.value] = load(dy + (r * V + v.value) * kVector); });
+    // past the end of a row its next columns are sampled too, into room that nobody reads
+    int64_t j = 0;
+    for (; *count - j > kWide - 4; j += kWide) sample<kWide, V>(column + j, d, x, first, sums + j);
+    if constexpr (kWide > 8)
+      for (; *count - j > 4; j += 8) sample<8, V>(column + j, d, x, first, sums + j);
+    if constexpr (kWide > 4)
+      for (; *count - j > 0; j += 4) sample<4, V>(column + j, d, x, first, sums + j);
+    column += *count;
+    sums += ceil_div(*count, kWide) * kWide;
   }
 }
-
-template <int V>
-void sample_cell(const Layout& layout, int64_t cell, const Visit& at) {
-  each_pattern(layout, cell, nullptr,
-               [&](auto p, Runs& runs) AF_LAMBDA { sample_runs<p.value, V>(runs, at); });
-}
-typedef void (*SampleCell)(const Layout&, int64_t, const Visit&);
+typedef decltype(&sample_cell<1>) SampleCell;
 #if defined(__AVX512F__)
 constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cell<3>, sample_cell<4>};
 #else
 constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>};
 #endif
 
-constexpr int64_t kPastCache = int64_t(1) << 22;  // floats: 16 MB
-
-AF_INLINE void copy_row(const float* from, int64_t n, float* to, bool past) {
-  int64_t j = 0;
+// to[j] = bit j of `bits` ? the next of `from` : 0; `column`: the numbers of the bits that are set
+AF_INLINE void spread_row(const float* from, const uint16_t* column, int64_t count, const uint16_t* bits,
+                          int64_t n, float* to, bool past) {
 #if defined(__AVX512F__)
-  if (past && reinterpret_cast<std::uintptr_t>(to) % 64 == 0)
-    for (; j + kVector <= n; j += kVector) _mm512_stream_ps(to + j, load(from + j));
+  if (past || count * 16 > n) {
+    past = past && reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
+    int64_t j = 0;
+    for (; j + kVector <= n; j += kVector, ++bits) {
+      const vec v = _mm512_maskz_expand_ps(__mmask16(*bits), load(from));
+      if (past)
+        _mm512_stream_ps(to + j, v);
+      else
+        store(to + j, v);
+      from += __builtin_popcount(*bits);
+    }
+    if (j < n)
+      _mm512_mask_storeu_ps(to + j, __mmask16((1u << (n - j)) - 1),
+                            _mm512_maskz_expand_ps(__mmask16(*bits), load(from)));
+    return;
+  }
 #endif
   (void)past;
-  __builtin_memcpy(to + j, from + j, std::size_t(n - j) * sizeof(float));
+  (void)bits;
+  __builtin_memset(to, 0, std::size_t(n) * sizeof(float));
+  for (int64_t j = 0; j < count; ++j) to[column[j]] = from[j];
 }
 
-// dw of one (block, chunk), all panels, by way of a tile: rows of a weight whose width is a power of two
-// would otherwise fight for the same few lines of the cache
-void sample_tile(const Layout& layout, int64_t cell, const float* dy, const float* x, int64_t n, float* dw) {
-  alignas(64) float tile[(kRowBlock + kGroup) * kMaxChunk];
-  const int64_t chunks = ceil_div(layout.cols, layout.chunk);
-  const int64_t row = cell / chunks * layout.block, col = cell % chunks * layout.chunk;
-  const int64_t rows = layout.rows - row < layout.block ? layout.rows - row : layout.block;
-  const int64_t cols = layout.cols - col < layout.chunk ? layout.cols - col : layout.chunk;
-  __builtin_memset(tile, 0, std::size_t(rows * cols) * sizeof(float));
+// dw of one cell, all panels
+void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float* x, int64_t n, float* dw) {
+  alignas(64) float sums[kRowBlock * kMaxChunk + 2 * kWide];
+  const int64_t chunks = ceil_div(lists.cols, lists.chunk), slots = list_slots(lists.chunk);
+  const int64_t row = cell / chunks * lists.block, col = cell % chunks * lists.chunk;
+  const int64_t rows = lists.rows - row < lists.block ? lists.rows - row : lists.block;
+  const int64_t cols = lists.cols - col < lists.chunk ? lists.cols - col : lists.chunk;
   for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
     const Panel p = panel(i, n);
-    kSampleCell[p.width / kVector - 1](layout, cell,
-                                       {dy + p.begin * layout.rows + row * p.width,
-                                        x + p.begin * layout.cols + col * p.width, tile, cols, i == 0});
+    kSampleCell[p.width / kVector - 1](lists, cell, rows, dy + p.begin * lists.rows + row * p.width,
+                                       x + p.begin * lists.cols + col * p.width, i == 0, sums);
   }
   // what no cache will hold until it is read again need not pass through one
-  const bool past = layout.rows * layout.cols >= kPastCache;
-  for (int64_t r = 0; r < rows; ++r)
-    copy_row(tile + r * cols, cols, dw + (row + r) * layout.cols + col, past);
+  const bool past = lists.rows * lists.cols >= kPastCache;
+  const uint16_t *count = lists.counts + cell * lists.block * slots,
+                 *column = lists.columns + lists.first[cell];
+  const float* from = sums;
+  if (n == 0) __builtin_memset(sums, 0, sizeof sums);
+  for (int64_t r = 0; r < rows; ++r, count += slots) {
+    spread_row(from, column, *count, count + 1, cols, dw + (row + r) * lists.cols + col, past);
+    column += *count;
+    from += ceil_div(*count, kWide) * kWide;
+  }
 #if defined(__AVX512F__)
   if (past) _mm_sfence();
 #endif
 }
 
-void backward(Layout layout, const float* values, const float* dy, const float* x, int64_t n, float* dx,
-              float* dw, float* scratch, int threads) {
-  const int64_t chunks = ceil_div(layout.cols, layout.chunk),
-                cells = ceil_div(layout.rows, layout.block) * chunks;
-  float* x_panels = scratch + padded(n) * layout.rows;
-  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
-    const Panel p = panel(i, n);
-    to_panel(dy, p, layout.rows, scratch + p.begin * layout.rows, threads);
-    if (dx) multiply_back(layout, values, scratch + p.begin * layout.rows, p, dx, threads);
-    if (dw) to_panel(x, p, layout.cols, x_panels + p.begin * layout.cols, threads);
-  }
+// db[j] = the sum of column j of dy (n, rows), four samples at a time
+void sum_samples(const float* dy, int64_t n, int64_t rows, float* db) {
+  __builtin_memset(db, 0, std::size_t(rows) * sizeof(float));
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4, dy += 4 * rows)
+#pragma omp simd
+    for (int64_t j = 0; j < rows; ++j)
+      db[j] += (dy[j] + dy[j + rows]) + (dy[j + 2 * rows] + dy[j + 3 * rows]);
+  for (; i < n; ++i, dy += rows)
+#pragma omp simd
+    for (int64_t j = 0; j < rows; ++j) db[j] += dy[j];
+}
+
+void backward(const Orders& orders, const float* w, const float* dy, const float* x, int64_t n, float* dx,
+              float* dw, float* db, float* scratch, int threads) {
+  const Lists& lists = orders.lists;
+  if (db) sum_samples(dy, n, lists.rows, db);
+  const int64_t cells = ceil_div(lists.rows, lists.block) * ceil_div(lists.cols, lists.chunk);
+  to_panels(dy, n, lists.rows, scratch, threads);
+  if (dx && orders.back.rows)
+    product(orders.back, {w, 1, lists.cols, false}, scratch, n, nullptr, false, dx, threads);
+  else if (dx)
+    product_back(orders.groups, w, scratch, n, dx, threads);
   if (!dw) return;
+  float* x_panels = scratch + padded(n) * lists.rows;
+  to_panels(x, n, lists.cols, x_panels, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < cells; ++t) sample_tile(layout, t, scratch, x_panels, n, dw);
+  for (int64_t t = 0; t < cells; ++t) sample_tile(lists, t, scratch, x_panels, n, dw);
 }
 
 // --- every product, masked where it is stored: with half as wide vectors and half as many registers a

@@ -218,5 +218,49 @@ AF_INLINE void sum_lanes16(const vec* v, float* out) {
 }
 #endif
 
+// out[j] = the sum of the lanes of v[j] (plus out[j] unless `first`), j < 4, 8 or (512 bits) 16; one
+// association of terms for all counts, so a weight's gradient does not depend on how many columns were summed
+// with its own
+#if defined(__AVX2__)
+AF_INLINE __m256 pair256(__m256 a, __m256 b) { return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b); }
+AF_INLINE __m256 four256(const __m256* v) {
+  const __m256 a = pair256(v[0], v[1]), b = pair256(v[2], v[3]);
+  return _mm256_shuffle_ps(a, b, 0x44) + _mm256_shuffle_ps(a, b, 0xee);
+}
+template <int Columns>
+AF_INLINE void sum_halves(const __m256* v, bool first, float* out) {
+  if constexpr (Columns == 4) {
+    const __m256 a = four256(v);
+    const __m128 sum = _mm256_castps256_ps128(a) + _mm256_extractf128_ps(a, 1);
+    _mm_storeu_ps(out, first ? sum : sum + _mm_loadu_ps(out));
+  } else {
+    unroll<0, Columns / 8>([&](auto i) AF_LAMBDA {
+      const __m256 a = four256(v + 8 * i.value), b = four256(v + 8 * i.value + 4);
+      const __m256 sum = _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+      float* to = out + 8 * i.value;
+      _mm256_storeu_ps(to, first ? sum : sum + _mm256_loadu_ps(to));
+    });
+  }
+}
+#endif
+template <int Columns>
+AF_INLINE void sum_columns(const vec* v, bool first, float* out) {
+#if defined(__AVX512F__)
+  __m256 half[Columns];
+  unroll<0, Columns>([&](auto j) AF_LAMBDA {
+    half[j.value] = _mm512_castps512_ps256(v[j.value]) + _mm512_extractf32x8_ps(v[j.value], 1);
+  });
+  sum_halves<Columns>(half, first, out);
+#elif defined(__AVX2__)
+  sum_halves<Columns>(v, first, out);
+#else
+  static_assert(Columns == 4);
+  for (int i = 0; i < 4; ++i) {
+    const float sum = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+    out[i] = first ? sum : out[i] + sum;
+  }
+#endif
+}
+
 }  // namespace
 }  // namespace autoflip

@@ -1,0 +1,272 @@
+// The products of masked_matmul.h for the instruction set that the including source is compiled for.
+//
+// Measured by bench/bench_masked_matmul.py and bench/bench_layers.py.
+#pragma once
+#include "cpu/masked_matmul_simd.h"
+
+namespace autoflip {
+namespace {
+
+constexpr int64_t kRound = 4;  // panels that meet a cell of a large weight one after the other
+constexpr int64_t kLarge = int64_t(1)
+                           << 18;  // floats of a weight that leaves no room for panels in the cache
+
+// The weight at a row and a column of a cell: at[row * rows + column * columns]. `ask`: it lies far away, and
+// so many of its lines are wanted that the next rows are asked for ahead.
+struct Weight {
+  const float* at;
+  int64_t rows, columns;
+  bool ask;
+};
+
+// the columns that the orders of a cell name
+AF_INLINE int64_t named(const Groups& g, int64_t cell) { return g.first[cell + 1] - g.first[cell]; }
+
+AF_INLINE void ask_for(const float* at, int64_t n) {
+  for (int64_t j = 0; j < n; j += 16) __builtin_prefetch(at + j, 0, 3);
+}
+
+// Asks for a sixteenth of the rows after the group at `row`: all at once would have to wait for each other.
+AF_INLINE void ask_for_next(const Weight& w, int piece, int64_t row, int64_t rows, int64_t cols) {
+  const int64_t r = kGroup + piece % kGroup, quarter = cols / 64 * 16;
+  if (!w.ask || row + r >= rows) return;
+  ask_for(w.at + r * w.rows + piece / kGroup * quarter, piece / kGroup < 3 ? quarter : cols - 3 * quarter);
+}
+
+// One panel of x (n, features) row-major, feature-major.
+void to_panel(const float* x, Panel p, int64_t features, float* out, int threads) {
+  constexpr int64_t kBlock = 512;  // features of one task
+  const int64_t tasks = ceil_div(features, kBlock);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1)
+  for (int64_t t = 0; t < tasks; ++t) {
+    const int64_t first = t * kBlock, cols = features - first < kBlock ? features - first : kBlock;
+    transpose<true>(x + p.begin * features + first, features, p.count, cols, out + first * p.width, p.width);
+  }
+}
+
+AF_INLINE int64_t padded(int64_t n) { return ceil_div(n, kVector) * kVector; }
+
+void to_panels(const float* x, int64_t n, int64_t features, float* out, int threads) {
+  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
+    const Panel p = panel(i, n);
+    to_panel(x, p, features, out + p.begin * features, threads);
+  }
+}
+
+constexpr int pattern_of(int slot) {
+  return slot + 1 < kPatterns ? kPattern[slot] : 1 << (slot + 1 - kPatterns);
+}
+
+// a multiply-add takes 4 cycles and one or two can begin in each: short rows of lanes take turns between sets
+template <int V>
+constexpr int kSets = kVectors / V;
+
+// sums += the columns of pattern P
+template <int P, int V>
+AF_INLINE void add_columns(const uint16_t*& column, int64_t count, const Weight& w, const float* x,
+                           vec (&sums)[kSets<V>][kGroup][V]) {
+  const uint16_t* end = column + count;
+  const auto add = [&](int64_t k, vec(&to)[kGroup][V]) AF_LAMBDA {
+    const float *xk = x + k * (V * kVector), *wk = w.at + k * w.columns;
+    vec xs[V];
+    unroll<0, V>([&](auto v) AF_LAMBDA { xs[v.value] = load(xk + v.value * kVector); });
+    unroll<0, popcount(P)>([&](auto i) AF_LAMBDA {
+      constexpr int r = row_of(P, decltype(i)::value);
+      const vec b = broadcast(wk[r * w.rows]);
+      unroll<0, V>([&](auto v) AF_LAMBDA { to[r][v.value] = fma(b, xs[v.value], to[r][v.value]); });
+    });
+  };
+  if constexpr (kSets<V> > 1)
+    for (; end - column >= kSets<V>; column += kSets<V>)
+      unroll<0, kSets<V>>([&](auto s) AF_LAMBDA { add(column[s.value], sums[s.value]); });
+  for (; column != end; ++column) add(*column, sums[0]);
+}
+
+// sums[row][V vectors] += the groups of a cell
+template <int V>
+void add_cell(const Groups& g, int64_t cell, int64_t rows, int64_t cols, Weight w, const float* x,
+              float* at) {
+  const uint16_t* count = g.counts + cell * (g.block / kGroup) * kSlots;
+  const uint16_t* column = g.columns + g.first[cell];
+  for (int64_t row = 0; row < rows;
+       row += kGroup, count += kSlots, at += kGroup * V * kVector, w.at += kGroup * w.rows) {
+    if (!count[kSlots - 1]) continue;
+    vec sums[kSets<V>][kGroup][V];
+    unroll<0, kGroup * V>([&](auto i) AF_LAMBDA {
+      constexpr int r = decltype(i)::value / V, v = decltype(i)::value % V;
+      sums[0][r][v] = load(at + i.value * kVector);
+      unroll<1, kSets<V>>([&](auto s) AF_LAMBDA { sums[s.value][r][v] = vec{}; });
+    });
+    if (count[kSlots - 1] > 1)
+      unroll<0, kPatterns - 1>([&](auto slot) AF_LAMBDA {
+        ask_for_next(w, slot.value, row, rows, cols);
+        add_columns<pattern_of(slot.value), V>(column, count[slot.value], w, x, sums);
+      });
+    unroll<kPatterns - 1, kSlots - 1>([&](auto slot) AF_LAMBDA {
+      constexpr int piece = slot.value + 1;
+      ask_for_next(w, piece, row, rows, cols);
+      if (count[kSlots - 1] == 1)
+        unroll<1, 4>([&](auto i) AF_LAMBDA { ask_for_next(w, piece - kGroup * i.value, row, rows, cols); });
+      add_columns<pattern_of(slot.value), V>(column, count[slot.value], w, x, sums);
+    });
+    unroll<0, kGroup * V>([&](auto i) AF_LAMBDA {
+      constexpr int r = decltype(i)::value / V, v = decltype(i)::value % V;
+      vec sum = sums[0][r][v];
+      if constexpr (kSets<V> == 2) sum = sum + sums[1][r][v];
+      if constexpr (kSets<V> == 4) sum = (sum + sums[1][r][v]) + (sums[2][r][v] + sums[3][r][v]);
+      store(at + i.value * kVector, sum);
+    });
+  }
+}
+
+// sums[column][V vectors] += the columns of pattern P, whose rows have these dy
+template <int P, int V>
+AF_INLINE void scatter_columns(const uint16_t*& column, int64_t count, const Weight& w,
+                               const vec (&dy)[kGroup][V], float* sums) {
+  const uint16_t* end = column + count;
+  for (; column != end; ++column) {
+    float* at = sums + *column * int64_t(V * kVector);
+    const float* wk = w.at + *column;
+    vec sum[V];
+    unroll<0, V>([&](auto v) AF_LAMBDA { sum[v.value] = load(at + v.value * kVector); });
+    unroll<0, popcount(P)>([&](auto i) AF_LAMBDA {
+      constexpr int r = row_of(P, decltype(i)::value);
+      const vec b = broadcast(wk[r * w.rows]);
+      unroll<0, V>([&](auto v) AF_LAMBDA { sum[v.value] = fma(b, dy[r][v.value], sum[v.value]); });
+    });
+    unroll<0, V>([&](auto v) AF_LAMBDA { store(at + v.value * kVector, sum[v.value]); });
+  }
+}
+
+// dy: the panel at the first row of the block; its rows past the last one are read, and count for nothing
+template <int V>
+void scatter_cell(const Groups& g, int64_t cell, int64_t rows, int64_t cols, Weight w, const float* dy,
+                  float* sums) {
+  const uint16_t* count = g.counts + cell * (g.block / kGroup) * kSlots;
+  const uint16_t* column = g.columns + g.first[cell];
+  for (int64_t row = 0; row < rows; row += kGroup, count += kSlots, w.at += kGroup * w.rows) {
+    if (!count[kSlots - 1]) continue;
+    vec d[kGroup][V];
+    unroll<0, kGroup * V>([&](auto i) AF_LAMBDA {
+      constexpr int r = decltype(i)::value / V, v = decltype(i)::value % V;
+      d[r][v] = row + r < rows ? load(dy + ((row + r) * V + v) * kVector) : vec{};
+    });
+    if (count[kSlots - 1] > 1)
+      unroll<0, kPatterns - 1>([&](auto slot) AF_LAMBDA {
+        ask_for_next(w, slot.value, row, rows, cols);
+        scatter_columns<pattern_of(slot.value), V>(column, count[slot.value], w, d, sums);
+      });
+    unroll<kPatterns - 1, kSlots - 1>([&](auto slot) AF_LAMBDA {
+      constexpr int piece = slot.value + 1;
+      ask_for_next(w, piece, row, rows, cols);
+      if (count[kSlots - 1] == 1)
+        unroll<1, 4>([&](auto i) AF_LAMBDA { ask_for_next(w, piece - kGroup * i.value, row, rows, cols); });
+      scatter_columns<pattern_of(slot.value), V>(column, count[slot.value], w, d, sums);
+    });
+  }
+}
+
+#if defined(__AVX512F__)
+constexpr decltype(&add_cell<1>) kAddCell[] = {add_cell<1>, add_cell<2>, add_cell<3>, add_cell<4>};
+constexpr decltype(&scatter_cell<1>) kScatterCell[] = {scatter_cell<1>, scatter_cell<2>, scatter_cell<3>,
+                                                       scatter_cell<4>};
+#else
+constexpr decltype(&add_cell<1>) kAddCell[] = {add_cell<1>, add_cell<2>};
+constexpr decltype(&scatter_cell<1>) kScatterCell[] = {scatter_cell<1>, scatter_cell<2>};
+#endif
+
+constexpr int64_t kPastCache = int64_t(1) << 22;  // floats: 16 MB
+
+// Whether enough of a cell's weights is used, by `uses` panels, to fetch or copy them all.
+AF_INLINE bool busy(const Groups& g, int64_t cell, int64_t rows, int64_t cols, int64_t uses) {
+  return named(g, cell) * uses * (g.rows * g.cols >= kPastCache ? 40 : 12) > rows * cols;
+}
+
+// The weights of a cell, whose columns are rows of the weight, copied to rows of an odd number of cache
+// lines: where they stand a large power of two apart they would fight for the same few lines of the cache.
+AF_INLINE Weight near(Weight w, int64_t rows, int64_t cols, float* tile) {
+  constexpr int64_t kStride = kRowBlock + 16, kAhead = 6;
+  for (int64_t c = 0; c < cols && c < kAhead; ++c) ask_for(w.at + c * w.columns, rows);
+  for (int64_t c = 0; c < cols; ++c) {
+    if (c + kAhead < cols) ask_for(w.at + (c + kAhead) * w.columns, rows);
+    __builtin_memcpy(tile + c * kStride, w.at + c * w.columns, std::size_t(rows) * sizeof(float));
+  }
+  return {tile, 1, kStride, false};
+}
+
+// out (n, g.rows) row-major = act(in @ weight.T + bias) for the `n` samples of panels[feature][lane]
+void product(const Groups& g, Weight w, const float* panels, int64_t n, const float* bias, bool relu,
+             float* out, int threads) {
+  const int64_t blocks = ceil_div(g.rows, g.block), chunks = ceil_div(g.cols, g.chunk);
+  const int64_t count = ceil_div(n, kLanes), round = g.rows * g.cols > kLarge ? kRound : 1;
+  for (int64_t first = 0; first < count; first += round) {
+    const int64_t end = count - first < round ? count : first + round;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && blocks > 1)
+    for (int64_t b = 0; b < blocks; ++b) {
+      alignas(64) float sums[kRound][(kRowBlock + kGroup) * kLanes];
+      alignas(64) float tile[(kRowBlock + 16) * kMaxChunk];
+      const int64_t row = b * g.block, rows = g.rows - row < g.block ? g.rows - row : g.block;
+      for (int64_t i = first; i < end; ++i)
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t v = 0, width = panel(i, n).width; v < width; v += kVector)
+            store(sums[i - first] + r * width + v, broadcast(bias ? bias[row + r] : 0.0f));
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t col = c * g.chunk, cols = g.cols - col < g.chunk ? g.cols - col : g.chunk;
+        Weight here = {w.at + row * w.rows + col * w.columns, w.rows, w.columns, false};
+        const bool many = busy(g, b * chunks + c, rows, cols, end - first);
+        if (w.rows == 1 && w.columns % 64 == 0 && many) here = near(here, rows, cols, tile);
+        here.ask = w.columns == 1 && many && round > 1;
+        for (int64_t i = first; i < end; ++i) {
+          const Panel p = panel(i, n);
+          kAddCell[p.width / kVector - 1](g, b * chunks + c, rows, cols, here,
+                                          panels + p.begin * g.cols + col * p.width, sums[i - first]);
+          here.ask = false;
+        }
+      }
+      for (int64_t i = first; i < end; ++i) {
+        const Panel p = panel(i, n);
+        float* sum = sums[i - first];
+        if (relu)
+          for (int64_t j = 0; j < rows * p.width; ++j) sum[j] = sum[j] < 0 ? 0 : sum[j];  // NaN stays NaN
+        transpose<false>(sum, p.width, rows, p.count, out + p.begin * g.rows + row, g.rows);
+      }
+    }
+  }
+}
+
+// dx of all panels by way of the groups of the forward product: few lanes are added up in memory
+void product_back(const Groups& g, const float* w, const float* panels, int64_t n, float* dx, int threads) {
+  const int64_t blocks = ceil_div(g.rows, g.block), chunks = ceil_div(g.cols, g.chunk);
+  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
+    const Panel p = panel(i, n);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+      alignas(64) float sums[kMaxChunk * kLanes];
+      const int64_t col = c * g.chunk, cols = g.cols - col < g.chunk ? g.cols - col : g.chunk;
+      for (int64_t j = 0; j < cols * p.width; j += kVector) store(sums + j, vec{});
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t row = b * g.block, rows = g.rows - row < g.block ? g.rows - row : g.block;
+        const bool ask = g.rows * g.cols > kLarge && busy(g, b * chunks + c, rows, cols, 1);
+        kScatterCell[p.width / kVector - 1](g, b * chunks + c, rows, cols,
+                                            {w + row * g.cols + col, g.cols, 1, ask},
+                                            panels + p.begin * g.rows + row * p.width, sums);
+      }
+      transpose<false>(sums, p.width, cols, p.count, dx + p.begin * g.cols + col, g.cols);
+    }
+  }
+}
+
+int64_t forward_scratch(int64_t n, int64_t, int64_t cols) { return padded(n) * cols; }
+// past the end of a row of a narrow chunk the gradient in w looks up columns of another chunk
+int64_t backward_scratch(int64_t n, int64_t rows, int64_t cols) {
+  return padded(n) * (rows + cols) + kMaxChunk * kLanes;
+}
+
+void forward(const Orders& orders, const float* w, const float* x, int64_t n, const float* bias, bool relu,
+             float* y, float* scratch, int threads) {
+  to_panels(x, n, orders.groups.cols, scratch, threads);
+  product(orders.groups, {w, orders.groups.cols, 1, false}, scratch, n, bias, relu, y, threads);
+}
+
+}  // namespace
+}  // namespace autoflip
