@@ -27,8 +27,9 @@ __all__ = ["ConvPack", "conv_weight", "masked_conv2d"]
 LEAST_BATCH = 8  # samples are SIMD lanes
 # multiply-adds of the dense convolution below which a sparse call costs more than it saves, and is not tried
 LEAST_WORK = 2_000_000
-# density above which the sparse kernels are not tried: none gained there (bench/bench_layers.py --only conv)
-TRIED_BELOW = 0.75
+# density above which the sparse kernels are not tried: none gained there (bench/bench_layers.py --only conv), but for
+# fewer channels than oneDNN's registers hold: those it convolves at a fifth of its rate (bench/bench_compact.py)
+TRIED_BELOW, FEW_CHANNELS = 0.75, 16
 # step -> density below which the kernel was at least 10 % faster than torch 2.13's dense convolution (oneDNN) at
 # every shape of bench/bench_layers.py, batch 16. Intel Xeon (Sapphire Rapids), 1 thread, CPU time, 2026-11-22.
 RULE = {
@@ -85,7 +86,9 @@ class ConvPack:
             return None
         if self.path == "auto":
             density = self.kept / self.mask.numel()
-            if n * out[0] * out[1] * self.mask.numel() < LEAST_WORK or density > TRIED_BELOW:
+            if n * out[0] * out[1] * self.mask.numel() < LEAST_WORK:
+                return None
+            if density > TRIED_BELOW and min(self.mask.shape[:2]) >= FEW_CHANNELS:
                 return None
         nothing = torch.empty(0, dtype=torch.uint8)
         bare = Parts(self.mask, nothing, nothing, nothing, self.kept, self.padding, self.dilation, "sss")
