@@ -1,5 +1,5 @@
-// Addresses in, 0 for none; sizes as (n, channels, height, width, pad height, pad width) and (height, width, dilation
-// height, dilation width).
+// Addresses in, 0 for none; sizes as (n, channels, height, width, pad height, pad width) and (height, width,
+// dilation height, dilation width).
 #include <pybind11/stl.h>
 
 #include <array>
@@ -24,9 +24,9 @@ const MaskedConv& kernels() { return pick(masked_conv_base, masked_conv_avx2, ma
 Images images_of(const Six& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
 Kernel kernel_of(const Four& s) { return {s[0], s[1], s[2], s[3]}; }
 
-// a tile of the products is a piece of a row, the gradient's is a square
-int64_t tile_height(bool sample) { return sample ? kernels().sample : 1; }
-int64_t tile_width(bool sample) { return sample ? kernels().sample : kernels().tile; }
+// a tile of the products is a piece of a row, the gradient's is a rectangle
+int64_t tile_height(bool sample) { return sample ? kernels().sample_height : 1; }
+int64_t tile_width(bool sample) { return sample ? kernels().sample_width : kernels().tile; }
 
 py::bytes layout(uintptr_t mask, int64_t rows, const Six& images, const Four& kernel, bool sample,
                  bool turned) {
@@ -115,7 +115,8 @@ void bind_masked_conv(py::module_& m) {
       .def("forward", &Shape::forward,
            "y = conv2d(x, weight at the layout) + bias, by way of x's panel, which is written")
       .def("backward", &Shape::backward,
-           "dx, dw and db, unless null. x, dy null: their panels are there, else they are written; dw keeps its "
+           "dx, dw and db, unless null. x, dy null: their panels are there, else they are written; dw keeps "
+           "its "
            "entries outside the layout");
 }
 

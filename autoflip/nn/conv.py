@@ -47,7 +47,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
         if torch.compiler.is_compiling():
             return self._conv_forward(input, weight if mask is None else conv_weight(weight, mask), bias)
         known = self.__dict__.get("_pack")  # asked first: the rest of the way costs a small layer a percent or two
-        if known is None or known[0] is not mask or known[1] != version_of(known[0]):
+        if known is None or mask is None or known[0] is not mask or known[1] != version_of(mask):
             mask = self._mask_of("weight")
             if mask is None:
                 return self._conv_forward(input, weight, bias)

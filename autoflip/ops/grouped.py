@@ -109,9 +109,7 @@ _dx_op = _register(
     _dx,
     lambda dy, weight, *_: dy.new_empty(*dy.shape[:2], weight.shape[2]),
 )
-_dw_op = _register(
-    "grouped_linear_dw", "Tensor dy, Tensor x", _dw, lambda dy, x, masks, *_: dy.new_empty(masks.shape)
-)
+_dw_op = _register("grouped_linear_dw", "Tensor dy, Tensor x", _dw, lambda dy, x, masks, *_: dy.new_empty(masks.shape))
 
 
 def _flops(a: Tensor, b: Tensor, *rest: Any, out_val: Any = None, **_: Any) -> int:

@@ -34,9 +34,9 @@ struct Kernel {
 };
 
 struct MaskedConv {
-  int64_t lanes;  // of a panel
-  int64_t tile,
-      sample;  // positions in a row that a product takes at once, and a side of the gradient's square
+  int64_t lanes;                        // of a panel
+  int64_t tile;                         // positions in a row that a product takes at once
+  int64_t sample_height, sample_width;  // and the gradient's rectangle
   // floats of a panel
   int64_t (*panel_size)(Images images);
   // panel = x (n, channels, height, width). sums, unless null: (groups of lanes, channels), what each channel

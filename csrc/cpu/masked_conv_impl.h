@@ -10,7 +10,7 @@
 namespace autoflip {
 namespace {
 
-constexpr int64_t kSquare = 4;  // side of the gradient's tiles
+constexpr int64_t kTall = 4, kWide = 8;  // the gradient's tiles
 
 int64_t panel_size(Images images) {
   return ceil_div(images.n, kVector) * images.channels * images.full_height() * images.full_width() * kVector;
@@ -29,9 +29,8 @@ struct Sums {
   AF_INLINE void add(const float* from, int64_t vectors) {
     int64_t i = 0;
     for (; i + 4 <= vectors; i += 4)
-      unroll<0, 4>([&](auto j) AF_LAMBDA {
-        part[j.value] = part[j.value] + load(from + (i + j.value) * kVector);
-      });
+      unroll<0, 4>([&](auto j)
+                       AF_LAMBDA { part[j.value] = part[j.value] + load(from + (i + j.value) * kVector); });
     for (; i < vectors; ++i) part[0] = part[0] + load(from + i * kVector);
   }
   AF_INLINE float total() const {
@@ -232,17 +231,17 @@ AF_INLINE void sample_columns(const Tile& tile, const float* dy, const uint16_t*
 template <int P>
 AF_INLINE void sample_tile(Runs& runs, const Tile& tile, const float* values, float* sums) {
   constexpr int kSums = sizeof(vec) == 64 ? 16 : 8;  // registers
-  constexpr int kRows = popcount(P), kWide = kRows == 1 ? kSums : kRows == 2 ? kSums / 2 : kSums / 4;
+  constexpr int kRows = popcount(P), kMost = kRows == 1 ? kSums : kRows == 2 ? kSums / 2 : kSums / 4;
   float* out = sums + (runs.value - values);
   for (; runs.run != runs.end; ++runs.run) {
     const int64_t row = *runs.run & 0xffff, count = *runs.run >> 16;
     const float* dy = tile.dy + row * tile.row_stride;
     int64_t done = 0;
-    for (; count - done > kWide - 4; done += kWide)
-      sample_columns<P, kWide>(tile, dy, runs.column + done, count - done, out + done, count);
+    for (; count - done > kMost - 4; done += kMost)
+      sample_columns<P, kMost>(tile, dy, runs.column + done, count - done, out + done, count);
     // what is left, in one piece: each piece reads dy again and waits for its own sums
-    unroll<1, kWide / 4>([&](auto i) AF_LAMBDA {
-      constexpr int kFew = kWide - 4 * decltype(i)::value;
+    unroll<1, kMost / 4>([&](auto i) AF_LAMBDA {
+      constexpr int kFew = kMost - 4 * decltype(i)::value;
       if (count - done > kFew - 4) {
         sample_columns<P, kFew>(tile, dy, runs.column + done, count - done, out + done, count);
         done = count;
@@ -261,7 +260,7 @@ void gradient(Layout layout, const int32_t* index, int64_t kept, const float* x,
   const int64_t height = dy_images.height, width = dy_images.width, step = layout.chunk / kernel.area();
   const int64_t x_full = x_images.full_width(), x_map = x_images.full_height() * x_full * kVector;
   const int64_t dy_full = dy_images.full_width(), dy_map = dy_images.full_height() * dy_full * kVector;
-  const int64_t tall = ceil_div(height, kSquare), wide = ceil_div(width, kSquare);
+  const int64_t tall = ceil_div(height, kTall), wide = ceil_div(width, kWide);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
   for (int64_t t = 0; t < cells; ++t) {
     const int64_t begin = layout.table[t * kTable + 1],
