@@ -1,5 +1,5 @@
-// Addresses in; sizes as (n, channels, height, width, pad height, pad width) and (height, width, dilation
-// height, dilation width).
+// Addresses in, 0 for none; sizes as (n, channels, height, width, pad height, pad width) and (height, width,
+// dilation height, dilation width).
 #include <pybind11/stl.h>
 
 #include <array>
@@ -24,9 +24,9 @@ const MaskedConv& kernels() { return pick(masked_conv_base, masked_conv_avx2, ma
 Images images_of(const Six& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
 Kernel kernel_of(const Four& s) { return {s[0], s[1], s[2], s[3]}; }
 
-// a tile of the products is a piece of a row, the gradient's is a square
-int64_t tile_height(bool sample) { return sample ? kernels().sample : 1; }
-int64_t tile_width(bool sample) { return sample ? kernels().sample : kernels().tile; }
+// a tile of the products is a piece of a row, the gradient's is a rectangle
+int64_t tile_height(bool sample) { return sample ? kernels().sample_height : 1; }
+int64_t tile_width(bool sample) { return sample ? kernels().sample_width : kernels().tile; }
 
 py::bytes layout(uintptr_t mask, int64_t rows, const Six& images, const Four& kernel, bool sample,
                  bool turned) {
@@ -41,56 +41,83 @@ py::bytes layout(uintptr_t mask, int64_t rows, const Six& images, const Four& ke
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
-int64_t panel_size(const Six& images) { return kernels().panel_size(images_of(images)); }
+// One convolution's sizes: the panels of x and of dy, whose convolution with the turned kernel is dx.
+struct Shape {
+  Images x, dy;
+  Kernel kernel;
 
-void panel(uintptr_t x, const Six& images, uintptr_t out, int threads) {
-  py::gil_scoped_release release;
-  kernels().to_panel(at<const float>(x), images_of(images), at<float>(out), threads);
-}
+  Shape(const Six& x_sizes, const Six& dy_sizes, const Four& kernel_sizes)
+      : x(images_of(x_sizes)), dy(images_of(dy_sizes)), kernel(kernel_of(kernel_sizes)) {}
 
-void multiply(uintptr_t panel, const Six& sizes, const Four& kernel_sizes, uintptr_t lay, int64_t kept,
-              int64_t rows, uintptr_t weight, uintptr_t bias, uintptr_t y, int threads) {
-  py::gil_scoped_release release;
-  const MaskedConv& k = kernels();
-  const Images images = images_of(sizes);
-  const Kernel kernel = kernel_of(kernel_sizes);
-  const Layout layout = masked_conv_layout_at(k, at<const uint8_t>(lay), kept, rows, images, kernel,
-                                              tile_height(false), tile_width(false));
-  Scratch& scratch = thread_scratch();
-  // the values at the end: strips begin at a whole cache line
-  const int64_t strips = threads * k.strip_size(images, kernel, layout.block);
-  float *maps = scratch.take(strips + kept), *values = maps + strips;
-  k.gather(at<const int32_t>(lay), kept, at<const float>(weight), values);
-  k.multiply(layout, values, at<const float>(panel), images, kernel, at<const float>(bias), at<float>(y),
-             maps, threads);
-  scratch.settle();
-}
+  Layout layout(uintptr_t lay, int64_t kept, int64_t rows, const Images& images, bool sample) const {
+    return masked_conv_layout_at(kernels(), at<const uint8_t>(lay), kept, rows, images, kernel,
+                                 tile_height(sample), tile_width(sample));
+  }
 
-void gradient(uintptr_t x, const Six& x_images, uintptr_t dy, const Six& dy_images, const Four& kernel_sizes,
-              uintptr_t lay, int64_t kept, uintptr_t dw, int threads) {
-  py::gil_scoped_release release;
-  const MaskedConv& k = kernels();
-  const Images images = images_of(x_images);
-  const Kernel kernel = kernel_of(kernel_sizes);
-  const Layout layout = masked_conv_layout_at(k, at<const uint8_t>(lay), kept, dy_images[1], images, kernel,
-                                              tile_height(true), tile_width(true));
-  Scratch& scratch = thread_scratch();
-  k.gradient(layout, at<const int32_t>(lay), kept, at<const float>(x), images, at<const float>(dy),
-             images_of(dy_images), kernel, at<float>(dw), scratch.take(kept), threads);
-  scratch.settle();
-}
+  // y (n, rows, height, width) = convolution of a panel with the weight at the layout
+  void multiply(uintptr_t panel, const Images& images, int64_t rows, uintptr_t lay, int64_t kept,
+                uintptr_t weight, uintptr_t bias, uintptr_t y, int threads) const {
+    const MaskedConv& k = kernels();
+    const Layout found = layout(lay, kept, rows, images, false);
+    // the values at the end: strips begin at a whole cache line
+    const int64_t strips = threads * k.strip_size(images, kernel, found.block);
+    float *maps = thread_scratch().take(strips + kept), *values = maps + strips;
+    k.gather(at<const int32_t>(lay), kept, at<const float>(weight), values);
+    k.multiply(found, values, at<const float>(panel), images, kernel, at<const float>(bias), at<float>(y),
+               maps, threads);
+  }
+
+  void forward(uintptr_t in, uintptr_t panel, uintptr_t lay, int64_t kept, uintptr_t weight, uintptr_t bias,
+               uintptr_t y, int threads) const {
+    py::gil_scoped_release release;
+    kernels().to_panel(at<const float>(in), x, at<float>(panel), nullptr, threads);
+    multiply(panel, x, dy.channels, lay, kept, weight, bias, y, threads);
+    thread_scratch().settle();
+  }
+
+  void panels(uintptr_t x_in, uintptr_t x_panel, uintptr_t dy_in, uintptr_t dy_panel, uintptr_t db,
+              int threads) const {
+    const MaskedConv& k = kernels();
+    if (x_in) k.to_panel(at<const float>(x_in), x, at<float>(x_panel), nullptr, threads);
+    const int64_t groups = ceil_div(dy.n, k.lanes);
+    float* sums = db ? thread_scratch().take(groups * dy.channels) : nullptr;
+    if (dy_in) k.to_panel(at<const float>(dy_in), dy, at<float>(dy_panel), sums, threads);
+    for (int64_t c = 0; db && c < dy.channels; ++c) {
+      float sum = 0;
+      for (int64_t g = 0; g < groups; ++g) sum += sums[g * dy.channels + c];
+      at<float>(db)[c] = sum;
+    }
+  }
+
+  void backward(uintptr_t x_in, uintptr_t x_panel, uintptr_t dy_in, uintptr_t dy_panel, uintptr_t dx_lay,
+                uintptr_t dw_lay, int64_t kept, uintptr_t weight, uintptr_t dx, uintptr_t dw, uintptr_t db,
+                int threads) const {
+    py::gil_scoped_release release;
+    panels(x_in, x_panel, dy_in, dy_panel, db, threads);
+    if (dx) multiply(dy_panel, dy, x.channels, dx_lay, kept, weight, 0, dx, threads);
+    if (dw)
+      kernels().gradient(layout(dw_lay, kept, dy.channels, x, true), at<const int32_t>(dw_lay), kept,
+                         at<const float>(x_panel), x, at<const float>(dy_panel), dy, kernel, at<float>(dw),
+                         thread_scratch().take(kept), threads);
+    thread_scratch().settle();
+  }
+};
 
 }  // namespace
 
 void bind_masked_conv(py::module_& m) {
   m.def("masked_conv_layout", layout,
         "the layout of mask (rows, channels, kernel); empty where offsets do not fit");
-  m.def("masked_conv_panel_size", panel_size, "floats of a panel");
-  m.def("masked_conv_panel", panel, "out = x (n, channels, height, width) as a panel");
-  m.def("masked_conv_multiply", multiply,
-        "y (n, rows, height, width) = conv2d(panel, weight at the layout) + bias");
-  m.def("masked_conv_gradient", gradient,
-        "dw = the gradient of the weight at the layout, panels of x and dy in; other entries of dw stay");
+  py::class_<Shape>(m, "MaskedConvShape")
+      .def(py::init<const Six&, const Six&, const Four&>())
+      .def_property_readonly("x_floats", [](const Shape& s) { return kernels().panel_size(s.x); })
+      .def_property_readonly("dy_floats", [](const Shape& s) { return kernels().panel_size(s.dy); })
+      .def("forward", &Shape::forward,
+           "y = conv2d(x, weight at the layout) + bias, by way of x's panel, which is written")
+      .def("backward", &Shape::backward,
+           "dx, dw and db, unless null. x, dy null: their panels are there, else they are written; dw keeps "
+           "its "
+           "entries outside the layout");
 }
 
 }  // namespace autoflip

@@ -4,11 +4,14 @@ Unmeasured on GPU: proven in the interpreter and compiled for sm_90; autoflip.op
 
 Layout   row-major; `live[ceil(O/32), ceil(K/32)]` uint8, one flag per weight tile that keeps any entry; the
          element mask (bool, shaped like w) is applied while a live tile is loaded.
-Grid     one program per 32 x 32 tile of the result, one axis; sums in float32, IEEE (no TF32).
+Grid     (32 x 32 tiles of the result, clients); sums in float32, IEEE (no TF32). Many clients' layers of one
+         shape run in one launch: every tensor then has a leading axis of clients.
 Source   tile skipping as in Gale et al., "Sparse GPU Kernels for Deep Learning", SC 2020.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -24,8 +27,10 @@ def masked_matmul_fwd_kernel(
     p_x, p_w, p_mask, p_live, p_bias, p_y, N, O, K, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, B: tl.constexpr
 ):
     """One tile of y; walks K."""
-    i_tile = tl.program_id(0).to(tl.int64)
+    i_tile, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tiles_o, tiles_k = tl.cdiv(O, B), tl.cdiv(K, B)
+    p_x, p_y, p_bias = p_x + i_c * N * K, p_y + i_c * N * O, p_bias + i_c * O
+    p_w, p_mask, p_live = p_w + i_c * O * K, p_mask + i_c * O * K, p_live + i_c * tiles_o * tiles_k
     i_n, i_o = i_tile // tiles_o, i_tile % tiles_o
     o_n, o_o = i_n * B + tl.arange(0, B), i_o * B + tl.arange(0, B)
     m_n, m_o = o_n < N, o_o < O
@@ -50,8 +55,10 @@ def masked_matmul_fwd_kernel(
 @triton.jit
 def masked_matmul_dx_kernel(p_dy, p_w, p_mask, p_live, p_dx, N, O, K, B: tl.constexpr):
     """One tile of dx; walks O."""
-    i_tile = tl.program_id(0).to(tl.int64)
+    i_tile, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tiles_o, tiles_k = tl.cdiv(O, B), tl.cdiv(K, B)
+    p_dy, p_dx = p_dy + i_c * N * O, p_dx + i_c * N * K
+    p_w, p_mask, p_live = p_w + i_c * O * K, p_mask + i_c * O * K, p_live + i_c * tiles_o * tiles_k
     i_n, i_k = i_tile // tiles_k, i_tile % tiles_k
     o_n, o_k = i_n * B + tl.arange(0, B), i_k * B + tl.arange(0, B)
     m_n, m_k = o_n < N, o_k < K
@@ -72,8 +79,10 @@ def masked_matmul_dx_kernel(p_dy, p_w, p_mask, p_live, p_dx, N, O, K, B: tl.cons
 @triton.jit
 def masked_matmul_dw_kernel(p_dy, p_x, p_mask, p_live, p_dw, N, O, K, B: tl.constexpr):
     """One tile of dw; walks N; writes every entry, zeros included."""
-    i_tile = tl.program_id(0).to(tl.int64)
+    i_tile, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tiles_k = tl.cdiv(K, B)
+    p_dy, p_x, p_dw = p_dy + i_c * N * O, p_x + i_c * N * K, p_dw + i_c * O * K
+    p_mask, p_live = p_mask + i_c * O * K, p_live + i_c * tl.cdiv(O, B) * tiles_k
     i_o, i_k = i_tile // tiles_k, i_tile % tiles_k
     o_o, o_k = i_o * B + tl.arange(0, B), i_k * B + tl.arange(0, B)
     m_o, m_k = o_o < O, o_k < K
@@ -91,8 +100,8 @@ def masked_matmul_dw_kernel(p_dy, p_x, p_mask, p_live, p_dw, N, O, K, B: tl.cons
     tl.store(p_dw + at_w, tl.where(kept, b_dw, 0.0), m_w)
 
 
-def _grid(rows: int, cols: int) -> tuple[int]:
-    return (triton.cdiv(rows, TILE) * triton.cdiv(cols, TILE),)
+def _grid(rows: int, cols: int, clients: int = 1) -> tuple[int, int]:
+    return triton.cdiv(rows, TILE) * triton.cdiv(cols, TILE), clients
 
 
 def forward(
@@ -100,33 +109,42 @@ def forward(
 ) -> None:
     """Write ``y (N, O) = act(x @ (weight * mask).T + bias)``; contiguous, one dtype, bool mask, uint8 live.
 
-    Masks of whole blocks go to ``masked_blocks`` where tensor cores may be used, here and in ``dx`` and ``dw``.
+    Masks of whole blocks go to ``masked_blocks`` where tensor cores may be used, here and in ``dx`` and ``dw``. With
+    one more leading axis of clients on every tensor, also there, all clients run in one launch.
     """
-    if table := masked_blocks.serves(x, mask):
+    if table := _blocks(x, mask):
         masked_blocks.forward(x, weight, bias, table, y, relu=relu)
         return
-    (n, k), o = x.shape, len(weight)
+    (n, k), o = x.shape[-2:], weight.shape[-2]
     if y.numel():
-        masked_matmul_fwd_kernel[_grid(n, o)](
+        masked_matmul_fwd_kernel[_grid(n, o, _clients(mask))](
             x, weight, mask, live, x if bias is None else bias, y, n, o, k, bias is not None, relu, TILE
         )
 
 
 def dx(dy: Tensor, weight: Tensor, mask: Tensor, live: Tensor, out: Tensor) -> None:
     """Write ``out (N, K) = dy @ (weight * mask)``."""
-    if table := masked_blocks.serves(dy, mask):
+    if table := _blocks(dy, mask):
         masked_blocks.dx(dy, weight, mask, table, out)
         return
-    (n, o), k = dy.shape, weight.shape[1]
+    (n, o), k = dy.shape[-2:], weight.shape[-1]
     if out.numel():
-        masked_matmul_dx_kernel[_grid(n, k)](dy, weight, mask, live, out, n, o, k, TILE)
+        masked_matmul_dx_kernel[_grid(n, k, _clients(mask))](dy, weight, mask, live, out, n, o, k, TILE)
 
 
 def dw(dy: Tensor, x: Tensor, mask: Tensor, live: Tensor, out: Tensor) -> None:
     """Write ``dy.T @ x`` where the mask is set into ``out (O, K)``, which holds zeros."""
-    if table := masked_blocks.serves(dy, mask):
+    if table := _blocks(dy, mask):
         masked_blocks.dw(dy, x, table, out)
         return
-    (n, o), k = dy.shape, x.shape[1]
+    (n, o), k = dy.shape[-2:], x.shape[-1]
     if out.numel():
-        masked_matmul_dw_kernel[_grid(o, k)](dy, x, mask, live, out, n, o, k, TILE)
+        masked_matmul_dw_kernel[_grid(o, k, _clients(mask))](dy, x, mask, live, out, n, o, k, TILE)
+
+
+def _clients(mask: Tensor) -> int:
+    return len(mask) if mask.dim() == 3 else 1
+
+
+def _blocks(rows: Tensor, mask: Tensor) -> Any:
+    return masked_blocks.serves(rows, mask) if mask.dim() == 2 else None

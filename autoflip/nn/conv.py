@@ -43,15 +43,22 @@ class MaskedConv2d(Masked, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with the kept weights plus the bias."""
         bias: Any = self.bias
-        mask = self._mask_of("weight")
-        if mask is None:
-            return self._conv_forward(input, self.weight, bias)
-        if channels_last(self.weight):  # torch's convolution keeps that layout; the sparse kernel has its own
+        weight, mask = self.weight, self._buffers.get("weight_mask")
+        if torch.compiler.is_compiling():
+            return self._conv_forward(input, weight if mask is None else conv_weight(weight, mask), bias)
+        known = self.__dict__.get("_pack")  # asked first: the rest of the way costs a small layer a percent or two
+        if known is None or mask is None or known[0] is not mask or known[1] != version_of(mask):
+            mask = self._mask_of("weight")
+            if mask is None:
+                return self._conv_forward(input, weight, bias)
+            pack = self._conv_pack(mask)
+        else:
+            pack = known[2]
+        if channels_last(weight):  # torch's convolution keeps that layout; the sparse kernel has its own
             return self._conv_forward(input, self._effective("weight"), bias)
-        pack = None if torch.compiler.is_compiling() else self._conv_pack(mask)
         if pack is None:
-            return self._conv_forward(input, conv_weight(self.weight, mask), bias)
-        return masked_conv2d(input, self.weight, bias, pack)
+            return self._conv_forward(input, conv_weight(weight, mask), bias)
+        return masked_conv2d(input, weight, bias, pack)
 
     def _forget(self) -> None:
         super()._forget()

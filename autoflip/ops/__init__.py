@@ -3,6 +3,10 @@
 # delta
 from autoflip.ops import delta as delta
 
+# grouped
+from autoflip.ops.grouped import GroupedPack as GroupedPack
+from autoflip.ops.grouped import grouped_linear as grouped_linear
+
 # hessian
 from autoflip.ops.hessian import conv_pull_back as conv_pull_back
 from autoflip.ops.hessian import conv_squares as conv_squares

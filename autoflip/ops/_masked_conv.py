@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops._masked_conv_kernels import Parts, cpu_backward, cpu_forward, dense_backward, panels, span
+from autoflip.ops._masked_conv_kernels import Gradients, Parts, cpu_backward, cpu_forward, dense_backward, panels, span
 
 # --- registered ops
 
@@ -40,7 +40,7 @@ def _dx_kernel(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     x = _x_like(dy, weight, parts)
     if parts.path[1] == "s":
-        dx, _ = cpu_backward(dy, x, None, weight, parts, dx=True, dw=False)
+        dx = cpu_backward(dy, x, weight, parts, Gradients(True, False, False)).dx
     else:
         dx, _ = dense_backward(dy, x, weights.operand(weight, parts.mask), parts, (True, False))
     assert dx is not None
@@ -50,7 +50,7 @@ def _dx_kernel(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def _dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     if parts.path[2] == "s":
-        _, dw = cpu_backward(dy, x, None, x, parts, dx=False, dw=True)
+        dw = cpu_backward(dy, x, x, parts, Gradients(False, True, False)).dw
     else:
         _, dw = dense_backward(dy, x, x.new_empty(1).expand(parts.mask.shape), parts, (False, True))
     assert dw is not None
@@ -164,17 +164,20 @@ class _Conv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         parts: Parts = ctx.parts
-        db = dy.sum((0, 2, 3)) if need_b else None
         if torch.is_grad_enabled() or not weights.kernel_here(dy):  # a second derivative is wanted, or a transform
+            db = dy.sum((0, 2, 3)) if need_b else None
             return *dense_backward(dy, x, weights.select(weight, parts.mask), parts, (need_x, need_w)), db, None
         sparse_x, sparse_w = need_x and parts.path[1] == "s", need_w and parts.path[2] == "s"
-        dx = dw = None
+        dx = dw = db = None
         if sparse_x or sparse_w:
             made, ctx.panel = ctx.panel, None  # a second backward pass makes its own
-            dx, dw = cpu_backward(dy, x, made if sparse_w else None, weight, parts, dx=sparse_x, dw=sparse_w)
+            wanted = Gradients(sparse_x, sparse_w, need_b)
+            dx, dw, db = cpu_backward(dy, x, weight, parts, wanted, x_panel=made)
+        elif need_b:
+            db = dy.sum((0, 2, 3))
         if (need_x and not sparse_x) or (need_w and not sparse_w):
-            wanted = need_x and not sparse_x, need_w and not sparse_w
-            others = dense_backward(dy, x, weights.operand(weight, parts.mask), parts, wanted)
+            left = need_x and not sparse_x, need_w and not sparse_w
+            others = dense_backward(dy, x, weights.operand(weight, parts.mask), parts, left)
             dx, dw = dx if others[0] is None else others[0], dw if others[1] is None else others[1]
         return dx, dw, db, None
 

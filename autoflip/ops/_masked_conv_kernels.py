@@ -6,7 +6,8 @@ Every tensor that arrives here was checked by autoflip.ops.masked_conv: float32 
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,20 +37,31 @@ def kernel_sizes(parts: Parts) -> tuple[int, int, int, int]:
     return (parts.mask.shape[2], parts.mask.shape[3], *parts.dilation)
 
 
-def x_sizes(n: int, height: int, width: int, parts: Parts) -> Sizes:
-    """Return the sizes of the panel of x."""
-    return (n, parts.mask.shape[1], height, width, *parts.padding)
-
-
-def dy_sizes(n: int, height: int, width: int, parts: Parts) -> Sizes:
-    """Return the sizes of the panel of dy, whose convolution with the turned kernel is dx; from those of x."""
-    reach = span(parts)
-    high, wide = (s + 2 * p - r for s, p, r in zip((height, width), parts.padding, reach, strict=True))
-    return (n, parts.mask.shape[0], high, wide, reach[0] - parts.padding[0], reach[1] - parts.padding[1])
-
-
 def span(parts: Parts) -> Pair:
+    """Return how far the kernel's last entry is from its first."""
     return ((parts.mask.shape[2] - 1) * parts.dilation[0], (parts.mask.shape[3] - 1) * parts.dilation[1])
+
+
+class Geometry(NamedTuple):
+    """The sizes of one convolution."""
+
+    x: Sizes  # of the panel of x
+    dy: Sizes  # of the panel of dy, whose convolution with the turned kernel is dx
+    shape: Any  # the extension's object for both
+
+
+@lru_cache(maxsize=256)
+def _geometry(n: int, high: int, wide: int, weight: tuple[int, ...], padding: Pair, dilation: Pair) -> Geometry:
+    reach = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
+    out = [s + 2 * p - r for s, p, r in zip((high, wide), padding, reach, strict=True)]
+    x = (n, weight[1], high, wide, *padding)
+    dy = (n, weight[0], out[0], out[1], reach[0] - padding[0], reach[1] - padding[1])
+    return Geometry(x, dy, CPP.MaskedConvShape(x, dy, (weight[2], weight[3], *dilation)))
+
+
+def geometry(x: Tensor, parts: Parts) -> Geometry:
+    """Return the sizes for x of this shape."""
+    return _geometry(len(x), x.shape[2], x.shape[3], parts.mask.shape, tuple(parts.padding), tuple(parts.dilation))
 
 
 def make_layout(mask: Tensor, sizes: Sizes, kernel: tuple[int, int, int, int], step: str) -> Tensor:
@@ -90,76 +102,75 @@ class _Panels(threading.local):
 panels = _Panels()
 
 
-def panel(x: Tensor, sizes: Sizes) -> Tensor:
-    """Return ``x`` as the kernels read it: padded, samples last."""
-    x = x.contiguous()
-    out = panels.take(CPP.masked_conv_panel_size(sizes))
-    CPP.masked_conv_panel(x.data_ptr(), sizes, out.data_ptr(), torch.get_num_threads())
-    return out
-
-
-def multiply(from_panel: Tensor, sizes: Sizes, layout: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor,
-             parts: Parts) -> Tensor:  # fmt: skip
-    """Write the convolution of a panel into ``y`` (n, rows, height, width)."""
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    CPP.masked_conv_multiply(
-        from_panel.data_ptr(),
-        sizes,
-        kernel_sizes(parts),
-        layout.data_ptr(),
+def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, Tensor]:
+    """Return (y, panel of x)."""
+    sizes = geometry(x, parts)
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    panel, y = panels.take(sizes.shape.x_floats), torch.empty(sizes.dy[:4])
+    sizes.shape.forward(
+        x.data_ptr(),
+        panel.data_ptr(),
+        parts.forward.data_ptr(),
         parts.kept,
-        y.shape[1],
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         torch.get_num_threads(),
     )
-    return y
+    return y, panel
 
 
-def gradient(x_panel: Tensor, x_in: Sizes, dy_panel: Tensor, dy_in: Sizes, parts: Parts) -> Tensor:
-    """Return dw, zeros where it is pruned."""
-    dw = torch.zeros(parts.mask.shape)
-    CPP.masked_conv_gradient(
-        x_panel.data_ptr(),
-        x_in,
-        dy_panel.data_ptr(),
-        dy_in,
-        kernel_sizes(parts),
-        parts.dw.data_ptr(),
-        parts.kept,
-        dw.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return dw
+class Gradients(NamedTuple):
+    """What a backward pass found, None where it was not wanted; or which of them are wanted."""
 
-
-def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Return (y, panel of x)."""
-    sizes = x_sizes(len(x), x.shape[2], x.shape[3], parts)
-    x_panel = panel(x, sizes)
-    y = torch.empty(dy_sizes(len(x), x.shape[2], x.shape[3], parts)[:4])
-    return multiply(x_panel, sizes, parts.forward, weight, bias, y, parts), x_panel
+    dx: Any
+    dw: Any
+    db: Any
 
 
 def cpu_backward(
-    dy: Tensor, x: Tensor, x_panel: Tensor | None, weight: Tensor, parts: Parts, *, dx: bool, dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (dx, dw); ``x`` gives sizes alone where ``x_panel`` is there or dw is not wanted.
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    parts: Parts,
+    wanted: Gradients,
+    *,
+    x_panel: Tensor | None = None,
+    dy_panel: Tensor | None = None,
+) -> Gradients:
+    """Return the wanted gradients; ``x`` gives sizes alone where ``x_panel`` is there or dw is not wanted.
 
-    ``x_panel`` is used up: it must not be read again.
+    Panels that are given are used up: they must not be read again.
     """
-    sizes = (len(x), x.shape[2], x.shape[3], parts)
-    x_in, dy_in = x_sizes(*sizes), dy_sizes(*sizes)
-    dy_panel = panel(dy, dy_in)
-    out = multiply(dy_panel, dy_in, parts.dx, weight, None, torch.empty(x_in[:4]), parts) if dx else None
-    grad = None
-    if dw:
-        x_panel = panel(x, x_in) if x_panel is None else x_panel
-        grad = gradient(x_panel, x_in, dy_panel, dy_in, parts)
-        panels.give(x_panel)
+    sizes = geometry(x, parts)
+    x_new = dy_new = None
+    if wanted.dw and x_panel is None:
+        x_new, x_panel = x.contiguous(), panels.take(sizes.shape.x_floats)
+    if dy_panel is None:
+        dy_new, dy_panel = dy.contiguous(), panels.take(sizes.shape.dy_floats)
+    weight = weight.contiguous() if wanted.dx else weight
+    found = Gradients(
+        torch.empty(sizes.x[:4]) if wanted.dx else None,
+        torch.zeros(parts.mask.shape) if wanted.dw else None,  # zeros where it is pruned
+        torch.empty(sizes.dy[1]) if wanted.db else None,
+    )
+    sizes.shape.backward(
+        0 if x_new is None else x_new.data_ptr(),
+        0 if x_panel is None else x_panel.data_ptr(),
+        0 if dy_new is None else dy_new.data_ptr(),
+        dy_panel.data_ptr(),
+        parts.dx.data_ptr(),
+        parts.dw.data_ptr(),
+        parts.kept,
+        weight.data_ptr() if wanted.dx else 0,
+        *(0 if out is None else out.data_ptr() for out in found),
+        torch.get_num_threads(),
+    )
     panels.give(dy_panel)
-    return out, grad
+    if x_panel is not None:
+        panels.give(x_panel)
+    return found
 
 
 def dense_backward(

@@ -27,8 +27,9 @@ __all__ = ["ConvPack", "conv_weight", "masked_conv2d"]
 LEAST_BATCH = 8  # samples are SIMD lanes
 # multiply-adds of the dense convolution below which a sparse call costs more than it saves, and is not tried
 LEAST_WORK = 2_000_000
-# density above which the sparse kernels are not tried: none gained there (bench/bench_layers.py --only conv)
-TRIED_BELOW = 0.6
+# density above which the sparse kernels are not tried: none gained there (bench/bench_layers.py --only conv), but for
+# fewer channels than oneDNN's registers hold: those it convolves at a fifth of its rate (bench/bench_compact.py)
+TRIED_BELOW, FEW_CHANNELS = 0.75, 16
 # step -> density below which the kernel was at least 10 % faster than torch 2.13's dense convolution (oneDNN) at
 # every shape of bench/bench_layers.py, batch 16. Intel Xeon (Sapphire Rapids), 1 thread, CPU time, 2026-11-22.
 RULE = {
@@ -85,7 +86,9 @@ class ConvPack:
             return None
         if self.path == "auto":
             density = self.kept / self.mask.numel()
-            if n * out[0] * out[1] * self.mask.numel() < LEAST_WORK or density > TRIED_BELOW:
+            if n * out[0] * out[1] * self.mask.numel() < LEAST_WORK:
+                return None
+            if density > TRIED_BELOW and min(self.mask.shape[:2]) >= FEW_CHANNELS:
                 return None
         nothing = torch.empty(0, dtype=torch.uint8)
         bare = Parts(self.mask, nothing, nothing, nothing, self.kept, self.padding, self.dilation, "sss")
@@ -116,9 +119,10 @@ class _Trial:
     def __init__(self, n: int, height: int, width: int, parts: Parts, layout: Callable[..., Tensor]) -> None:
         self.n, self.size, self.parts, self._layout = n, (height, width), parts, layout
         self._made: tuple[Tensor, Tensor, Tensor, Parts] | None = None
+        self.geometry = conv.geometry(torch.empty(1).expand(n, parts.mask.shape[1], height, width), parts)
 
     def layout(self, step: str) -> Tensor:
-        sizes = (conv.dy_sizes if step == "dx" else conv.x_sizes)(self.n, *self.size, self.parts)
+        sizes = self.geometry.dy if step == "dx" else self.geometry.x
         return self._layout(step, sizes, conv.kernel_sizes(self.parts))
 
     def letters(self) -> str:
@@ -147,11 +151,8 @@ class _Trial:
             g = torch.Generator().manual_seed(0)
             forward, dx, dw = (self.layout(step) for step in kernels.STEPS)
             parts = self.parts._replace(forward=forward, dx=dx, dw=dw)
-            x = torch.randn(conv.x_sizes(self.n, *self.size, parts)[:4], generator=g)
-            dy = torch.randn(conv.dy_sizes(self.n, *self.size, parts)[:4], generator=g)
+            x, dy = (torch.randn(sizes[:4], generator=g) for sizes in self.geometry[:2])
             self._made = x, dy, weights.select(torch.randn(parts.mask.shape, generator=g), parts.mask), parts
-            self.x_panel = conv.panel(x, conv.x_sizes(self.n, *self.size, parts))
-            self.dy_panel = conv.panel(dy, conv.dy_sizes(self.n, *self.size, parts))
         return self._made
 
     def dense(self, step: str) -> object:
@@ -166,17 +167,12 @@ class _Trial:
             y, made = conv.cpu_forward(x, weight, None, parts)
             conv.panels.give(made)
             return y
-        if step == "dx":
-            return conv.cpu_backward(dy, x, None, weight, parts, dx=True, dw=False)
-        x_in = conv.x_sizes(self.n, *self.size, parts)
-        dy_in = conv.dy_sizes(self.n, *self.size, parts)
-        x_panel = self.x_panel if before[0] == "s" else conv.panel(x, x_in)
-        dy_panel = self.dy_panel if before[1] == "s" else conv.panel(dy, dy_in)
-        dw = conv.gradient(x_panel, x_in, dy_panel, dy_in, parts)
-        for made in (x_panel, dy_panel):
-            if made is not self.x_panel and made is not self.dy_panel:
-                conv.panels.give(made)
-        return dw
+        wanted = conv.Gradients(step == "dx", step == "dw", False)
+        # a panel that a step before has made costs nothing here; zeros take as long as any numbers
+        shape = self.geometry.shape
+        x_panel = conv.panels.take(shape.x_floats).zero_() if step == "dw" and before[0] == "s" else None
+        dy_panel = conv.panels.take(shape.dy_floats).zero_() if step == "dw" and before[1] == "s" else None
+        return conv.cpu_backward(dy, x, weight, parts, wanted, x_panel=x_panel, dy_panel=dy_panel)
 
 
 class _Clean(torch.autograd.Function):

@@ -34,13 +34,14 @@ struct Kernel {
 };
 
 struct MaskedConv {
-  int64_t lanes;  // of a panel
-  int64_t tile,
-      sample;  // positions in a row that a product takes at once, and a side of the gradient's square
+  int64_t lanes;                        // of a panel
+  int64_t tile;                         // positions in a row that a product takes at once
+  int64_t sample_height, sample_width;  // and the gradient's rectangle
   // floats of a panel
   int64_t (*panel_size)(Images images);
-  // panel = x (n, channels, height, width)
-  void (*to_panel)(const float* x, Images images, float* panel, int threads);
+  // panel = x (n, channels, height, width). sums, unless null: (groups of lanes, channels), what each channel
+  // adds up to over its group's samples and positions
+  void (*to_panel)(const float* x, Images images, float* panel, float* sums, int threads);
   // values[i] = w[index[i]]
   void (*gather)(const int32_t* index, int64_t kept, const float* w, float* values);
   // y (n, rows, out height, out width) = convolution of the panel plus bias (rows) or null. scratch:
@@ -61,7 +62,7 @@ extern const MaskedConv masked_conv_avx512;
 // Input channels of a chunk for tiles of height x width positions, 0 where offsets do not fit 16 bits.
 inline int64_t channels_of_chunk(const MaskedConv& conv, Images images, Kernel kernel, int64_t tile_height,
                                  int64_t tile_width) {
-  constexpr int64_t kCache = 32 << 10;  // bytes
+  constexpr int64_t kCache = 48 << 10;  // bytes
   const int64_t touched =
       (tile_height + kernel.span_height()) * (tile_width + kernel.span_width()) * conv.lanes * 4;
   int64_t channels = kCache / touched;

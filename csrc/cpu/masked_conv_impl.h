@@ -10,7 +10,7 @@
 namespace autoflip {
 namespace {
 
-constexpr int64_t kSquare = 4;  // side of the gradient's tiles
+constexpr int64_t kTall = 4, kWide = 8;  // the gradient's tiles
 
 int64_t panel_size(Images images) {
   return ceil_div(images.n, kVector) * images.channels * images.full_height() * images.full_width() * kVector;
@@ -23,51 +23,77 @@ AF_INLINE void clear(float* to, int64_t vectors) {
   for (int64_t i = 0; i < vectors; ++i) store(to + i * kVector, vec{});
 }
 
-// One channel of one group of samples; `maps` are n apart by `stride`.
-void pad_channel(const float* maps, int64_t stride, int64_t samples, Images images, float* out) {
+// what is added up to four vectors at a time: a sum waits four cycles for the one before it
+struct Sums {
+  vec part[4] = {};
+  AF_INLINE void add(const float* from, int64_t vectors) {
+    int64_t i = 0;
+    for (; i + 4 <= vectors; i += 4)
+      unroll<0, 4>([&](auto j)
+                       AF_LAMBDA { part[j.value] = part[j.value] + load(from + (i + j.value) * kVector); });
+    for (; i < vectors; ++i) part[0] = part[0] + load(from + i * kVector);
+  }
+  AF_INLINE float total() const {
+    alignas(64) float lanes[kVector];
+    store(lanes, (part[0] + part[1]) + (part[2] + part[3]));
+    float sum = 0;
+    for (float lane : lanes) sum += lane;
+    return sum;
+  }
+};
+
+// One channel of one group of samples; `maps` are n apart by `stride`. Returns its sum if asked.
+template <bool Sum>
+float pad_channel(const float* maps, int64_t stride, int64_t samples, Images images, float* out) {
   constexpr int64_t kPiece = 64;
   const int64_t full = images.full_width(), left = images.pad_width, width = images.width;
+  const int64_t area = images.height * width;
+  Sums sums;
   clear(out, images.pad_height * full);
   out += images.pad_height * full * kVector;
-  if (left == 0) {
-    transpose<true>(maps, stride, samples, images.height * width, out, kVector);
-  } else {
-    alignas(64) float piece[kPiece * kVector];
-    int64_t column = 0, area = images.height * width;
-    float* to = out;
-    for (int64_t begin = 0; begin < area; begin += kPiece) {
-      const int64_t count = area - begin < kPiece ? area - begin : kPiece;
-      transpose<true>(maps + begin, stride, samples, count, piece, kVector);
-      for (int64_t done = 0; done < count;) {
-        if (column == 0) {
-          clear(to, left);
-          to += left * kVector;
-        }
-        const int64_t part = count - done < width - column ? count - done : width - column;
-        copy(piece + done * kVector, part, to);
-        to += part * kVector;
-        done += part;
-        column += part;
-        if (column == width) {
-          clear(to, left);
-          to += left * kVector;
-          column = 0;
-        }
+  alignas(64) float piece[kPiece * kVector];
+  int64_t column = 0;
+  float* to = out;
+  for (int64_t begin = 0; begin < area; begin += kPiece) {
+    const int64_t count = area - begin < kPiece ? area - begin : kPiece;
+    float* straight = left ? piece : to;
+    transpose<true>(maps + begin, stride, samples, count, straight, kVector);
+    if constexpr (Sum) sums.add(straight, count);
+    if (left == 0) to += count * kVector;
+    for (int64_t done = 0; left && done < count;) {
+      if (column == 0) {
+        clear(to, left);
+        to += left * kVector;
+      }
+      const int64_t part = count - done < width - column ? count - done : width - column;
+      copy(piece + done * kVector, part, to);
+      to += part * kVector;
+      done += part;
+      column += part;
+      if (column == width) {
+        clear(to, left);
+        to += left * kVector;
+        column = 0;
       }
     }
   }
   clear(out + images.height * full * kVector, images.pad_height * full);
+  return Sum ? sums.total() : 0.0f;
 }
 
-void to_panel(const float* x, Images images, float* panel, int threads) {
-  const int64_t area = images.height * images.width, stride = images.channels * area,
+void to_panel(const float* x, Images images, float* panel, float* sums, int threads) {
+  const int64_t stride = images.channels * images.height * images.width, area = images.height * images.width,
                 full = images.full_height() * images.full_width() * kVector;
   const int64_t tasks = ceil_div(images.n, kVector) * images.channels;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < tasks; ++t) {
     const int64_t begin = t / images.channels * kVector, channel = t % images.channels;
     const int64_t samples = images.n - begin < kVector ? images.n - begin : kVector;
-    pad_channel(x + begin * stride + channel * area, stride, samples, images, panel + t * full);
+    const float* maps = x + begin * stride + channel * area;
+    if (sums)
+      sums[t] = pad_channel<true>(maps, stride, samples, images, panel + t * full);
+    else
+      pad_channel<false>(maps, stride, samples, images, panel + t * full);
   }
 }
 
@@ -158,9 +184,9 @@ AF_INLINE void sample_step(const float* dy, int64_t row_stride, const float* x, 
     d[r][v] = load(dy + row_of(P, r) * row_stride + v * kVector);
   });
   unroll<0, Columns>([&](auto j) AF_LAMBDA {
-    const int64_t k = j.value < count ? column[j.value] : column[0];
+    const float* at = x + (j.value < count ? column[j.value] : column[0]) * int64_t{kVector};
     unroll<0, Step>([&](auto v) AF_LAMBDA {
-      const vec xv = load(x + (k + v.value) * kVector);
+      const vec xv = load(at + v.value * kVector);
       unroll<0, kRows>([&](auto r) AF_LAMBDA {
         vec& sum = sums[decltype(r)::value * Columns + decltype(j)::value];
         sum = fma(d[r.value][v.value], xv, sum);
@@ -205,18 +231,22 @@ AF_INLINE void sample_columns(const Tile& tile, const float* dy, const uint16_t*
 template <int P>
 AF_INLINE void sample_tile(Runs& runs, const Tile& tile, const float* values, float* sums) {
   constexpr int kSums = sizeof(vec) == 64 ? 16 : 8;  // registers
-  constexpr int kRows = popcount(P), kWide = kRows == 1 ? kSums : kRows == 2 ? kSums / 2 : kSums / 4;
-  constexpr int kNarrow = kWide > 4 ? 4 : kWide;
+  constexpr int kRows = popcount(P), kMost = kRows == 1 ? kSums : kRows == 2 ? kSums / 2 : kSums / 4;
   float* out = sums + (runs.value - values);
   for (; runs.run != runs.end; ++runs.run) {
     const int64_t row = *runs.run & 0xffff, count = *runs.run >> 16;
     const float* dy = tile.dy + row * tile.row_stride;
     int64_t done = 0;
-    for (; count - done > kWide - kNarrow; done += kWide)
-      sample_columns<P, kWide>(tile, dy, runs.column + done, count - done, out + done, count);
-    if constexpr (kNarrow < kWide)
-      for (; done < count; done += kNarrow)
-        sample_columns<P, kNarrow>(tile, dy, runs.column + done, count - done, out + done, count);
+    for (; count - done > kMost - 4; done += kMost)
+      sample_columns<P, kMost>(tile, dy, runs.column + done, count - done, out + done, count);
+    // what is left, in one piece: each piece reads dy again and waits for its own sums
+    unroll<1, kMost / 4>([&](auto i) AF_LAMBDA {
+      constexpr int kFew = kMost - 4 * decltype(i)::value;
+      if (count - done > kFew - 4) {
+        sample_columns<P, kFew>(tile, dy, runs.column + done, count - done, out + done, count);
+        done = count;
+      }
+    });
     runs.column += count;
     out += kRows * count;
   }
@@ -230,7 +260,7 @@ void gradient(Layout layout, const int32_t* index, int64_t kept, const float* x,
   const int64_t height = dy_images.height, width = dy_images.width, step = layout.chunk / kernel.area();
   const int64_t x_full = x_images.full_width(), x_map = x_images.full_height() * x_full * kVector;
   const int64_t dy_full = dy_images.full_width(), dy_map = dy_images.full_height() * dy_full * kVector;
-  const int64_t tall = ceil_div(height, kSquare), wide = ceil_div(width, kSquare);
+  const int64_t tall = ceil_div(height, kTall), wide = ceil_div(width, kWide);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
   for (int64_t t = 0; t < cells; ++t) {
     const int64_t begin = layout.table[t * kTable + 1],
