@@ -7,7 +7,7 @@ then whatever the kind of frame holds.
 from __future__ import annotations
 
 import struct
-import zlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,6 +15,7 @@ from types import ModuleType
 from autoflip.codec import arguments
 from autoflip.codec.reader import DecodeError, Reader, varint
 from autoflip.codec.schema import Limits, Schema
+from autoflip.ops.delta_coding import crc32
 
 __all__ = [
     "Buffer",
@@ -43,6 +44,8 @@ INLINE_SCHEMA, MASKED, BASED = 1, 2, 4
 ENTROPIES = ("zstd", "none")  # what a writer may be asked for
 NO_ID = bytes(16)
 Buffer = bytes | memoryview
+_CHEAP = 3  # zstd's levels up to here need about a megabyte, higher ones up to some hundred
+_kept = threading.local()  # a thread's last cheap compressor: making one costs as much as packing 10 kB
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,9 @@ def seal(
         _MAGIC, _MAJOR, _MINOR, _HEADER.size, flags, kind, apply, 0, round, len(schema.entries),
         schema.id, base_id, mask_id, sum(map(length, body)), schema.dense_bytes, 0, 0,
     ))  # fmt: skip
-    crc = zlib.crc32(header)
+    crc = crc32(header)
     for part in body:
-        crc = zlib.crc32(part, crc)
+        crc = crc32(part, crc)
     header[-4:] = struct.pack("<I", crc)
     return b"".join([header, *body])
 
@@ -160,7 +163,7 @@ def open_frame(
             f"frame says {body_bytes} bytes follow a header of {header_bytes}, but {len(data) - _HEADER.size} follow "
             f"one of {_HEADER.size}; it is cut short or has a tail"
         )
-    if zlib.crc32(data[_HEADER.size :], zlib.crc32(bytes(4), zlib.crc32(data[: _HEADER.size - 4]))) != crc:
+    if crc32(data[_HEADER.size :], crc32(bytes(4), crc32(data[: _HEADER.size - 4]))) != crc:
         raise DecodeError("frame fails its CRC-32; it was damaged on the way, ask for it again")
     if kind not in KINDS or spare or spare2 or flags & ~(INLINE_SCHEMA | MASKED | BASED):
         raise DecodeError(f"frame has kind {kind}, flags {flags:#x}, which this version does not know")
@@ -226,7 +229,12 @@ def length(buffer: Buffer) -> int:
 
 def squeeze(raw: Buffer, level: int) -> bytes:
     """Return one zstd frame that declares its content size."""
-    return _zstd().ZstdCompressor(level=level).compress(raw)
+    held = getattr(_kept, "packer", None)
+    if held is None or held[0] != level:
+        held = level, _zstd().ZstdCompressor(level=level)
+        if level <= _CHEAP:
+            _kept.packer = held
+    return held[1].compress(raw)
 
 
 def read_section(reader: Reader, bounds: Sequence[tuple[int, int]]) -> list[memoryview]:

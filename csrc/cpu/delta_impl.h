@@ -3,6 +3,7 @@
 // Gather and expand need intrinsics: compress in registers and store whole vectors, because vpcompressd to
 // memory is microcoded on Zen 4.
 #pragma once
+#include "common/cpu.h"
 #include "cpu/delta_bits.h"
 #include "cpu/delta_index.h"
 #include "cpu/delta_values.h"
@@ -46,7 +47,6 @@ void pack_nonzero(const float* x, int64_t n, uint64_t* words) {
     if (size == 64) {
 #if defined(__AVX512F__)
       for (int i = 0; i < 4; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(p + 16 * i + 1024), _MM_HINT_T0);
         word |= uint64_t(_mm512_cmp_ps_mask(_mm512_loadu_ps(p + 16 * i), _mm512_setzero_ps(), _CMP_NEQ_UQ))
                 << 16 * i;
       }
@@ -110,9 +110,9 @@ inline int64_t gather_word(const float* x, const float* base, uint64_t word, int
 }
 
 #if defined(__AVX512F__)
-constexpr int64_t kAhead = 1024;  // floats: the hardware does not fetch over the end of a page by itself
+constexpr int64_t kAhead = 1024;  // floats: Intel's prefetchers stop at the end of a page
 
-template <bool kBase>
+template <bool kBase, bool kFetch>
 bool gather_vectors(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
                     float* out) {
   // finite * 0 is 0, anything else NaN: one multiply-add where a comparison would wait for compress's port
@@ -123,10 +123,10 @@ bool gather_vectors(const float* x, const float* base, const uint64_t* words, in
     uint64_t word = words[w];
     const float* p = x + 64 * w;
     for (int i = 0; i < 4; ++i, word >>= 16) {
-      _mm_prefetch(reinterpret_cast<const char*>(p + 16 * i + kAhead), _MM_HINT_T0);
+      if (kFetch) _mm_prefetch(reinterpret_cast<const char*>(p + 16 * i + kAhead), _MM_HINT_T0);
       __m512 d = _mm512_loadu_ps(p + 16 * i);
       if (kBase) {
-        _mm_prefetch(reinterpret_cast<const char*>(base + 64 * w + 16 * i + kAhead), _MM_HINT_T0);
+        if (kFetch) _mm_prefetch(reinterpret_cast<const char*>(base + 64 * w + 16 * i + kAhead), _MM_HINT_T0);
         d = _mm512_sub_ps(d, _mm512_loadu_ps(base + 64 * w + 16 * i));
       }
       sum = _mm512_fmadd_ps(d, zero, sum);
@@ -147,8 +147,11 @@ bool gather_vectors(const float* x, const float* base, const uint64_t* words, in
 }
 
 bool gather(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept, float* out) {
-  return base ? gather_vectors<true>(x, base, words, n, kept, out)
-              : gather_vectors<false>(x, base, words, n, kept, out);
+  if (fetches_ahead())
+    return base ? gather_vectors<true, true>(x, base, words, n, kept, out)
+                : gather_vectors<false, true>(x, base, words, n, kept, out);
+  return base ? gather_vectors<true, false>(x, base, words, n, kept, out)
+              : gather_vectors<false, false>(x, base, words, n, kept, out);
 }
 #elif defined(__AVX2__)
 // Lane numbers of the set bits of m, packed to the left.

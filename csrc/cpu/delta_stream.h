@@ -3,6 +3,9 @@
 #pragma once
 #include "cpu/delta_bits.h"
 #include "cpu/delta_values.h"
+#if defined(__AVX512BW__)
+#include "cpu/delta_bytes.h"
+#endif
 
 namespace autoflip {
 namespace {
@@ -128,7 +131,14 @@ template <bool kAdd>
 void decode_any(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t rank, float weight, bool nt,
                 float* out) {
   Scratch s;
-  for (int64_t start = 0; start < n; start += kStep) {
+  int64_t start = 0;
+#if defined(__AVX512BW__)
+  if (c.kind == kInt8 && words && expands_bytes()) {
+    rank = expand_codes<kAdd>(c, words, n / 64, rank, weight, nt, out);
+    start = n / 64 * 64;
+  }
+#endif
+  for (; start < n; start += kStep) {
     const int64_t size = lesser(kStep, n - start);
     float* to = out + start;
     const int64_t kept = words ? count(words + start / 64, (size + 63) / 64) : size;
