@@ -11,8 +11,9 @@ PEERS = (
 )  # fmt: skip
 KNOWN = ("x[mask]", "x[mask] + zstd-3, shuffled", "x[mask] + pcodec", "x[mask] + ZipNN")
 SPEED = (
-    "pack", "subtract + pack", "subtract + int8", "expand fp32", "expand int8, fresh", "add int8",
-    "mask int8: encode", "mask int8: decode", "mask int8, fresh: decode", "mask int8, accumulate: decode",
+    "pack", "subtract + pack", "subtract + int8", "expand fp32", "expand int8", "expand int8, new",
+    "expand int8, first touch", "add int8",
+    "mask int8: encode", "mask int8: decode", "mask int8, new: decode", "mask int8, accumulate: decode",
     "mask bf16: encode", "mask bf16: decode", "explicit int8: encode", "explicit int8: decode",
     "pickle: encode", "pickle: decode", "torch.save: encode", "dense zstd-3: encode",
 )  # fmt: skip

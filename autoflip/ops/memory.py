@@ -6,6 +6,7 @@ memory a decode took 5.4 ms, into used memory 1.5 (Zen 4, 10 M weights, density 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 import weakref
@@ -27,8 +28,8 @@ _lock = threading.RLock()  # a garbage collection inside the lock may free a ten
 def empty(numel: int) -> Tensor:
     """Return ``(numel,)`` float32 on the CPU, not filled.
 
-    Blocks of 4 MB or more come in huge pages. When their tensor dies, up to 512 MB of them are kept for the next one; the
-    system is told (``MADV_FREE``) that it may take their pages whenever memory is short.
+    Blocks of 4 MB or more come in huge pages. When their tensor dies, up to 512 MB of them are kept for the next one;
+    the system is told (``MADV_FREE``) that it may take their pages whenever memory is short.
     """
     size = 4 * numel
     if size < LEAST or not hasattr(mmap, "MADV_FREE"):
@@ -52,10 +53,8 @@ def _take(size: int) -> mmap.mmap:
             return _dead.pop(min(fitting, key=lambda i: len(_dead[i])))
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without them
             block.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them
     return block
 
 

@@ -10,9 +10,6 @@
 namespace autoflip {
 namespace {
 
-constexpr int64_t kStep = 4096;  // entries in the scratch: 16 KB, a third of the first cache
-constexpr int64_t kSlack = 16;   // whole vectors are stored and loaded past the last value
-
 struct Scratch {
   alignas(64) float values[kStep + kDeltaBlock + kSlack];
 };
@@ -67,7 +64,7 @@ bool encode(const float* x, const float* base, const uint64_t* words, int64_t n,
     int64_t fresh = size;
     if (words) {
       fresh = count(words + start / 64, (size + 63) / 64);
-      bad |= gather(x + start, from, words + start / 64, size, fresh + kSlack, s.values + held);
+      bad |= gather_once(x + start, from, words + start / 64, size, fresh + kSlack, s.values + held);
     } else {
       bad |= take(x + start, from, size, s.values + held);
     }
