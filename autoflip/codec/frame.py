@@ -44,8 +44,8 @@ INLINE_SCHEMA, MASKED, BASED = 1, 2, 4
 ENTROPIES = ("zstd", "none")  # what a writer may be asked for
 NO_ID = bytes(16)
 Buffer = bytes | memoryview
-_CHEAP = 3  # zstd's levels up to here need about a megabyte, higher ones up to some hundred
-_SMALL = 1 << 17  # bytes that are packed several times to see how they are smallest; of more a part tells
+_CHEAP, _THOROUGH = 6, 12  # levels of zstd: about 100 and 30 MB/s
+_TINY, _SMALL = 1 << 15, 1 << 17  # bytes that are packed in several ways, one of them thorough; of more a part tells
 _kept = threading.local()  # a thread's cheap compressors: making one costs as much as packing 10 kB
 
 
@@ -230,14 +230,15 @@ def length(buffer: Buffer) -> int:
 
 def squeeze(raw: Buffer, level: int, *, plain: bool = False) -> bytes:
     """Return one zstd frame that declares its content size; ``plain``: of ``raw`` without short repetitions."""
-    zstd, held = _zstd(), _kept.__dict__
-    packer = held.get((level, plain))
+    zstd, held, name = _zstd(), vars(_kept), f"{level}, {plain}"
+    packer = held.get(name)
     if packer is None:
-        finding = {"hash_log": 6, "min_match": 7} if plain else {}
-        settings = zstd.ZstdCompressionParameters.from_level(level, **finding)
-        packer = zstd.ZstdCompressor(compression_params=settings)
+        packer = zstd.ZstdCompressor(level=level)
+        if plain:
+            settings = zstd.ZstdCompressionParameters.from_level(level, hash_log=6, min_match=7)
+            packer = zstd.ZstdCompressor(compression_params=settings)
         if level <= _CHEAP:
-            held[level, plain] = packer
+            held[name] = packer
     return packer.compress(raw)
 
 
@@ -245,15 +246,16 @@ def _smallest(raw: Buffer, level: int) -> bytes:
     """Pack ``raw`` in that of some cheap ways which suits it.
 
     Short repetitions are mostly chance among codes with many zeros (the CNN's of bench/real_deltas.py are 3 % smaller
-    without), and all that there is to find among the MLP's, where level 3 finds more (2 %).
+    without), and all that there is to find among the MLP's, where higher levels find more (2 %).
     """
     if level > _CHEAP:
         return squeeze(raw, level)
     view = memoryview(raw)
     part = view if len(view) <= _SMALL else view[len(view) // 2 :][: _SMALL // 4]
     tried = [(squeeze(part, level), level, False), (squeeze(part, level, plain=True), level, True)]
-    if part is view and level < _CHEAP:
-        tried.append((squeeze(part, _CHEAP), _CHEAP, False))
+    if part is view:
+        thorough = _CHEAP if len(view) > _TINY else _THOROUGH
+        tried.append((squeeze(part, thorough), thorough, False))
     packed, level, plain = min(tried, key=lambda way: len(way[0]))
     return packed if part is view else squeeze(raw, level, plain=plain)
 
