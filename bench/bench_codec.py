@@ -1,8 +1,9 @@
 """Speed of the codec in GB/s of dense float32, beside memcpy, pickle, torch.save and dense zstd-3.
 
 Interleaved: every pass runs each method once, so that a busy moment hits all alike; medians of CPU seconds of one
-thread. "fresh": into memory that the system hands out anew, page by page; elsewhere memory is used again. Synthetic
-deltas (normal, 1e-3, random mask) flatter nobody: real ones have more zeros and pack better (bench/codec_bytes.py).
+thread. Outputs are memory that is used again; "new": a new tensor, in memory of dead ones (autoflip.ops.memory);
+"first touch": in memory that the system hands out anew and clears, page by page. Synthetic deltas (normal, 1e-3, random
+mask) flatter nobody: real ones have more zeros and pack better (bench/codec_bytes.py).
 
     python bench/bench_codec.py [--entries 10000000 50000000] [--densities 0.5 0.2 0.1 0.05] [--passes 7] [--out FILE]
 
@@ -24,7 +25,7 @@ import zstandard
 from conftest import machine
 
 from autoflip import MaskSet, codec
-from autoflip.ops import backend, delta_stream
+from autoflip.ops import backend, delta_stream, memory
 from autoflip.ops import delta as ops
 
 KEY = (1, 2)
@@ -47,7 +48,7 @@ def kernels(delta, masks):
     codes, _ = delta_stream.code(x, mask, delta_stream.INT8, KEY)
     return {
         "memcpy": lambda: out.copy_(x),
-        "memcpy, fresh": lambda: x.clone(),
+        "memcpy, first touch": lambda: x.clone(),
         "pack": lambda: ops.gather(x, mask),
         "nonzero to bits": lambda: ops.pack_nonzero(x),
         "subtract + pack": lambda: ops.gather(x, mask, base),
@@ -55,7 +56,8 @@ def kernels(delta, masks):
         "int8": lambda: delta_stream.code(x, mask, delta_stream.INT8, KEY),
         "expand fp32": lambda: delta_stream.decode(values, mask, out),
         "expand int8": lambda: delta_stream.decode(codes, mask, out),
-        "expand int8, fresh": lambda: delta_stream.decode(codes, mask),
+        "expand int8, new": lambda: delta_stream.decode(codes, mask),
+        "expand int8, first touch": lambda: (memory.forget(), delta_stream.decode(codes, mask)),
         "add int8": lambda: delta_stream.accumulate(codes, mask, total, 0.5),
     }
 
@@ -75,7 +77,7 @@ def frames(delta, masks):
         "mask fp32": (encode("fp32"), lambda b: codec.decode(b, **local, out=out)),
         "mask bf16": (encode("bf16"), lambda b: codec.decode(b, **local, out=out)),
         "mask int8": (encode("int8"), lambda b: codec.decode(b, **local, out=out)),
-        "mask int8, fresh": (encode("int8"), lambda b: codec.decode(b, **local)),
+        "mask int8, new": (encode("int8"), lambda b: codec.decode(b, **local)),
         "mask int8, accumulate": (encode("int8"), lambda b: codec.accumulate(b, sums, 1.0, **local)),
         "explicit int8": (
             lambda: codec.encode(kept, values="int8", schema=schema),

@@ -5,7 +5,7 @@ density a one-shot magnitude mask over the whole model and masked rounds. Kept f
 one client, its mask, and the server's model before and after, which is what the downlink carries. Density 1 is one
 more dense round; top-k deltas are cut from its update.
 
-    AUTOFLIP_DATA=DIR python bench/real_deltas.py      # some minutes; the benches call it when they need it
+    AUTOFLIP_DATA=DIR python bench/real_deltas.py      # half an hour of one core; the benches call it when they need it
 
 Folder: the environment variable AUTOFLIP_BENCH_CACHE, default ~/.cache/autoflip-bench.
 """
@@ -27,7 +27,7 @@ from autoflip.fed import data, models, partition
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
 TOP = (0.05, 0.01)
 CLIENTS, A_ROUND = 10, 4
-VERSION = 1  # part of the file names: raise it when anything here changes what is made
+VERSION = 2  # part of the file names: raise it when anything here changes what is made
 
 
 class ResNet18(nn.Module):
@@ -70,7 +70,7 @@ CASES = {  # name -> (data set, model, learning rate, samples a client, dense ro
         10,
         3,
     ),
-    "resnet": ("cifar10", ResNet18, 0.03, 250, 8, 1),
+    "resnet": ("cifar10", ResNet18, 0.03, 1000, 20, 3),
 }
 
 

@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "common/cpu.h"
+#include "cpu/crc.h"
 #include "cpu/delta.h"
 
 namespace py = pybind11;
@@ -51,6 +52,23 @@ void delta_pack_nonzero(uintptr_t x, int64_t n, uintptr_t words, int threads) {
   each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t) {
     kernels().pack_nonzero(at<float>(x) + first, size, at<uint64_t>(words) + word);
   });
+}
+
+// (kept entries of x, those of them that are not zero)
+std::array<int64_t, 2> delta_count_nonzero(uintptr_t x, uintptr_t words, int64_t n) {
+  constexpr int64_t kRun = 64;
+  const uint64_t* mask = at<uint64_t>(words);
+  std::array<int64_t, 2> found{};
+  for (int64_t first = 0; first < words_of(n); first += kRun) {
+    uint64_t held[kRun];
+    const int64_t left = words_of(n) - first, run = left < kRun ? left : kRun;
+    kernels().pack_nonzero(at<float>(x) + 64 * first, first + run < words_of(n) ? 64 * run : n - 64 * first,
+                           held);
+    for (int64_t i = 0; i < run; ++i) held[i] &= mask[first + i];
+    found[0] += kernels().count(mask + first, run);
+    found[1] += kernels().count(held, run);
+  }
+  return found;
 }
 
 // offsets[c] = kept entries before chunk c; the last one is their number
@@ -247,8 +265,14 @@ int64_t delta_varint_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t ke
 void bind_delta(py::module_& m) {
   using free_gil = py::call_guard<py::gil_scoped_release>;
   m.attr("DELTA_CHUNK") = 64 * kDeltaChunkWords;
+  m.def("has_fast_crc", has_fast_crc);
+  m.def(
+      "crc32",
+      [](uint32_t crc, uintptr_t data, int64_t bytes) { return crc32(crc, at<uint8_t>(data), bytes); },
+      free_gil());
   m.def("delta_pack", delta_pack, free_gil());
   m.def("delta_pack_nonzero", delta_pack_nonzero, free_gil());
+  m.def("delta_count_nonzero", delta_count_nonzero, free_gil());
   m.def("delta_offsets", delta_offsets, free_gil());
   m.def("delta_within", delta_within, free_gil());
   m.def("delta_gather", delta_gather, free_gil());

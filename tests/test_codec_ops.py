@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -30,7 +31,9 @@ def everything(n, density):
     x[~mask & (x > 0.5)] = 0
     pack = delta.pack(mask)
     values, finite = delta.gather(x, pack)
+    shares = [delta.zero_share(x, pack), delta.zero_share(x[n // 3 :], delta.pack(mask[n // 3 :]))]
     out = [pack.words.numpy(), delta.pack_nonzero(x).words.numpy(), pack.offsets.numpy(), values, np.array([finite])]
+    out.append(np.array(shares))
     out.append(delta.gather(x, pack, base)[0])
     out.append(delta.expand(values, pack).numpy())
     total = base.clone()
@@ -88,6 +91,21 @@ def test_every_instruction_level_and_thread_count_gives_the_same_bytes():
         isa, seen[level, threads] = done.stdout.split()
         assert isa == level or level != "base"  # a CPU without AVX serves what it has
     assert len(set(seen.values())) == 1
+
+
+@needs_cpp
+def test_crc_is_zlibs():
+    raw = np.random.default_rng(0).integers(0, 256, 3000, np.uint8)
+    ext = backend.extension("_C")[0]
+    for first in (0, 1, 7):
+        for size in (*range(0, 200), 1023, 1024, 2990):
+            part = raw[first : first + size].tobytes()
+            wanted = zlib.crc32(part, zlib.crc32(b"before"))
+            assert delta_coding.crc32(part, zlib.crc32(b"before")) == wanted
+            if ext.has_fast_crc():
+                assert ext.crc32(zlib.crc32(b"before"), raw[first:].ctypes.data, size) == wanted
+    large = raw.tobytes() * 9
+    assert delta_coding.crc32(large) == delta_coding.crc32(memoryview(large)) == zlib.crc32(large)
 
 
 @given(st.integers(0, 3000), st.floats(0, 1), st.integers(0, 31), st.integers(0, 1 << 30))

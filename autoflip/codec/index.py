@@ -20,25 +20,24 @@ RANKS = 8  # added to the last three: ranks among the entries that a shared mask
 NAMES = {WHOLE: "whole", SHARED: "shared mask", BITMAP: "bitmap", RICE: "rice", VARINT: "varint"}
 NAMES |= {RANKS | coding: f"ranks, {NAMES[coding]}" for coding in (BITMAP, RICE, VARINT)}
 _MAX_K = 31
-_SAMPLE = 1 << 20  # entries; of larger sets four runs stand for the whole when codings are compared
+_SAMPLE = 1 << 15  # kept entries; of larger sets four runs stand for the whole when codings are compared
 
 Set = tuple[int, int, Pack]  # (coding, Rice parameter, entries)
 
 
 def _sample(mask: Pack) -> tuple[Pack, float]:
     """Return a smaller set that looks like ``mask``, and how many times larger ``mask`` is in kept entries."""
-    if mask.numel <= 2 * _SAMPLE:
+    run = -(-_SAMPLE * mask.numel // (4 * 64 * max(1, mask.kept)))  # words
+    if mask.numel <= 8 * 64 * run:
         return mask, 1.0
-    run = _SAMPLE // 4 // 64
     starts = np.linspace(0, mask.numel // 64 - run, 4).astype(int)
-    part = ops.pack_words(torch.cat([mask.words[s : s + run] for s in starts]), _SAMPLE)
+    part = ops.pack_words(torch.cat([mask.words[s : s + run] for s in starts]), 4 * 64 * run)
     return part, mask.kept / max(1, part.kept)
 
 
-def _rice_parameter(mask: Pack) -> tuple[int, int]:
-    """Return (k, bits) of the shortest Rice code around the geometric guess; bits are exact for sets not sampled."""
-    guess = int(math.log2(max(1.0, 0.69 * mask.numel / max(1, mask.kept))))
-    part, times = _sample(mask)
+def _rice_parameter(part: Pack, times: float) -> tuple[int, int]:
+    """Return (k, bits) of the shortest Rice code around the geometric guess for ``times`` as much as ``part``."""
+    guess = int(math.log2(max(1.0, 0.69 * part.numel / max(1, part.kept))))
     tried = {k: codes.rice_bits(part, k) for k in range(max(0, guess - 1), min(_MAX_K, guess + 1) + 1)}
     best = min(tried, key=lambda k: tried[k])
     return best, int(tried[best] * times)
@@ -48,15 +47,15 @@ def choose(mask: Pack, entropy: str = "none", level: int = 1) -> tuple[int, int,
     """Return (coding, Rice parameter, bytes) of the smallest coding of a set; of large ones a sample decides."""
     if mask.whole:
         return WHOLE, 0, 0
+    part, times = _sample(mask)
     bitmap = -(-mask.numel // 8)
     best = (BITMAP, 0, bitmap)
     # a code has at least one bit, a gap of two or more at least two: above half density no Rice code wins
     if mask.numel < 1 << 32 and 2 * mask.kept <= mask.numel:
-        k, bits = _rice_parameter(mask)
+        k, bits = _rice_parameter(part, times)
         best = min(best, (RICE, k, -(-bits // 8)), key=lambda b: b[2])
     if entropy == "none" or not mask.kept:
         return best
-    part, times = _sample(mask)
     packed = [(BITMAP, 0, int(len(squeeze(_bitmap(part), level)) * mask.numel / part.numel))]
     if 4 * mask.kept <= mask.numel:  # a varint has a byte or more: at higher density packing it is work for nothing
         packed.append((VARINT, 0, int(len(squeeze(codes.varint_encode(part), level)) * times)))

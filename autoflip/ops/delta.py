@@ -146,12 +146,17 @@ def zero_share(x: Tensor, mask: Pack) -> float:
     starts = range(0, x.numel(), run)
     if x.numel() > 4 * run:
         starts = range(0, x.numel() - run + 1, (x.numel() - run) // 3 // 64 * 64)
-    kept = zeros = 0
+    kept = nonzero = 0
     for start in starts:
-        part = pack_words(mask.words[start // 64 : (start + run) // 64], min(run, x.numel() - start))
-        values = x[start : start + run][bits(part).to(x.device)]
-        kept, zeros = kept + len(values), zeros + len(values) - int(values.count_nonzero())
-    return zeros / max(1, kept)
+        part = x[start : start + run]
+        words = mask.words[start // 64 : (start + run) // 64]
+        if x.dtype is torch.float32 and x.is_contiguous() and (ext := cpp(x.device)):
+            found = ext.delta_count_nonzero(part.data_ptr(), words.data_ptr(), len(part))
+        else:
+            values = part[bits(pack_words(words, len(part))).to(x.device)]
+            found = len(values), int(values.count_nonzero())
+        kept, nonzero = kept + found[0], nonzero + found[1]
+    return 1 - nonzero / kept if kept else 0.0
 
 
 def gather(x: Tensor, mask: Pack | None, base: Tensor | None = None) -> tuple[Array, bool]:

@@ -5,6 +5,7 @@ Stochastic rounding draws ``u[i]`` from ``(key, i)`` alone, so every backend and
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from autoflip.ops.delta import Array, Pack, cpp, new_words
 __all__ = [
     "BLOCK",
     "Key",
+    "crc32",
     "dequantise",
     "largest_scale",
     "merge_planes",
@@ -34,6 +36,7 @@ __all__ = [
 Key = tuple[int, int] | None
 
 BLOCK = 256  # kept entries that share one scale
+_SMALL = 1 << 12
 _RICE_BYTES = 7  # the longest Rice code has 56 bits
 _INDEX_ERRORS = {
     -1: "ends early",
@@ -123,6 +126,20 @@ def merge_planes(raw: bytes | memoryview, dtype: np.dtype[Any]) -> Array:
         ext.delta_merge(planes.ctypes.data, len(out), dtype.itemsize, out.ctypes.data)
         return out
     return reference.delta_merge(planes, dtype)
+
+
+def crc32(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
+    """CRC-32 as ``zlib.crc32`` computes it, by carry-less multiplication where the CPU has that.
+
+    Args:
+        data: contiguous bytes, a memoryview of format B.
+        crc: checksum of what lies before them.
+    """
+    # below some kilobytes the way to the extension costs more than zlib
+    if len(data) > _SMALL and (ext := cpp()) and ext.has_fast_crc():
+        raw = np.frombuffer(data, np.uint8)
+        return int(ext.crc32(crc, raw.ctypes.data, len(raw)))
+    return zlib.crc32(data, crc)
 
 
 def rice_bits(mask: Pack, k: int) -> int:

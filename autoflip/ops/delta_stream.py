@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoflip.ops import backend, delta_gpu
+from autoflip.ops import backend, delta_gpu, memory
 from autoflip.ops import delta_coding as coding
 from autoflip.ops.delta import Array, Pack, cpp, expand, expand_add, gather
 
@@ -176,8 +176,7 @@ def decode(coded: Coded, mask: Pack | None, out: Tensor | None = None) -> Tensor
     _check(coded, mask)
     numel = coded.count if mask is None else mask.numel
     if out is None:
-        # numpy asks for huge pages where torch does not: fresh memory costs half as much
-        out = torch.from_numpy(np.empty(numel, np.float32))
+        out = memory.empty(numel)
     if out.numel() != numel or out.dtype is not torch.float32 or not out.is_contiguous():
         raise ValueError(f"decode: out is {out.dtype} {tuple(out.shape)}, wanted contiguous float32 of {numel} entries")
     if ext := cpp(out.device):

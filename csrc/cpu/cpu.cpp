@@ -31,6 +31,24 @@ Isa cpu_isa() {
   return isa;
 }
 
+bool fetches_ahead() {
+#if defined(__x86_64__)
+  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel") != 0);
+  return intel;
+#else
+  return false;
+#endif
+}
+
+bool expands_bytes() {
+#if defined(__x86_64__)
+  static const bool found = (__builtin_cpu_init(), __builtin_cpu_supports("avx512vbmi2") != 0);
+  return found;
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx512:

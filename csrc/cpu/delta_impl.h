@@ -1,9 +1,8 @@
 // Bodies of the delta kernels; included once by each delta_<isa>.cpp, all in an anonymous namespace.
 //
-// Gather and expand need intrinsics: compress in registers and store whole vectors, because vpcompressd to
-// memory is microcoded on Zen 4.
 #pragma once
 #include "cpu/delta_bits.h"
+#include "cpu/delta_gather.h"
 #include "cpu/delta_index.h"
 #include "cpu/delta_values.h"
 #if defined(__AVX2__)
@@ -46,7 +45,6 @@ void pack_nonzero(const float* x, int64_t n, uint64_t* words) {
     if (size == 64) {
 #if defined(__AVX512F__)
       for (int i = 0; i < 4; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(p + 16 * i + 1024), _MM_HINT_T0);
         word |= uint64_t(_mm512_cmp_ps_mask(_mm512_loadu_ps(p + 16 * i), _mm512_setzero_ps(), _CMP_NEQ_UQ))
                 << 16 * i;
       }
@@ -63,12 +61,6 @@ void pack_nonzero(const float* x, int64_t n, uint64_t* words) {
     }
     words[start / 64] = word;
   }
-}
-
-int64_t count(const uint64_t* words, int64_t num_words) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < num_words; ++i) total += __builtin_popcountll(words[i]);
-  return total;
 }
 
 void within(const uint64_t* mask, int64_t num_words, const uint64_t* ranks, int64_t num_ranks, int64_t first,
@@ -92,114 +84,7 @@ void within(const uint64_t* mask, int64_t num_words, const uint64_t* ranks, int6
   }
 }
 
-// --- gather and expand
-
-// One word's worth of entries without vectors: also the tail of every tensor.
-inline int64_t gather_word(const float* x, const float* base, uint64_t word, int64_t size, uint32_t& bad,
-                           float* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    const float d = base ? x[i] - base[i] : x[i];
-    bad |= (bits_of(d) & 0x7F800000u) == 0x7F800000u;
-  }
-  int64_t rank = 0;
-  for (; word; word &= word - 1) {
-    const int i = __builtin_ctzll(word);
-    out[rank++] = base ? x[i] - base[i] : x[i];
-  }
-  return rank;
-}
-
-#if defined(__AVX512F__)
-constexpr int64_t kAhead = 1024;  // floats: the hardware does not fetch over the end of a page by itself
-
-template <bool kBase>
-bool gather_vectors(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
-                    float* out) {
-  // finite * 0 is 0, anything else NaN: one multiply-add where a comparison would wait for compress's port
-  __m512 zero = _mm512_setzero_ps(), sum = zero;
-  int64_t rank = 0;
-  const int64_t full = n / 64;
-  for (int64_t w = 0; w < full; ++w) {
-    uint64_t word = words[w];
-    const float* p = x + 64 * w;
-    for (int i = 0; i < 4; ++i, word >>= 16) {
-      _mm_prefetch(reinterpret_cast<const char*>(p + 16 * i + kAhead), _MM_HINT_T0);
-      __m512 d = _mm512_loadu_ps(p + 16 * i);
-      if (kBase) {
-        _mm_prefetch(reinterpret_cast<const char*>(base + 64 * w + 16 * i + kAhead), _MM_HINT_T0);
-        d = _mm512_sub_ps(d, _mm512_loadu_ps(base + 64 * w + 16 * i));
-      }
-      sum = _mm512_fmadd_ps(d, zero, sum);
-      const __mmask16 m = __mmask16(word);
-      const int hits = __builtin_popcount(m);
-      const __m512 dense = _mm512_maskz_compress_ps(m, d);
-      if (rank + 16 <= kept)
-        _mm512_storeu_ps(out + rank, dense);
-      else
-        _mm512_mask_storeu_ps(out + rank, __mmask16((1u << hits) - 1), dense);
-      rank += hits;
-    }
-  }
-  uint32_t tail = _mm512_cmp_ps_mask(sum, zero, _CMP_UNORD_Q) != 0;
-  if (n % 64)
-    gather_word(x + 64 * full, kBase ? base + 64 * full : nullptr, words[full], n % 64, tail, out + rank);
-  return tail;
-}
-
-bool gather(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept, float* out) {
-  return base ? gather_vectors<true>(x, base, words, n, kept, out)
-              : gather_vectors<false>(x, base, words, n, kept, out);
-}
-#elif defined(__AVX2__)
-// Lane numbers of the set bits of m, packed to the left.
-inline __m256i lanes_of(uint32_t m) {
-  const uint64_t bytes = _pdep_u64(m, 0x0101010101010101ULL) * 0xFF;
-  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(_pext_u64(0x0706050403020100ULL, bytes))));
-}
-
-// The other way: under each set bit its rank among them.
-inline __m256i ranks_of(uint32_t m) {
-  const uint64_t bytes = _pdep_u64(m, 0x0101010101010101ULL) * 0xFF;
-  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(_pdep_u64(0x0706050403020100ULL, bytes))));
-}
-
-bool gather(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept, float* out) {
-  const __m256i exponent = _mm256_set1_epi32(0x7F800000);
-  __m256i bad = _mm256_setzero_si256();
-  int64_t rank = 0;
-  const int64_t full = n / 64;
-  for (int64_t w = 0; w < full; ++w) {
-    uint64_t word = words[w];
-    for (int i = 0; i < 8; ++i, word >>= 8) {
-      __m256 d = _mm256_loadu_ps(x + 64 * w + 8 * i);
-      if (base) d = _mm256_sub_ps(d, _mm256_loadu_ps(base + 64 * w + 8 * i));
-      const __m256i field = _mm256_and_si256(_mm256_castps_si256(d), exponent);
-      bad = _mm256_or_si256(bad, _mm256_cmpeq_epi32(field, exponent));
-      uint32_t m = uint32_t(word & 0xFF);
-      if (rank + 8 <= kept) {
-        _mm256_storeu_ps(out + rank, _mm256_permutevar8x32_ps(d, lanes_of(m)));
-        rank += __builtin_popcount(m);
-      } else {
-        float lanes[8];
-        _mm256_storeu_ps(lanes, d);
-        for (; m; m &= m - 1) out[rank++] = lanes[__builtin_ctz(m)];
-      }
-    }
-  }
-  uint32_t tail = !_mm256_testz_si256(bad, bad);
-  if (n % 64)
-    gather_word(x + 64 * full, base ? base + 64 * full : nullptr, words[full], n % 64, tail, out + rank);
-  return tail;
-}
-#else
-bool gather(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t, float* out) {
-  uint32_t bad = 0;
-  for (int64_t start = 0; start < n; start += 64)
-    out += gather_word(x + start, base ? base + start : nullptr, words[start / 64], lesser(64, n - start),
-                       bad, out);
-  return bad;
-}
-#endif
+// --- expand
 
 template <bool kAdd>
 inline int64_t expand_word(const float* values, uint64_t word, int64_t size, float weight, float* out) {

@@ -1,19 +1,45 @@
 // Rice and varint codes of the gaps between kept entries. Included by delta_impl.h only.
 #pragma once
 #include "cpu/delta_bits.h"
+#if defined(__BMI__)
+#include <immintrin.h>
+#endif
 
 namespace autoflip {
 namespace {
 
+constexpr int64_t kGapWords = 32;
+
+// The positions of the set bits of at most kGapWords words, eight at a time: how many a word has is a branch
+// that no CPU foresees. Up to seven places behind the last one are written too.
+inline int64_t positions(const uint64_t* words, int64_t num_words, uint32_t* out) {
+  int64_t found = 0;
+  for (int64_t w = 0; w < num_words; ++w) {
+    uint64_t word = words[w];
+#if defined(__BMI__)
+    const int hits = __builtin_popcountll(word);
+    for (int done = 0; done < hits; done += 8)
+      for (int i = 0; i < 8; ++i, word &= word - 1)
+        out[found + done + i] = uint32_t(64 * w) + uint32_t(_tzcnt_u64(word));
+    found += hits;
+#else
+    for (; word; word &= word - 1) out[found++] = uint32_t(64 * w + __builtin_ctzll(word));
+#endif
+  }
+  return found;
+}
+
 template <class Each>
 inline void each_gap(const uint64_t* words, int64_t num_words, Each each) {
+  uint32_t at[64 * kGapWords + 8];
   int64_t next = 0;  // the position that a gap of zero would mean
-  for (int64_t w = 0; w < num_words; ++w)
-    for (uint64_t word = words[w]; word; word &= word - 1) {
-      const int64_t position = 64 * w + __builtin_ctzll(word);
-      each(uint64_t(position - next));
-      next = position + 1;
-    }
+  for (int64_t first = 0; first < num_words; first += kGapWords) {
+    const int64_t found = positions(words + first, lesser(kGapWords, num_words - first), at);
+    if (!found) continue;
+    each(uint64_t(64 * first + at[0] - next));
+    for (int64_t i = 1; i < found; ++i) each(uint64_t(at[i] - at[i - 1] - 1));
+    next = 64 * first + at[found - 1] + 1;
+  }
 }
 
 int64_t rice_bits(const uint64_t* words, int64_t num_words, int k) {

@@ -3,12 +3,12 @@
 #pragma once
 #include "cpu/delta_bits.h"
 #include "cpu/delta_values.h"
+#if defined(__AVX512BW__)
+#include "cpu/delta_bytes.h"
+#endif
 
 namespace autoflip {
 namespace {
-
-constexpr int64_t kStep = 4096;  // entries in the scratch: 16 KB, a third of the first cache
-constexpr int64_t kSlack = 16;   // whole vectors are stored and loaded past the last value
 
 struct Scratch {
   alignas(64) float values[kStep + kDeltaBlock + kSlack];
@@ -64,7 +64,7 @@ bool encode(const float* x, const float* base, const uint64_t* words, int64_t n,
     int64_t fresh = size;
     if (words) {
       fresh = count(words + start / 64, (size + 63) / 64);
-      bad |= gather(x + start, from, words + start / 64, size, fresh + kSlack, s.values + held);
+      bad |= gather_once(x + start, from, words + start / 64, size, fresh + kSlack, s.values + held);
     } else {
       bad |= take(x + start, from, size, s.values + held);
     }
@@ -128,7 +128,14 @@ template <bool kAdd>
 void decode_any(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t rank, float weight, bool nt,
                 float* out) {
   Scratch s;
-  for (int64_t start = 0; start < n; start += kStep) {
+  int64_t start = 0;
+#if defined(__AVX512BW__)
+  if (c.kind == kInt8 && words && expands_bytes()) {
+    rank = expand_codes<kAdd>(c, words, n / 64, rank, weight, nt, out);
+    start = n / 64 * 64;
+  }
+#endif
+  for (; start < n; start += kStep) {
     const int64_t size = lesser(kStep, n - start);
     float* to = out + start;
     const int64_t kept = words ? count(words + start / 64, (size + 63) / 64) : size;

@@ -1,7 +1,7 @@
 """Hostile frames for as long as one likes; test_codec_fuzz.py does the same for seconds.
 
     python tests/fuzz/fuzz_frames.py --count 1000000 [--seed 0]     # mutations of our own, no other library
-    python tests/fuzz/fuzz_frames.py --atheris [-max_total_time=60 CORPUS]     # coverage-guided, where atheris is
+    python tests/fuzz/fuzz_frames.py --atheris [-max_total_time=60] CORPUS     # coverage-guided, where atheris is
 
 Every input is signed (length and CRC-32 put right), so that the checks behind the checksum are reached.
 """
@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from test_codec_fuzz import FRAMES, mutated, sign, survives  # noqa: E402
 
 
 def plain(count, seed):
+    from test_codec_fuzz import FRAMES, mutated, sign, survives
+
     rng, names, start = random.Random(seed), list(FRAMES), time.perf_counter()
     for i in range(count):
         blob, decode = FRAMES[names[i % len(names)]]
@@ -26,10 +27,13 @@ def plain(count, seed):
 
 def guided(arguments):
     import atheris
+    import torch  # noqa: F401 - not instrumented, like all else that is imported by now
+
+    with atheris.instrument_imports(include=["autoflip.codec", "autoflip.ops"]):
+        import autoflip.codec  # noqa: F401
+    from test_codec_fuzz import FRAMES, sign, survives
 
     decoders = [decode for _, decode in FRAMES.values()]
-    with atheris.instrument_imports(include=["autoflip.codec"]):
-        atheris.instrument_all()
 
     def one(data):
         if data:

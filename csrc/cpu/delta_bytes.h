@@ -1,0 +1,58 @@
+// int8 codes to floats, 64 entries of a tensor at a time: vpexpandb (AVX-512 VBMI2) spreads the codes under
+// their mask while they are bytes, and only then they become floats. Included by delta_stream.h, for AVX-512.
+#pragma once
+#include <immintrin.h>
+
+#include "cpu/delta_bits.h"
+
+// GCC 12 takes the undefined lanes of its own intrinsics for a mistake of ours (its bug 105593)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+namespace autoflip {
+namespace {
+
+// As decode_any, for whole words; returns the rank behind them.
+template <bool kAdd>
+__attribute__((target("avx512vbmi2"))) int64_t expand_codes(const DeltaCoding& c, const uint64_t* words,
+                                                            int64_t num_words, int64_t rank, float weight,
+                                                            bool nt, float* out) {
+  const __m512 factor = _mm512_set1_ps(weight);
+  for (int64_t w = 0; w < num_words; ++w, out += 64) {
+    const uint64_t word = words[w];
+    if (kAdd && !word) continue;
+    const int hits = __builtin_popcountll(word), left = int(kDeltaBlock - rank % kDeltaBlock);
+    const float* scales = c.scales + rank / kDeltaBlock;
+    const __m512 scale = _mm512_set1_ps(hits ? scales[0] : 0.0f);
+    uint64_t later = 0;  // entries whose codes lie in the next block
+    if (hits > left) later = word & ~_pdep_u64((1ULL << left) - 1, word);
+    const __m512i dense = _mm512_maskz_loadu_epi8(_bzhi_u64(~0ULL, uint32_t(hits)), c.streams[0] + rank);
+    const __m512i wide = _mm512_maskz_expand_epi8(word, dense);
+    const __m128i quarter[4] = {_mm512_castsi512_si128(wide), _mm512_extracti32x4_epi32(wide, 1),
+                                _mm512_extracti32x4_epi32(wide, 2), _mm512_extracti32x4_epi32(wide, 3)};
+    for (int i = 0; i < 4; ++i) {
+      float* p = out + 16 * i;
+      const __m512 codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter[i]));
+      __m512 values = _mm512_mul_ps(codes, scale);
+      if (later)
+        values = _mm512_mask_mul_ps(values, __mmask16(later >> 16 * i), codes, _mm512_set1_ps(scales[1]));
+      if (kAdd) {
+        const __m512 old = _mm512_loadu_ps(p);
+        const __mmask16 kept = __mmask16(word >> 16 * i);
+        _mm512_storeu_ps(p, _mm512_mask_add_ps(old, kept, old, _mm512_mul_ps(values, factor)));
+      } else if (nt) {
+        _mm512_stream_ps(p, values);
+      } else {
+        _mm512_storeu_ps(p, values);
+      }
+    }
+    rank += hits;
+  }
+  if (nt) _mm_sfence();
+  return rank;
+}
+
+}  // namespace
+}  // namespace autoflip
+
+#pragma GCC diagnostic pop

@@ -1,0 +1,161 @@
+// Kept entries of a tensor, packed to the left: intrinsics compress in registers and store whole vectors,
+// because vpcompressd to memory is microcoded on Zen 4. Included by delta_impl.h only.
+#pragma once
+#include "common/cpu.h"
+#include "cpu/delta_bits.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace autoflip {
+namespace {
+
+constexpr int64_t kStep = 4096;  // entries at a time: 16 KB, half of the first cache
+constexpr int64_t kSlack = 64;   // whole vectors are stored and loaded past the last value
+
+int64_t count(const uint64_t* words, int64_t num_words) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_words; ++i) total += __builtin_popcountll(words[i]);
+  return total;
+}
+
+// One word's worth of entries without vectors: also the tail of every tensor.
+inline int64_t gather_word(const float* x, const float* base, uint64_t word, int64_t size, uint32_t& bad,
+                           float* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float d = base ? x[i] - base[i] : x[i];
+    bad |= (bits_of(d) & 0x7F800000u) == 0x7F800000u;
+  }
+  int64_t rank = 0;
+  for (; word; word &= word - 1) {
+    const int i = __builtin_ctzll(word);
+    out[rank++] = base ? x[i] - base[i] : x[i];
+  }
+  return rank;
+}
+
+#if defined(__AVX512F__)
+constexpr int64_t kAhead = 1024;  // floats: Intel's prefetchers stop at the end of a page
+
+// One word's 64 entries; kRoom: whole vectors may be stored past the last value.
+template <bool kBase, bool kFetch, bool kRoom>
+inline int64_t gather_64(const float* x, const float* base, uint64_t word, __m512& sum, float* out) {
+  int64_t rank = 0;
+  for (int i = 0; i < 64; i += 16, word >>= 16) {
+    if (kFetch) _mm_prefetch(reinterpret_cast<const char*>(x + i + kAhead), _MM_HINT_T0);
+    __m512 d = _mm512_loadu_ps(x + i);
+    if (kBase) {
+      if (kFetch) _mm_prefetch(reinterpret_cast<const char*>(base + i + kAhead), _MM_HINT_T0);
+      d = _mm512_sub_ps(d, _mm512_loadu_ps(base + i));
+    }
+    // finite * 0 is 0, anything else NaN: one multiply-add where a comparison would wait for compress's port
+    sum = _mm512_fmadd_ps(d, _mm512_setzero_ps(), sum);
+    const __mmask16 m = __mmask16(word);
+    const int hits = __builtin_popcount(m);
+    const __m512 dense = _mm512_maskz_compress_ps(m, d);
+    if (kRoom)
+      _mm512_storeu_ps(out + rank, dense);
+    else
+      _mm512_mask_storeu_ps(out + rank, __mmask16((1u << hits) - 1), dense);
+    rank += hits;
+  }
+  return rank;
+}
+
+template <bool kBase, bool kFetch>
+bool gather_vectors(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
+                    float* out) {
+  __m512 sum = _mm512_setzero_ps();
+  int64_t rank = 0;
+  const int64_t full = n / 64;
+  for (int64_t w = 0; w < full; ++w) {
+    const float *p = x + 64 * w, *q = kBase ? base + 64 * w : nullptr;
+    if (rank + 64 <= kept)
+      rank += gather_64<kBase, kFetch, true>(p, q, words[w], sum, out + rank);
+    else
+      rank += gather_64<kBase, kFetch, false>(p, q, words[w], sum, out + rank);
+  }
+  uint32_t tail = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) != 0;
+  if (n % 64)
+    gather_word(x + 64 * full, kBase ? base + 64 * full : nullptr, words[full], n % 64, tail, out + rank);
+  return tail;
+}
+
+bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
+                 float* out) {
+  if (fetches_ahead())
+    return base ? gather_vectors<true, true>(x, base, words, n, kept, out)
+                : gather_vectors<false, true>(x, base, words, n, kept, out);
+  return base ? gather_vectors<true, false>(x, base, words, n, kept, out)
+              : gather_vectors<false, false>(x, base, words, n, kept, out);
+}
+#elif defined(__AVX2__)
+// Lane numbers of the set bits of m, packed to the left.
+inline __m256i lanes_of(uint32_t m) {
+  const uint64_t bytes = _pdep_u64(m, 0x0101010101010101ULL) * 0xFF;
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(_pext_u64(0x0706050403020100ULL, bytes))));
+}
+
+// The other way: under each set bit its rank among them.
+inline __m256i ranks_of(uint32_t m) {
+  const uint64_t bytes = _pdep_u64(m, 0x0101010101010101ULL) * 0xFF;
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(_pdep_u64(0x0706050403020100ULL, bytes))));
+}
+
+bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
+                 float* out) {
+  const __m256i exponent = _mm256_set1_epi32(0x7F800000);
+  __m256i bad = _mm256_setzero_si256();
+  int64_t rank = 0;
+  const int64_t full = n / 64;
+  for (int64_t w = 0; w < full; ++w) {
+    uint64_t word = words[w];
+    for (int i = 0; i < 8; ++i, word >>= 8) {
+      __m256 d = _mm256_loadu_ps(x + 64 * w + 8 * i);
+      if (base) d = _mm256_sub_ps(d, _mm256_loadu_ps(base + 64 * w + 8 * i));
+      const __m256i field = _mm256_and_si256(_mm256_castps_si256(d), exponent);
+      bad = _mm256_or_si256(bad, _mm256_cmpeq_epi32(field, exponent));
+      uint32_t m = uint32_t(word & 0xFF);
+      if (rank + 8 <= kept) {
+        _mm256_storeu_ps(out + rank, _mm256_permutevar8x32_ps(d, lanes_of(m)));
+        rank += __builtin_popcount(m);
+      } else {
+        float lanes[8];
+        _mm256_storeu_ps(lanes, d);
+        for (; m; m &= m - 1) out[rank++] = lanes[__builtin_ctz(m)];
+      }
+    }
+  }
+  uint32_t tail = !_mm256_testz_si256(bad, bad);
+  if (n % 64)
+    gather_word(x + 64 * full, base ? base + 64 * full : nullptr, words[full], n % 64, tail, out + rank);
+  return tail;
+}
+#else
+bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t, float* out) {
+  uint32_t bad = 0;
+  for (int64_t start = 0; start < n; start += 64)
+    out += gather_word(x + start, base ? base + start : nullptr, words[start / 64], lesser(64, n - start),
+                       bad, out);
+  return bad;
+}
+#endif
+
+// At low density vectors overlap where they are stored: into lines that the first cache holds that costs
+// nothing, into far ones a quarter of the time.
+bool gather(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept, float* out) {
+  if (n <= kStep || 4 * kept > n) return gather_once(x, base, words, n, kept, out);
+  alignas(64) float panel[kStep + kSlack];
+  bool bad = false;
+  for (int64_t start = 0; start < n; start += kStep) {
+    const int64_t size = lesser(kStep, n - start), held = count(words + start / 64, (size + 63) / 64);
+    bad |=
+        gather_once(x + start, base ? base + start : nullptr, words + start / 64, size, held + kSlack, panel);
+    std::memcpy(out, panel, size_t(held) * 4);
+    out += held;
+  }
+  return bad;
+}
+
+}  // namespace
+}  // namespace autoflip
