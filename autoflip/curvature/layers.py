@@ -160,7 +160,8 @@ class _Conv(Layer):
         self.node = self.edge.node
         self.edge = GradientEdge(later[0], 0)
         if gate is not None:
-            self.gate = gate._saved_result.flatten(2).gather(2, self.at.flatten(2)).view(self.at.shape) > 0
+            kept = gate._saved_result.flatten(2).gather(2, self.at.flatten(2)).view(self.at.shape)
+            self.gate = kept.detach().gt_(0)  # in the gradient's dtype: a product with a bool converts it every time
 
     def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
         """Find the convolution that this one's gradient can be handed to without autograd."""
