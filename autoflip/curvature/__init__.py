@@ -11,8 +11,12 @@ method      matrix            cost (1 = forward + backward)        error
 ========== ================= ==================================== =========================================
 ggn-exact   Gauss-Newton      1/3 + about 2/3 a class              rounding
 ggn-mc      Gauss-Newton      1/3 + about 2/3 a draw               diagonal 5 to 50 % with one draw
-hutchinson  Hessian           1 + about 2 a draw                   diagonal of the order of the Hessian's rows
+hutchinson  Hessian           1 + about 2 a draw, 1 for a trace    diagonal of the order of the Hessian's rows
 ========== ================= ==================================== =========================================
+
+Hessian products share one recorded pass where every operation has a rule (Linear, convolutions, pooling, smooth
+activations, BatchNorm in evaluation mode, embeddings, sums and products), and go by double backward elsewhere
+(LSTM, attention, LayerNorm): see ``curvature.products``.
 
 Parameters of other layers than Linear, Conv1d/2d, Embedding and normalisations (and any that are used twice) go a
 general way that is right but costs more: see ``curvature.gauss_newton``.

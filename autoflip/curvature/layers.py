@@ -136,7 +136,7 @@ class _Linear(Layer):
 
     def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         if self.summed:  # d holds the factors' sum of squares
-            return {"weight": d[0].T @ x.square(), "bias": d[0].sum(0)}
+            return {"weight": ops.squared_matmul(d[0], x, squared=True), "bias": d[0].sum(0)}
         if x.dim() == 2:
             return {"weight": ops.squared_matmul(d[0], x), "bias": d[0].square().sum(0)}
         d = [one.flatten(1, -2).transpose(1, 2) for one in d]  # (N, O, P)
