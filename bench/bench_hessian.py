@@ -8,13 +8,16 @@ Spearman's rank correlation of the diagonal, relative error of the trace. The tr
 is not the Hessian: there the errors of Gauss-Newton methods are against Gauss-Newton (in float32, whose rounding is far
 below them), and the others have none.
 
-    python bench/bench_hessian.py [--passes 9] [--accuracy] [--equal-error] [--out bench/results/hessian-cpu.json]
+    python bench/bench_hessian.py [--passes 9] [--accuracy] [--equal-error] [--memory]
+                                  [--out bench/results/hessian-cpu.json]
 """
 
 import argparse
 import copy
 import json
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,7 +47,10 @@ def spearman(a, b):
 
 
 def truth(model, batch):
-    """Return the exact diagonal and what it is of; in float64, but for the LSTM's, which has 79 factors."""
+    """Return the exact diagonal and what it is of; in float64, but for the LSTM's, which has 79 factors.
+
+    Where Gauss-Newton is not the Hessian, trace estimates of the latter have no truth here.
+    """
     if batch[0].is_floating_point():
         model, batch = copy.deepcopy(model).double(), (batch[0].double(), batch[1])
     diagonal = curvature.hessian_diagonal(model, F.cross_entropy, batch, method="ggn-exact")
@@ -65,6 +71,12 @@ def methods(case, model, batch):
         "ggn-mc, 1 draw": ("ggn", ours("ggn-mc")),
         "ggn-mc, 4 draws": ("ggn", ours("ggn-mc", 4)),
         f"hutchinson, {probes} draws": ("hessian", ours("hutchinson", probes)),
+        f"hutchinson trace, {probes} draws": (
+            "hessian",
+            lambda seed: (
+                curvature.hessian_trace(model, F.cross_entropy, batch, probes, seed, method="hutchinson").total
+            ),
+        ),
         f"PyHessian trace, {probes} probes": (
             "hessian",
             lambda seed: statistics.fmean(peers.pyhessian_trace(model, batch, probes)),
@@ -105,7 +117,7 @@ def methods(case, model, batch):
                 )
     if peers.missing("pyhessian"):
         del calls[f"PyHessian trace, {probes} probes"]
-    if case.startswith(("mlp", "cnn")) and not peers.missing("backpack"):
+    if case.startswith(("mlp", "cnn", "digits B")) and not peers.missing("backpack"):
         extended = peers.backpack_extended(model)
         calls["BackPACK DiagGGNExact"] = ("ggn", lambda seed: peers.backpack_diagonal(extended, batch, True))
         calls["BackPACK DiagGGNMC, 1"] = ("ggn", lambda seed: peers.backpack_diagonal(extended, batch, False))
@@ -198,6 +210,42 @@ def equal_error(case="cnn B64", wanted=0.02):
     }
 
 
+def memory(case, which):
+    """Return the growth of this process's peak memory in one call, MiB; call it in a fresh process."""
+    model, batch = hessian_models.make(case, "start")
+    loss_fn, params = F.cross_entropy, list(model.parameters())
+    calls = {
+        "gradient": lambda b: torch.autograd.grad(loss_fn(model(b[0]), b[1]), params),
+        "ggn-mc, 1 draw": lambda b: curvature.hessian_diagonal(model, loss_fn, b, method="ggn-mc"),
+        "ggn-exact": lambda b: curvature.hessian_diagonal(model, loss_fn, b, method="ggn-exact"),
+        "hutchinson trace, 16 draws": lambda b: curvature.hessian_trace(model, loss_fn, b, 16, method="hutchinson"),
+        "PyHessian trace, 16 probes": lambda b: peers.pyhessian_trace(model, b, 16),
+    }
+    calls[which]((batch[0][:2], batch[1][:2]))  # libraries load and caches fill
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+
+    def status(word):
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(word))
+        return int(line.split()[1]) / 1024
+
+    before = status("VmRSS")
+    calls[which](batch)
+    return status("VmHWM") - before
+
+
+def memories(cases=("cnn B64", "cnn B256", "resnet8 B64")):  # an MLP's is too small to see
+    """Return rows: peak memory of each method, each in a process of its own."""
+    hutchinson = "hutchinson trace, 16 draws", "PyHessian trace, 16 probes"
+    rows = []
+    for case in cases:
+        for which in ("gradient", "ggn-mc, 1 draw", "ggn-exact", *hutchinson):
+            command = [sys.executable, "-c", f"import bench_hessian as b; print(b.memory({case!r}, {which!r}))"]
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+            if done.returncode == 0:
+                rows.append({"case": case, "method": which, "peak_mib": float(done.stdout.split()[-1])})
+    return rows
+
+
 def show(rows):
     for row in rows:
         if row["method"] == "gradient":
@@ -225,6 +273,7 @@ def main():
         "--accuracy", action="store_true", help="also at three stages of training, two kinds of batches"
     )
     parser.add_argument("--equal-error", action="store_true", help="also run PyHessian to 2 %% (minutes)")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of a call")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     content = {"machine": machine(), "rows": []}
@@ -241,6 +290,9 @@ def main():
     if args.equal_error:
         content["equal_error"] = equal_error()
         print(content["equal_error"])
+    if args.memory:
+        content["memory"] = memories()
+        print(*content["memory"], sep="\n")
     if args.out:
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 

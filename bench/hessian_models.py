@@ -1,4 +1,4 @@
-"""The four models of bench_hessian with a batch each, at the start, half trained and trained."""
+"""The models of bench_hessian with a batch each, at the start, half trained and trained."""
 
 from pathlib import Path
 
@@ -40,6 +40,13 @@ def cnn():
     return nn.Sequential(*features, nn.Flatten(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
+def small(smooth):
+    """A net so small that calls, not products, take the time."""
+    act, pool = (nn.GELU, nn.AvgPool2d) if smooth else (nn.ReLU, nn.MaxPool2d)
+    features = nn.Conv2d(1, 16, 3), act(), pool(2), nn.Conv2d(16, 32, 3, padding=1), act(), nn.Flatten()
+    return nn.Sequential(*features, nn.Linear(288, 32), act(), nn.Linear(32, 10))
+
+
 def resnet8():
     return models.build("resnet8", input_shape=(3, 32, 32), num_classes=10).eval()
 
@@ -53,6 +60,8 @@ CASES = {
     "mlp B256": (mlp, lambda n, classes=range(10): digits(n, 28, 1, classes), 256),
     "cnn B64": (cnn, lambda n, classes=range(10): digits(n, 28, 1, classes), 64),
     "cnn B256": (cnn, lambda n, classes=range(10): digits(n, 28, 1, classes), 256),
+    "digits B16": (lambda: small(False), lambda n, classes=range(10): digits(n, 8, 1, classes), 16),
+    "digits GELU B16": (lambda: small(True), lambda n, classes=range(10): digits(n, 8, 1, classes), 16),
     "resnet8 B64": (resnet8, lambda n, classes=range(10): digits(n, 32, 3, classes), 64),
     "lstm B64": (lstm, lambda n, classes=None: characters(n), 64),
 }

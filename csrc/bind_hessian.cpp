@@ -90,6 +90,13 @@ int64_t sequence_squares(const Addresses& d, uintptr_t u, uintptr_t out, int64_t
   return squares(d, u, 0, out, shape, true, threads);
 }
 
+int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t out, int64_t samples, int64_t outputs,
+                       int64_t columns, bool squared, float most_alive, int threads) {
+  threads = threads_for(samples * outputs * columns / 16, threads);
+  return kernels().squared_matmul(at<float>(d), at<float>(a), at<float>(out), samples, outputs, columns,
+                                  squared, most_alive, threads);
+}
+
 void rademacher(uint64_t seed, uint64_t stream, uintptr_t out, int64_t count, int threads) {
   kernels().rademacher(seed, stream, at<float>(out), count, threads_for(count, threads));
 }
@@ -101,6 +108,8 @@ void bind_hessian(pybind11::module_& m) {
   m.def("conv_squares", conv_squares, "returns the multiply-adds that ran", release());
   m.def("conv_pull_back", conv_pull_back, "returns the multiply-adds that ran", release());
   m.def("sequence_squares", sequence_squares, "returns the multiply-adds that ran", release());
+  m.def("squared_matmul", squared_matmul,
+        "returns the multiply-adds that ran; -1: too few zeros, nothing ran", release());
   m.def("rademacher", rademacher, release());
 }
 

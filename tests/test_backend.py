@@ -36,7 +36,7 @@ def test_curvature_runs_under_every_wish(wish, monkeypatch):
     "wish, op, served",
     [
         ("", "masked_matmul", "auto"),
-        ("cpp", "squared_matmul", "reference"),
+        ("cuda", "squared_matmul", "auto"),
         ("cpp", "conv_squares", "cpp"),
         ("cpp", "rademacher", "cpp"),
         ("cuda", "rademacher", "auto"),

@@ -107,6 +107,27 @@ def test_sequence_squares_equals_float64_reference(Q, N, O, P, K):
     torch.testing.assert_close(want, loop)
 
 
+DENSE = [(1, 1, 1), (3, 5, 16), (97, 33, 65), (200, 18, 130), (96, 4, 81)]
+
+
+def check_dense(shape, density):
+    N, O, K = shape
+    g = torch.Generator().manual_seed(0)
+    d, a = torch.randn(N, O, generator=g) * (torch.rand(N, O, generator=g) < density), torch.randn(N, K, generator=g)
+    for squared in (False, True):
+        given = d.square() if squared else d
+        want = reference.squared_matmul(d.double(), a.double())
+        got = ops.squared_matmul(given, a, squared=squared)
+        # float32 sums of up to N terms of one sign (largest seen: 3 eps)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=16 * EPS * max(want.max().item(), EPS))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.2, 0.6, 1.0])
+@pytest.mark.parametrize("shape", DENSE)
+def test_squared_matmul_equals_float64_reference(shape, density):
+    check_dense(shape, density)
+
+
 @pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
 def test_each_instruction_set(level):
     code = (
@@ -115,6 +136,8 @@ def test_each_instruction_set(level):
         f"assert _C.isa() in ('base', {level!r}, 'avx2')\n"
         "for shape in t.CONVS:\n"
         "    for density in (1.0, 0.2, 0.02): t.check_conv(shape, density), t.check_pooled(shape, density)\n"
+        "for shape in t.DENSE:\n"
+        "    for density in (0.0, 0.2, 0.6): t.check_dense(shape, density)\n"
         "t.test_signs_do_not_depend_on_who_draws_them()\n"
     )
     env = {**os.environ, "AUTOFLIP_CPU": level}
@@ -130,6 +153,10 @@ def test_threads_do_not_change_a_bit():
         results.append(ops.conv_squares(d, x, kernel, **options))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+    rows, inputs = torch.randn(256, 200).relu(), torch.randn(256, 784)
+    dense = [(torch.set_num_threads(n), ops.squared_matmul(rows, inputs))[1] for n in (1, 2, 3)]
+    assert torch.equal(dense[0], dense[1])
+    assert torch.equal(dense[0], dense[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
@@ -174,6 +201,38 @@ def test_signs_in_triton_are_the_same(monkeypatch):
     for seed, stream, shape in ((0, 0, (3, 1000)), (-1, 5, (65,)), (2**70 + 3, -2, (1,)), (7, 1, (0,))):
         signs = ops.rademacher(seed, stream, shape, device=device)
         assert torch.equal(signs.cpu(), reference.rademacher(seed, stream, shape))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", CONVS)
+def test_cuda_kernels_equal_float64_reference(shape, monkeypatch):
+    monkeypatch.setenv("AUTOFLIP_BACKEND", "cuda")
+    assert backend.serve("conv_squares", torch.device("cuda")) == "cuda"
+    d, x, kernel, options = conv(*shape)
+    want = reference.conv_squares(d.double(), x.double(), kernel, **options)
+    tolerance = 32 * EPS * want.max().item()
+    got = ops.conv_squares(d.cuda(), x.cuda(), kernel, **options)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=tolerance)
+    rows, u = d.flatten(3), torch.randn(d.shape[1], d[0, 0, 0].numel(), 37)
+    want = reference.sequence_squares(rows.double(), u.double())
+    got = ops.sequence_squares(rows.cuda(), u.cuda())
+    torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=32 * EPS * want.max().item())
+    left, right = torch.randn(65, 33), torch.randn(65, 70)
+    for squared in (False, True):
+        want = reference.squared_matmul(left.double(), right.double(), squared)
+        got = ops.squared_matmul(left.cuda(), right.cuda(), squared=squared)
+        torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=32 * EPS * want.abs().max().item())
+    signs = ops.rademacher(5, -3, (3, 700), device="cuda")
+    assert torch.equal(signs.cpu(), reference.rademacher(5, -3, (3, 700)))
+
+
+def test_cuda_kernels_serve_only_when_asked_for(monkeypatch):
+    # as if there were a GPU and everything were built
+    monkeypatch.setattr(backend, "unavailable", lambda name, device: "")
+    backend._serve.cache_clear()
+    served = {wish: backend._serve("conv_squares", "cuda", wish) for wish in ("auto", "cuda", "triton")}
+    backend._serve.cache_clear()
+    assert served == {"auto": "triton", "cuda": "cuda", "triton": "triton"}
 
 
 def test_signs_do_not_depend_on_who_draws_them():
@@ -224,9 +283,12 @@ def test_flops_are_those_that_ran():
     served = backend.serve("conv_squares", x.device)
     assert count(live) == (full * 21 // 81 if served == "cpp" else full)
     with FlopCounterMode(display=False) as counter:
-        ops.squared_matmul(x[0, 0], x[1, 1])
+        ops.squared_matmul(torch.full_like(x[0, 0], 2.0), x[1, 1])
         ops.sequence_squares(d.flatten(3), x[:, 0].flatten(1)[:, :, None])
     assert counter.get_total_flops() == 2 * 9 * 9 * 9 + 2 * d.numel()
+    with FlopCounterMode(display=False) as counter:
+        ops.squared_matmul(torch.eye(9), x[1, 1])
+    assert counter.get_total_flops() == 2 * 9 * 9 * (1 if backend.serve("squared_matmul", x.device) == "cpp" else 9)
 
 
 def test_compiles_without_a_graph_break():

@@ -11,8 +11,12 @@ method      matrix            cost (1 = forward + backward)        error
 ========== ================= ==================================== =========================================
 ggn-exact   Gauss-Newton      1/3 + about 2/3 a class              rounding
 ggn-mc      Gauss-Newton      1/3 + about 2/3 a draw               diagonal 5 to 50 % with one draw
-hutchinson  Hessian           1 + about 2 a draw                   diagonal of the order of the Hessian's rows
+hutchinson  Hessian           1 + about 2 a draw, 1 for a trace    diagonal of the order of the Hessian's rows
 ========== ================= ==================================== =========================================
+
+Hessian products share one recorded pass where every operation has a rule (Linear, convolutions, pooling, smooth
+activations, BatchNorm in evaluation mode, embeddings, sums and products), and go by double backward elsewhere
+(LSTM, attention, LayerNorm): see ``curvature.products``.
 
 Parameters of other layers than Linear, Conv1d/2d, Embedding and normalisations (and any that are used twice) go a
 general way that is right but costs more: see ``curvature.gauss_newton``.
@@ -29,6 +33,7 @@ from torch import Tensor, nn
 from autoflip.curvature import hutchinson, sketch
 from autoflip.curvature.gauss_newton import GaussNewton, MixedError
 from autoflip.curvature.problem import LossFn, Problem
+from autoflip.curvature.products import Products
 from autoflip.curvature.results import Diagonal, Trace, mean_of, trace_of
 from autoflip.curvature.root import NotDescribedError
 
@@ -47,6 +52,7 @@ METHODS = ("auto", "ggn-mc", "ggn-exact", "hutchinson", "hutch++", "xtrace")
 # one draw ranks weights well, but its trace can be 20 % off on a trained model with few samples
 _TRACE_DRAWS = 16
 _DIAGONAL_DRAWS = 4
+_FACTORS = 5  # held at once: the nine of ten classes are squared in two goes, of as many rows as registers hold
 # draws with orthogonal signs: their errors cancel; the spread of the blocks is what the standard error comes from
 _TRACE_BLOCK = 4
 
@@ -59,7 +65,7 @@ def hessian_diagonal(
     seed: int = 0,
     method: str = "auto",
     *,
-    chunk: int = 4,
+    chunk: int | None = None,
 ) -> Diagonal:
     """Return ``d^2 L / d w_i^2`` for every weight, ``L = loss_fn(model(inputs), target)``.
 
@@ -76,7 +82,8 @@ def hessian_diagonal(
             (classes - 1 for cross-entropy), else at least 4 draws of "ggn-mc" (large maps without pooling, more
             classes, curved models: ``note`` says which), and "hutchinson" for losses that Gauss-Newton does not
             describe.
-        chunk: factors held at once by "ggn-exact" and "ggn-mc"; bounds the peak memory.
+        chunk: factors or probes held at once; bounds the peak memory. None: 5 factors, or as many probes as stay in
+            the cache.
 
     Returns:
         Diagonal: name -> tensor shaped and typed like the parameter, for all that require grad.
@@ -99,7 +106,7 @@ def hessian_diagonal(
         gn = _gauss_newton(problem, seed, chunk, method)
         if gn is None:
             name = "hutchinson" if method == "auto" else method
-            return Diagonal(mean_of(_hessian_draws(problem, name, num_probes, seed)), name, "hessian")
+            return Diagonal(mean_of(_hessian_draws(problem, name, num_probes, seed, chunk)), name, "hessian")
         matrix = "ggn" if gn.graph.curved else "hessian"
         note = _against_exact(gn, matrix) if method == "auto" else ""
         if method == "ggn-exact" or (method == "auto" and not note):
@@ -116,7 +123,7 @@ def client_diagonals(
     seed: int = 0,
     method: str = "ggn-mc",
     *,
-    chunk: int = 4,
+    chunk: int | None = None,
     samples: int = 256,
 ) -> list[Diagonal]:
     """Return many clients' Gauss-Newton diagonals at one model, several clients a pass.
@@ -132,7 +139,7 @@ def client_diagonals(
         num_probes: draws for "ggn-mc".
         seed: of the draws.
         method: "ggn-mc" or "ggn-exact".
-        chunk: factors held at once; bounds the peak memory, as does the next.
+        chunk: factors held at once (None: 5); bounds the peak memory, as does the next.
         samples: most samples in a pass; a client with more has one of its own.
 
     Raises:
@@ -147,7 +154,7 @@ def client_diagonals(
         problem = replace(group[0], inputs=inputs, target=target)
         try:
             with problem.undisturbed(seed):
-                gn = GaussNewton.of(problem, seed, chunk, [one.samples for one in group])
+                gn = GaussNewton.of(problem, seed, chunk or _FACTORS, [one.samples for one in group])
                 matrix = "ggn" if gn.graph.curved else "hessian"
                 found = gn.exact() if method == "ggn-exact" else gn.mean(num_probes)
             out += [Diagonal(one, method, matrix) for one in found]
@@ -177,7 +184,7 @@ def hessian_trace(
     per: str = "parameter",
     method: str = "auto",
     *,
-    chunk: int = 4,
+    chunk: int | None = None,
 ) -> Trace:
     """Return the sum of the Hessian's diagonal, by parameter or by output channel, with its standard error.
 
@@ -191,7 +198,7 @@ def hessian_trace(
         per: "parameter", or "channel" for sums over each parameter's first axis as well.
         method: one of METHODS. "auto" takes "ggn-exact" as hessian_diagonal does, "ggn-mc" for piecewise-linear
             models with more classes, and "hutchinson" (the true Hessian) for all others.
-        chunk: factors held at once by "ggn-exact"; bounds the peak memory.
+        chunk: as for hessian_diagonal.
 
     Raises:
         NotDescribedError: a Gauss-Newton method was asked for, and the loss has none.
@@ -205,7 +212,9 @@ def hessian_trace(
         matrix = "ggn" if gn is not None and gn.graph.curved else "hessian"
         if gn is None or (method == "auto" and matrix == "ggn"):
             name = "hutchinson" if method == "auto" else method
-            return trace_of(_hessian_draws(problem, name, num_probes, seed), per, name, "hessian")
+            if name == "hutchinson" and per == "parameter":
+                return trace_of(hutchinson.dots(problem, num_probes, seed, chunk), per, name, "hessian")
+            return trace_of(_hessian_draws(problem, name, num_probes, seed, chunk), per, name, "hessian")
         note = _against_exact(gn, matrix) if method == "auto" else ""
         if method == "ggn-exact" or (method == "auto" and not note):
             return trace_of(iter(gn.exact()), per, "ggn-exact", matrix)
@@ -215,15 +224,21 @@ def hessian_trace(
 
 
 def hvp(
-    model: nn.Module, loss_fn: LossFn, batch: tuple[Tensor, Tensor], vectors: Mapping[str, Tensor]
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: tuple[Tensor, Tensor],
+    vectors: Mapping[str, Tensor],
+    *,
+    chunk: int | None = None,
 ) -> dict[str, Tensor]:
-    """Multiply many vectors by the Hessian: ``H v_p`` for each p, the gradient's graph built once.
+    """Multiply many vectors by the Hessian: ``H v_p`` for each p, all of them on one forward pass.
 
     Args:
         model: as for :func:`hessian_diagonal`, like the next two.
         loss_fn: scalar loss.
         batch: ``(inputs, target)``.
         vectors: parameter name -> ``(P, *parameter.shape)``; parameters that are not named stay fixed.
+        chunk: vectors multiplied in one pass; bounds the peak memory. None: as many as stay in the cache.
 
     Returns:
         The names of ``vectors`` -> ``(P, *parameter.shape)``.
@@ -252,21 +267,18 @@ def hvp(
                 f"hvp: vectors[{name!r}] is {v.dtype} {tuple(v.shape)} on {v.device}, wanted {p.dtype} "
                 f"{(probes, *p.shape)} on {p.device}: one leading axis of probes, the same for all"
             )
-    out = {name: torch.empty_like(v) for name, v in vectors.items()}
+    if probes == 0:
+        return {name: torch.empty_like(v) for name, v in vectors.items()}
     with problem.undisturbed(0):
-        product = hutchinson.hessian_product(problem, names)
-        for i in range(probes):
-            for name, value in product({name: v[i] for name, v in vectors.items()}).items():
-                out[name][i] = value
-    return out
+        return Products(problem, names, chunk)({name: v.detach() for name, v in vectors.items()})
 
 
 def _checked(
-    model: nn.Module, loss_fn: LossFn, batch: tuple[Tensor, Tensor], num_probes: int, method: str, chunk: int
+    model: nn.Module, loss_fn: LossFn, batch: tuple[Tensor, Tensor], num_probes: int, method: str, chunk: int | None
 ) -> Problem:
     if method not in METHODS:
         raise ValueError(f"curvature: there is no method {method!r}; there are {', '.join(METHODS)}")
-    if not all(isinstance(count, int) and count >= 1 for count in (num_probes, chunk)):
+    if not all(isinstance(count, int) and count >= 1 for count in (num_probes, 1 if chunk is None else chunk)):
         raise ValueError(f"curvature: num_probes={num_probes!r}, chunk={chunk!r}; both must be whole and at least 1")
     if num_probes < sketch.LEAST.get(method, 1):
         raise ValueError(
@@ -275,21 +287,23 @@ def _checked(
     return Problem.of(model, loss_fn, batch)
 
 
-def _gauss_newton(problem: Problem, seed: int, chunk: int, method: str) -> GaussNewton | None:
+def _gauss_newton(problem: Problem, seed: int, chunk: int | None, method: str) -> GaussNewton | None:
     if method in ("hutchinson", *sketch.LEAST):
         return None
     try:
-        return GaussNewton.of(problem, seed, chunk)
+        return GaussNewton.of(problem, seed, chunk or _FACTORS)
     except NotDescribedError:
         if method != "auto":
             raise
         return None
 
 
-def _hessian_draws(problem: Problem, method: str, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
+def _hessian_draws(
+    problem: Problem, method: str, count: int, seed: int, chunk: int | None
+) -> Iterator[dict[str, Tensor]]:
     if method == "hutchinson":
-        return hutchinson.draws(problem, count, seed)
-    return sketch.draws(problem, method, count, seed)
+        return hutchinson.draws(problem, count, seed, chunk)
+    return sketch.draws(problem, method, count, seed, chunk)
 
 
 def _against_exact(gn: GaussNewton, matrix: str) -> str:

@@ -49,6 +49,7 @@ class GaussNewton:
     rest: list[str]
     root: Root
     seed: int
+    chunk: int
 
     @staticmethod
     def of(problem: Problem, seed: int, chunk: int, counts: Sequence[int] = ()) -> GaussNewton:
@@ -79,7 +80,7 @@ class GaussNewton:
         owned = {id(p) for layer in layers for p in layer.params.values()}
         rest = [name for name, p in problem.params.items() if id(p) not in owned and name in graph.uses]
         if len(counts) < 2:
-            return GaussNewton(problem, output, graph, layers, rest, output_root(problem, output, seed), seed)
+            return GaussNewton(problem, output, graph, layers, rest, output_root(problem, output, seed), seed, chunk)
         if rest or len(output) != samples:
             raise MixedError(f"curvature: samples cannot be told apart for {', '.join(rest[:3]) or 'the output'}")
         ends = list(accumulate(counts))
@@ -88,7 +89,7 @@ class GaussNewton:
             layer.segments = segments
         parts = [replace(problem, inputs=problem.inputs[s], target=problem.target[s]) for s in segments]
         roots = [output_root(part, output[s], seed) for part, s in zip(parts, segments)]
-        return GaussNewton(problem, output, graph, layers, rest, side_by_side(roots, segments), seed)
+        return GaussNewton(problem, output, graph, layers, rest, side_by_side(roots, segments), seed, chunk)
 
     def against_exact(self) -> str:
         """Return why the exact diagonal would cost far more than some draws; empty when it would not."""
@@ -115,6 +116,7 @@ class GaussNewton:
                 f"rows of {self.problem.samples} samples; return (samples, classes, positions) or use 'ggn-mc'"
             )
         total = self._empty()
+        self._chunks(self.root.factors)
         for column in self.root.columns():
             self._backward(column, [])
             for n in range(len(column)) if self.rest else ():
@@ -134,12 +136,18 @@ class GaussNewton:
 
     def _mean(self, draws: range, block: int) -> list[Diagonal]:
         total = self._empty()
+        self._chunks(len(draws))
         for i in draws:
             self._backward(self.root.draw(self._signs(i, block)), self.rest, total)
         means = self._collect(total)
         if len(draws) == 1:
             return means
         return [{name: value / len(draws) for name, value in mean.items()} for mean in means]
+
+    def _chunks(self, count: int) -> None:
+        """Cut ``count`` factors evenly, so that no layer squares a last one by itself."""
+        for layer in self.layers:
+            layer.chunk = -(-count // -(-count // self.chunk))
 
     def _signs(self, draw: int, block: int) -> Tensor:
         """Return a draw's signs: those of its block, times a row of a Hadamard matrix repeated along the output.

@@ -61,7 +61,7 @@ def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any])
     uses: Counter[str] = Counter()
     curved: set[str] = set()
     coupled = False
-    for node in _children_first(output.grad_fn):
+    for node in nodes(output.grad_fn):
         children = [child for child, _ in node.next_functions if child is not None]
         sets = [behind[child] for child in children]
         variable = getattr(node, "variable", None)
@@ -94,7 +94,8 @@ def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any])
     return Graph(frozenset(curved), coupled, dict(uses), layer_nodes & behind.keys(), readers)
 
 
-def _children_first(root: Any) -> list[Any]:
+def nodes(root: Any) -> list[Any]:
+    """Return autograd's graph behind a node, children before their readers."""
     order: list[Any] = []
     seen: set[Any] = set()
     stack = [(root, False)]

@@ -136,7 +136,7 @@ class _Linear(Layer):
 
     def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         if self.summed:  # d holds the factors' sum of squares
-            return {"weight": d[0].T @ x.square(), "bias": d[0].sum(0)}
+            return {"weight": ops.squared_matmul(d[0], x, squared=True), "bias": d[0].sum(0)}
         if x.dim() == 2:
             return {"weight": ops.squared_matmul(d[0], x), "bias": d[0].square().sum(0)}
         d = [one.flatten(1, -2).transpose(1, 2) for one in d]  # (N, O, P)
@@ -160,7 +160,8 @@ class _Conv(Layer):
         self.node = self.edge.node
         self.edge = GradientEdge(later[0], 0)
         if gate is not None:
-            self.gate = gate._saved_result.flatten(2).gather(2, self.at.flatten(2)).view(self.at.shape) > 0
+            kept = gate._saved_result.flatten(2).gather(2, self.at.flatten(2)).view(self.at.shape)
+            self.gate = kept.detach().gt_(0)  # in the gradient's dtype: a product with a bool converts it every time
 
     def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
         """Find the convolution that this one's gradient can be handed to without autograd."""

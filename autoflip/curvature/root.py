@@ -65,6 +65,34 @@ def output_root(problem: Problem, output: Tensor, seed: int) -> Root:
     return _block_root(f, hvp, r2, h2)
 
 
+def loss_curvature(problem: Problem, output: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """Return the loss's gradient at ``output``, and the product with its derivative there for many vectors at once.
+
+    None when the loss depends on the weights other than through the output.
+    """
+    f = output.detach()
+    scale = _cross_entropy_scale(problem, f) if f.dim() == 2 else None
+    f = f.requires_grad_()
+    loss = problem.loss(f)
+    if not loss.requires_grad:
+        return None
+    wanted = [f, *problem.params.values()]
+    gradient, *direct = torch.autograd.grad(loss, wanted, create_graph=scale is None, allow_unused=True)
+    if gradient is None or any(g is not None for g in direct):
+        return None
+    if scale is not None:
+        p = f.detach().softmax(1)
+        return gradient, lambda r: scale * p * (r - (p * r).sum(-1, keepdim=True))
+
+    def product(r: Tensor) -> Tensor:
+        if not gradient.requires_grad:
+            return torch.zeros_like(r)
+        rows = [torch.autograd.grad(gradient, f, one, retain_graph=True, allow_unused=True)[0] for one in r]
+        return torch.stack([torch.zeros_like(f) if row is None else row for row in rows]).detach()
+
+    return gradient.detach(), product
+
+
 def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
     """Join clients' roots: ``roots[k]`` is that of the samples ``segments[k]``."""
 

@@ -5,7 +5,7 @@ them out exactly, and signs have to estimate the rest only. With ``P = Q Q^T``:
 ``diag H = diag(P H) + diag((I - P) H P) + diag((I - P) H (I - P))``, the first two known, the last by
 ``g * (I - P) H (I - P) g``. Summed over all rows the middle term is zero; over one parameter's it is not.
 
-Memory: about 4 products' worth of parameters a probe; the products are those of :mod:`hutchinson`.
+Memory: about 4 products' worth of parameters a probe; the products are those of :mod:`products`.
 
 Source: Hutch++, Meyer et al., SOSA 2021. XTrace, Epperly et al., SIAM J. Matrix Anal. Appl. 2024: every probe takes its
 turn at estimating what the basis of all others leaves.
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from autoflip import ops
-from autoflip.curvature.hutchinson import Vectors, hessian_product
 from autoflip.curvature.problem import Problem
+from autoflip.curvature.products import Products, Vectors
 
 # products that a method needs for two estimates, without which there is no error to report
 LEAST = {"hutch++": 6, "xtrace": 4}
 
 
-def draws(problem: Problem, method: str, count: int, seed: int) -> Iterator[Vectors]:
+def draws(problem: Problem, method: str, count: int, seed: int, chunk: int | None = None) -> Iterator[Vectors]:
     """Yield estimates of the Hessian's diagonal whose mean is the method's; ``count`` products in all."""
-    operator = _Operator(problem, seed)
+    operator = _Operator(problem, seed, chunk)
     for row in (_hutchpp if method == "hutch++" else _xtrace)(operator, min(count, 3 * operator.size)):
         yield problem.kept(operator.parts(row))
 
@@ -36,11 +36,11 @@ def draws(problem: Problem, method: str, count: int, seed: int) -> Iterator[Vect
 class _Operator:
     """The Hessian as a matrix on flat vectors."""
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    def __init__(self, problem: Problem, seed: int, chunk: int | None) -> None:
         self.problem, self.seed = problem, seed
         self.sizes = [p.numel() for p in problem.params.values()]
         self.size = sum(self.sizes)
-        self.product = hessian_product(problem, list(problem.params))
+        self.product = Products(problem, list(problem.params), chunk)
         first = next(iter(problem.params.values()))
         self.like = torch.empty(0, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
 
@@ -51,11 +51,11 @@ class _Operator:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply ``(size, count)`` vectors."""
-        columns = []
-        for column in x.T:
-            product = self.product(self.parts(column))
-            columns.append(torch.cat([product[name].flatten() for name in self.problem.params]).to(self.like.dtype))
-        return torch.stack(columns).T  # a vector's entries lie together
+        params = self.problem.params.items()
+        rows = x.T.split(self.sizes, 1)
+        products = self.product({n: v.reshape(len(v), *p.shape).to(p.dtype) for (n, p), v in zip(params, rows)})
+        flat = torch.cat([products[name].flatten(1).to(self.like.dtype) for name in self.problem.params], 1)
+        return flat.T  # a vector's entries lie together
 
     def parts(self, flat: Tensor) -> Vectors:
         """Cut a flat vector into the parameters' shapes."""

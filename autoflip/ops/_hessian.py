@@ -14,13 +14,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from autoflip.ops import backend, reference
 
-# no C++ here: torch's matrix product of materialised squares was 1.6 to 2 times as fast as a fused kernel
-# (N 256, O 200, K 784: 0.65 against 1.04 ms, one AVX-512 thread)
-backend.register("squared_matmul", "triton", optional=True)
-for _name in ("sequence_squares", "conv_squares", "rademacher"):
-    backend.register(_name, "cpp", "triton", optional=True)
+for _name in ("squared_matmul", "sequence_squares", "conv_squares", "rademacher"):
+    # CUDA's kernels have no tensor cores and no GPU has measured them
+    backend.register(_name, "cpp", "cuda", "triton", optional=True, asked=("cuda",))
 # on a GPU torch's dense product is as good: values behind max-pooling are scattered first
 backend.register("conv_pull_back", "cpp", optional=True)
+
+# with more of d alive the matrix product of materialised squares is faster (N 256, O 200, K 784, one Zen 4 thread:
+# 0.80 ms at any density, the kernel 0.71 at 0.6 and 0.44 at 0.3)
+_MOST_ALIVE = 0.65
 
 Pair = tuple[int, int]
 Ints = Sequence[int]
@@ -37,18 +39,66 @@ def _kernels(op: str, tensor: Tensor) -> Any:
     return backend.extension("_C")[0]
 
 
+def _cuda(op: str, tensor: Tensor) -> Any:
+    """Return the CUDA kernels when they serve ``op``; they are written for float32, the reference for the rest."""
+    if backend.serve(op, tensor.device) != "cuda" or tensor.dtype != torch.float32:
+        return None
+    return backend.extension("_cuda")[0]
+
+
+def cuda_rademacher(start: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Draw signs from a stream's first state, on a GPU."""
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    kernels = backend.extension("_cuda")[0]
+    assert kernels is not None
+    with torch.cuda.device(device):
+        kernels.rademacher(start % (1 << 64), out.numel(), out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    return out
+
+
+def _cuda_conv(kernels: Any, d: Tensor, x: Tensor, size: Pair, window: list[int], groups: int) -> Tensor:
+    """Launch for ``d (Q, N, O, P)``; x is read by its strides; window: kernel, stride, padding, dilation."""
+    q, n, o, p = d.shape
+    channels, columns, outputs = x.shape[1] // groups, x.shape[1] // groups * window[0] * window[1], o // groups
+    # enough blocks for the largest GPU of today, no more partial sums than samples
+    tiles = -(-outputs // 32) * -(-columns // 32) * groups
+    part = -(-n // max(1, min(n, 1024 // max(1, tiles))))
+    parts = -(-n // part)
+    if max(groups, parts) > 65535:
+        raise ValueError(f"conv_squares: {groups} groups, {parts} parts of the samples; CUDA's grid ends at 65535")
+    out = x.new_empty(parts, o, columns)
+    sizes = [q, n, groups, outputs, columns, p, *x.shape[2:], size[1], *window, channels, *x.stride(), parts, part]
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        kernels.conv_squares(d.data_ptr(), x.data_ptr(), sizes, out.data_ptr(), stream)
+    return out.sum(0)
+
+
 def _triton(op: str, tensor: Tensor) -> bool:
     """Return whether Triton serves ``op``; its sums are float32, so float64 goes to the reference."""
     return backend.serve(op, tensor.device) == "triton" and tensor.dtype != torch.float64
 
 
-def squared_matmul(d: Tensor, a: Tensor) -> Tensor:
+def squared_matmul(d: Tensor, a: Tensor, squared: bool = False) -> tuple[Tensor, Tensor]:
     """See hessian.squared_matmul."""
-    if _triton("squared_matmul", d):
-        from autoflip.kernels.hessian import squared_matmul
+    (n, o), k = d.shape, a.shape[1]
+    if _triton("squared_matmul", d) and not squared:
+        from autoflip.kernels import hessian
 
-        return squared_matmul(d, a)
-    return reference.squared_matmul(d, a)
+        return hessian.squared_matmul(d, a), torch.tensor(2 * n * o * k)
+    if (gpu := _cuda("squared_matmul", d)) is not None and o < 32 * 65535:
+        out = d.new_empty(o, k)
+        with torch.cuda.device(d.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            gpu.squared_matmul(d.data_ptr(), a.data_ptr(), n, o, k, squared, out.data_ptr(), stream)
+        return out, torch.tensor(2 * n * o * k)
+    if (kernels := _kernels("squared_matmul", d)) is not None:
+        out = d.new_empty(o, k)
+        pointers = d.data_ptr(), a.data_ptr(), out.data_ptr()
+        ran = kernels.squared_matmul(*pointers, n, o, k, squared, _MOST_ALIVE, torch.get_num_threads())
+        if ran >= 0:
+            return out, torch.tensor(2 * ran)
+    return reference.squared_matmul(d, a, squared), torch.tensor(2 * n * o * k)
 
 
 def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,6 +111,10 @@ def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
         image = u.transpose(1, 2).unsqueeze(3)  # positions are an image's rows
         out = hessian.conv_squares(torch.stack(d), image, (p, 1), one, one, (0, 0), one, 1, (p * k, 1, k, 0))
         return out, torch.tensor(full)
+    if (gpu := _cuda("sequence_squares", u)) is not None:
+        image, (p, k) = u.transpose(1, 2).unsqueeze(3), u.shape[1:]  # positions are an image's rows
+        image = image.as_strided(image.shape, (p * k, 1, k, 0))
+        return _cuda_conv(gpu, torch.stack(d), image, (p, 1), [1, 1, 1, 1, 0, 0, 1, 1], 1), torch.tensor(full)
     if (kernels := _kernels("sequence_squares", u)) is None:
         return reference.sequence_squares(torch.stack(d), u), torch.tensor(full)
     out = u.new_empty(d[0].shape[1], u.shape[2])
@@ -84,14 +138,17 @@ def conv_squares(
     """See hessian.conv_squares."""
     columns = x.shape[1] // groups * kernel[0] * kernel[1]
     full = 2 * len(d) * d[0].numel() * columns
-    if _triton("conv_squares", x):
-        from autoflip.kernels import hessian
-
+    gpu = _cuda("conv_squares", x)
+    if gpu is not None or _triton("conv_squares", x):
         size = positions(x.shape[2:], kernel, stride, padding, dilation)
         rows = torch.stack(d).flatten(3)
         if at is not None:
             whole = rows.new_zeros(*rows.shape[:3], size[0] * size[1])
             rows = whole.scatter_add_(3, at.flatten(2).expand_as(rows), rows)
+        if gpu is not None:
+            return _cuda_conv(gpu, rows, x, size, [*kernel, *stride, *padding, *dilation], groups), torch.tensor(full)
+        from autoflip.kernels import hessian
+
         out = hessian.conv_squares(rows, x, size, kernel, stride, padding, dilation, groups, x.stride())
         return out, torch.tensor(full)
     if (kernels := _kernels("conv_squares", x)) is None:
@@ -141,7 +198,7 @@ def _sizes(
 
 
 _lib = torch.library.Library("autoflip", "FRAGMENT")
-_lib.define("squared_matmul(Tensor d, Tensor a) -> Tensor")
+_lib.define("squared_matmul(Tensor d, Tensor a, bool squared=False) -> (Tensor, Tensor)")
 _lib.define("sequence_squares(Tensor[] d, Tensor u) -> (Tensor, Tensor)")
 _lib.define(
     "conv_squares(Tensor[] d, Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups,"
@@ -159,8 +216,8 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("autoflip::squared_matmul", lib=_lib)
-def _(d: Tensor, a: Tensor) -> Tensor:
-    return d.new_empty(d.shape[1], a.shape[1])
+def _(d: Tensor, a: Tensor, squared: bool = False) -> tuple[Tensor, Tensor]:
+    return d.new_empty(d.shape[1], a.shape[1]), torch.empty((), dtype=torch.int64)
 
 
 @torch.library.register_fake("autoflip::sequence_squares", lib=_lib)
@@ -188,12 +245,8 @@ def _(d: list[Tensor], weight: Tensor, input_size: list[int], *rest: Any) -> tup
     return weight.new_empty(len(d), len(d[0]), *input_size), torch.empty((), dtype=torch.int64)
 
 
-@register_flop_formula(torch.ops.autoflip.squared_matmul)
-def _squared_matmul_flops(d_shape: Any, a_shape: Any, *, out_shape: Any = None, **_: Any) -> int:
-    return 2 * d_shape[0] * d_shape[1] * a_shape[1]
-
-
-_COUNTED = (torch.ops.autoflip.sequence_squares, torch.ops.autoflip.conv_squares, torch.ops.autoflip.conv_pull_back)
+_OPS = torch.ops.autoflip
+_COUNTED = (_OPS.squared_matmul, _OPS.sequence_squares, _OPS.conv_squares, _OPS.conv_pull_back)
 
 
 @register_flop_formula([*_COUNTED], get_raw=True)

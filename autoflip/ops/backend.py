@@ -22,6 +22,7 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 _ORDER = {"cpu": ("cpp", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
 _SERVED: dict[str, tuple[str, ...]] = {}
 _OPTIONAL: set[str] = set()
+_ASKED: dict[str, tuple[str, ...]] = {}
 # a wish for one of these is about tensors of that device
 _HOME = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 
@@ -30,7 +31,7 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot run here; the message says why."""
 
 
-def register(op: str, *backends: str, optional: bool = False) -> None:
+def register(op: str, *backends: str, optional: bool = False, asked: tuple[str, ...] = ()) -> None:
     """Declare that ``op`` has an implementation in each of ``backends`` beside its reference.
 
     Args:
@@ -38,8 +39,10 @@ def register(op: str, *backends: str, optional: bool = False) -> None:
         backends: any of BACKENDS.
         optional: a wish for a backend in which ``op`` has no kernel, or for one of another device, does not apply
             to it: torch's own products are as good there.
+        asked: those of ``backends`` that serve only when they are asked for by name.
     """
     _SERVED[op] = (*backends, "reference")
+    _ASKED[op] = asked
     if optional:
         _OPTIONAL.add(op)
 
@@ -117,7 +120,7 @@ def _serve(op: str, device_type: str, wished: str) -> str:
             raise BackendError(f"AUTOFLIP_BACKEND={wished} cannot serve {op} on {device_type}: {reason}")
     for backend in _ORDER.get(device_type, ("reference",)):
         # the interpreter is for tests: it is never chosen, only asked for
-        if backend == "triton" and device_type == "cpu":
+        if (backend == "triton" and device_type == "cpu") or backend in _ASKED[op]:
             continue
         if backend in served and not unavailable(backend, device_type):
             return backend

@@ -217,9 +217,9 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ right(z, 31)
 
 
-def squared_matmul(d: Tensor, a: Tensor) -> Tensor:
-    """``D[o, k] = sum_n d[n, o]^2 a[n, k]^2`` for ``d (N, O)``, ``a (N, K)``."""
-    return d.square().T @ a.square()
+def squared_matmul(d: Tensor, a: Tensor, squared: bool = False) -> Tensor:
+    """``D[o, k] = sum_n d[n, o]^2 a[n, k]^2`` for ``d (N, O)``, ``a (N, K)``; ``d`` as it is when ``squared``."""
+    return (d if squared else d.square()).T @ a.square()
 
 
 def sequence_squares(d: Tensor, u: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ struct HessianKernels {
   // e]. Returns the multiply-adds that ran.
   int64_t (*pull_back)(const float* const* d, const float* weight, const int64_t* at, float* dx,
                        float* scratch, const SquaresShape&, int threads);
+  // out[o, k] = sum_n d[n, o]^2 a[n, k]^2 (`squared`: d as it is). Returns the multiply-adds that ran, or -1
+  // and does nothing when more than the share `most_alive` of d is not zero.
+  int64_t (*squared_matmul)(const float* d, const float* a, float* out, int64_t samples, int64_t outputs,
+                            int64_t columns, bool squared, float most_alive, int threads);
   // out[i] = +-1, bit i % 64 of SplitMix64's word i / 64
   void (*rademacher)(uint64_t seed, uint64_t stream, float* out, int64_t count, int threads);
 };

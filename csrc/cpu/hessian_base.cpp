@@ -1,6 +1,8 @@
 #include "cpu/hessian_back.h"
+#include "cpu/hessian_dense.h"
 #include "cpu/hessian_impl.h"
 
 namespace autoflip {
-const HessianKernels kHessianBase = {squares_scratch, squares, pull_back_scratch, pull_back, rademacher};
+const HessianKernels kHessianBase = {squares_scratch, squares,        pull_back_scratch,
+                                     pull_back,       squared_matmul, rademacher};
 }

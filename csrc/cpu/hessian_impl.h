@@ -24,34 +24,89 @@ namespace {
 
 using autoflip::SquaresShape;
 
-// Positions p with alive[p], without a branch that would be mispredicted.
-inline int64_t compact(const unsigned char* alive, int64_t P, int32_t* list) {
+// Which of E entries are not zero: bits of words, or bytes. `mark` adds a row's (nothing else is set where
+// `only`) and counts them, `count` counts all that are marked, `list` writes where they are, `pick` a row's
+// values there.
+#if defined(__AVX512F__)
+using Alive = uint16_t;
+
+inline __mmask16 first_of(int64_t n) { return static_cast<__mmask16>(n < W ? (1u << n) - 1 : 0xFFFFu); }
+
+inline int64_t mark(const float* v, int64_t E, Alive* alive, bool only) {
   int64_t count = 0;
-  for (int64_t p = 0; p < P; ++p) {
-    list[count] = static_cast<int32_t>(p);
-    count += alive[p];
+  for (int64_t e = 0; e < E; e += W) {
+    __mmask16 in = first_of(E - e);
+    __mmask16 on =
+        _mm512_mask_cmp_ps_mask(in, _mm512_maskz_loadu_ps(in, v + e), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    alive[e / W] = static_cast<Alive>(only ? on : alive[e / W] | on);
+    count += __builtin_popcount(on);
   }
   return count;
 }
+
+inline int64_t count(const Alive* alive, int64_t E) {
+  int64_t total = 0;
+  for (int64_t e = 0; e < E; e += W) total += __builtin_popcount(alive[e / W]);
+  return total;
+}
+
+inline void list(const Alive* alive, int64_t E, int32_t* to) {
+  __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t e = 0; e < E; e += W, at = _mm512_add_epi32(at, _mm512_set1_epi32(W))) {
+    int n = __builtin_popcount(alive[e / W]);
+    _mm512_mask_storeu_epi32(to, first_of(n), _mm512_maskz_compress_epi32(alive[e / W], at));
+    to += n;
+  }
+}
+
+inline void pick(const float* v, const Alive* alive, int64_t E, float* to) {
+  for (int64_t e = 0; e < E; e += W) {
+    __mmask16 on = alive[e / W];
+    int n = __builtin_popcount(on);
+    _mm512_mask_storeu_ps(to, first_of(n), _mm512_maskz_compress_ps(on, _mm512_maskz_loadu_ps(on, v + e)));
+    to += n;
+  }
+}
+#else
+using Alive = unsigned char;
+
+inline int64_t mark(const float* v, int64_t E, Alive* alive, bool only) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    Alive on = v[e] != 0.f;
+    alive[e] = only ? on : alive[e] | on;
+    count += on;
+  }
+  return count;
+}
+
+inline int64_t count(const Alive* alive, int64_t E) {
+  int64_t total = 0;
+  for (int64_t e = 0; e < E; ++e) total += alive[e];
+  return total;
+}
+
+inline void list(const Alive* alive, int64_t E, int32_t* to) {
+  int64_t n = 0;
+  for (int64_t e = 0; e < E; ++e)
+    if (alive[e]) to[n++] = static_cast<int32_t>(e);
+}
+
+inline void pick(const float* v, const Alive* alive, int64_t E, float* to) {
+  int64_t n = 0;
+  for (int64_t e = 0; e < E; ++e)
+    if (alive[e]) to[n++] = v[e];
+}
+#endif
 
 // Find a team's live entries; row(r) is row r's values, at: the positions of a scattered row's entries.
 // Returns the multiply-adds per column of D.
 template <class RowOf>
 int64_t gather(const Plan& plan, const Plan::Team& team, const Scratch& s, const int64_t* at, RowOf row) {
   int64_t E = plan.entries, live[kMaxRows], alone = 0, shared = 0;
-  std::memset(s.alive, 0, E);
-  for (int64_t r = 0; r < team.rows; ++r) {
-    const float* v = row(team.first + r);
-    int32_t count = 0;
-    for (int64_t e = 0; e < E; ++e) {
-      unsigned char on = v[e] != 0.f;
-      s.alive[e] |= on;
-      count += on;
-    }
-    live[r] = count;
-    alone += count;
-  }
-  for (int64_t e = 0; e < E; ++e) shared += s.alive[e];
+  Alive* on = reinterpret_cast<Alive*>(s.alive);
+  for (int64_t r = 0; r < team.rows; ++r) alone += live[r] = mark(row(team.first + r), E, on, r == 0);
+  shared = count(on, E);
   Plan::Row* rows = s.rows + team.first;
   // few columns: finding the zeros costs more than multiplying by them
   bool dense =
@@ -62,17 +117,17 @@ int64_t gather(const Plan& plan, const Plan::Team& team, const Scratch& s, const
   }
   // a row by itself does one multiply-add a load, in a team one load serves all rows
   bool split = team.rows > 1 && 2 * alone < shared * team.rows;
-  if (!split) compact(s.alive, E, s.lists + team.first * E);
+  if (!split) list(on, E, s.lists + team.first * E);
   for (int64_t r = 0; r < team.rows; ++r) {
     const float* v = row(team.first + r);
-    int32_t* list = s.lists + (team.first + (split ? r : 0)) * E;
+    int32_t* where = s.lists + (team.first + (split ? r : 0)) * E;
     if (split) {
-      for (int64_t e = 0; e < E; ++e) s.alive[e] = v[e] != 0.f;
-      compact(s.alive, E, list);
+      mark(v, E, on, true);
+      list(on, E, where);
     }
     float* to = s.values + (team.first + r) * E;
-    rows[r] = {to, list, split ? live[r] : shared};
-    for (int64_t j = 0; j < rows[r].count; ++j) to[j] = v[list[j]];
+    rows[r] = {to, where, split ? live[r] : shared};
+    pick(v, on, E, to);
   }
   if (at) {  // from entries to positions, once a list
     for (int64_t r = 0; r < (split ? team.rows : 1); ++r) {

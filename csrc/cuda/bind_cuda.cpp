@@ -2,7 +2,9 @@
 // it. A family declares its launchers here, right before its bind function, and adds one line to
 // PYBIND11_MODULE.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -102,9 +104,35 @@ static void bind_delta(py::module_& m) {
   });
 }
 
+// --- hessian
+
+extern "C" {
+int squared_matmul_cuda(const float* d, const float* a, int64_t n, int64_t o, int64_t k, int squared,
+                        float* out, void* stream);
+int conv_squares_cuda(const float* d, const float* x, const int64_t* sizes, float* out, void* stream);
+int rademacher_cuda(uint64_t start, int64_t count, float* out, void* stream);
+}
+
+static void bind_hessian(py::module_& m) {
+  m.def("squared_matmul", [](uintptr_t d, uintptr_t a, int64_t n, int64_t o, int64_t k, bool squared,
+                             uintptr_t out, uintptr_t stream) {
+    check("squared_matmul", squared_matmul_cuda(at<float>(d), at<float>(a), n, o, k, squared, at<float>(out),
+                                                at<void>(stream)));
+  });
+  m.def("conv_squares",
+        [](uintptr_t d, uintptr_t x, const std::array<int64_t, 24>& sizes, uintptr_t out, uintptr_t stream) {
+          check("conv_squares", conv_squares_cuda(at<float>(d), at<float>(x), sizes.data(), at<float>(out),
+                                                  at<void>(stream)));
+        });
+  m.def("rademacher", [](uint64_t start, int64_t count, uintptr_t out, uintptr_t stream) {
+    check("rademacher", rademacher_cuda(start, count, at<float>(out), at<void>(stream)));
+  });
+}
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "autoflip's CUDA kernels; use autoflip.ops, which checks what these functions take on trust";
   m.def("device_count", device_count_cuda, "number of CUDA devices, 0 without a driver");
   bind_masked_matmul(m);
   bind_delta(m);
+  bind_hessian(m);
 }
