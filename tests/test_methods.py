@@ -203,6 +203,28 @@ def test_server_momentum_leaves_pruned_weights_alone():
     assert memory["momentum_buffer/weight"][0, 1] == 0
 
 
+def test_the_model_handed_out_is_the_running_mean_since_the_last_pruning():
+    job = _Job(_config("server.average=0.6", "prune.until=3", "prune.every=1", "fed.rounds=6"))
+    server, state, seen = job.servers["autoflip"], job.states["autoflip"], []
+    for _ in range(6):
+        before = state.masks
+        state, record = server.run_round(state)
+        if state.masks is not before:
+            seen = []
+        seen.append(state.params)
+        shares = torch.tensor([0.6**age for age in range(len(seen))][::-1], dtype=torch.float64)
+        for name, value in state.served.items():
+            rounds = torch.stack([p[name].double() for p in seen], -1)
+            want = (rounds * shares).sum(-1) / shares.sum()
+            torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-7)  # five float32 steps
+        assert record.accuracy == server.workshop.evaluate(state.served, state.masks, *server.test)[0]
+    assert len(seen) == 4
+    assert METHODS["fedavg"](job.config, job.blank).average == 0
+    result = fed.run(job.config)
+    assert all(torch.equal(result.params[name], value) for name, value in state.served.items())
+    assert result.accuracy == record.accuracy
+
+
 def test_the_proximal_term_pulls_local_steps_back():
     from autoflip.explore import local_steps
 

@@ -43,7 +43,7 @@ class Result:
         cost: its FLOPs, seconds and bytes, exploration included.
         records: one a round, of every method.
         summary: what summary.json holds.
-        params: final parameters of the method, name -> float32 tensor, zero where pruned.
+        params: final parameters of the method (their running mean where ``server.average`` keeps one), name -> float32 tensor, zero where pruned.
         masks: what is kept; None when the method does not prune.
         run_dir: the run folder; None when nothing was written.
     """
@@ -238,7 +238,7 @@ class _Job:
         summary = summarise(records, method, against, about)
         state = self.states[method]
         mine = [r for r in records if r.method == method]
-        params = dict(state.params)
+        params = dict(state.served)
         accuracy = mine[-1].accuracy
         assert accuracy is not None  # the last round is always evaluated
         result = Result(

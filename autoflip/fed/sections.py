@@ -68,6 +68,7 @@ class Server:
     momentum_lr: float = 0.3
     adam_lr: float = 0.01
     adam_eps: float = 1e-3
+    average: float = 0.0  # of autoflip: its model is a mean over rounds, each older one weighing this much less; 0: no
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ RANGES = {
     "server.momentum_lr": _range(0, 1e3, open_low=True),
     "server.adam_lr": _range(0, 1e3, open_low=True),
     "server.adam_eps": _range(0, 1e3, open_low=True),
+    "server.average": _range(0, 0.999),
     "explore.fraction": _SHARE,
     "explore.epochs": _COUNT,
     "explore.agreement": _range(0, 100),

