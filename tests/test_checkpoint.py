@@ -31,7 +31,8 @@ def test_round_trip(tmp_path):
         for key, tensor in view.params.items():
             assert torch.equal(back.views[name].params[key], tensor)
     assert back.average.weight == state.average.weight
-    for part in (back.params, back.average.params, back.guidance.importance, back.guidance.agreement, back.guidance.weights):
+    guidance = back.guidance
+    for part in (back.params, back.average.params, guidance.importance, guidance.agreement, guidance.weights):
         assert all(torch.equal(part[key], tensor) for key, tensor in state.params.items())
     assert states["fedavg"].masks is None
     assert states["fedavg"].guidance is None

@@ -40,6 +40,19 @@ def test_rounds_between_evaluations_cost_the_same_and_have_no_accuracy(tmp_path)
     assert report.write(tmp_path / "run").exists()
 
 
+def test_a_part_of_the_test_set_is_the_same_for_every_seed_and_changes_no_cost():
+    whole = _Job(_config()).servers["autoflip"].test
+    parts = [_Job(_config("data.test_examples=50", f"fed.seed={seed}")).servers["autoflip"].test for seed in (0, 1)]
+    assert len(parts[0][1]) == 50
+    assert all(torch.equal(a, b) for a, b in zip(*parts))
+    rows = {x.numpy().tobytes() for x in whole[0]}
+    assert all(x.numpy().tobytes() in rows for x in parts[0][0])
+    assert len(_Job(_config("data.test_examples=1000000")).servers["autoflip"].test[1]) == len(whole[1])
+    some, every = (fed.run(_config("fed.against=none", *more)) for more in (["data.test_examples=50"], []))
+    assert [(r.flops, r.bytes_up) for r in some.records] == [(r.flops, r.bytes_up) for r in every.records]
+    assert some.accuracy * 50 == round(some.accuracy * 50)
+
+
 def test_the_target_is_looked_for_in_evaluated_rounds_only():
     from autoflip.fed.ledger import summarise
 

@@ -66,7 +66,7 @@ class Server:
         cfg = self.config.fed
         ask = self.strategy.ask(state.round)
         called = sample(cfg.seed, state.round, cfg.clients, ask.fraction)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         work = _Round(self, state, ask)
         clients = [work.call(client) for client in called]
         accepted = [c for c in clients if c.error is None]
@@ -79,6 +79,7 @@ class Server:
         after = work.finish()
         client_seconds = sum(c.seconds for c in clients)
         server_seconds = time.perf_counter() - start - work.client_wall
+        cpu = time.process_time() - cpu
         start = time.perf_counter()
         last = after.round == cfg.rounds
         accuracy, loss = None, None
@@ -100,6 +101,7 @@ class Server:
             eval_seconds=time.perf_counter() - start,
             **self._kept(after.masks),
             clients=tuple(clients),
+            cpu_seconds=cpu,
         )
         return after, record
 

@@ -70,7 +70,9 @@ class Average:
         if old is None:
             return Average(params, 1.0)
         weight = decay * old.weight + 1
-        return Average({name: torch.lerp(old.params[name], value, 1 / weight) for name, value in params.items()}, weight)
+        return Average(
+            {name: torch.lerp(old.params[name], value, 1 / weight) for name, value in params.items()}, weight
+        )
 
 
 @dataclass(frozen=True)

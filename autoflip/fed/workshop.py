@@ -68,7 +68,7 @@ class Prepared:
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
-    """Let plain 2-d convolutions run channels-last: 0.75 of the time of a TwoCNN step on AVX-512, 0.5 to 0.65 of a test.
+    """Let plain 2-d convolutions run channels-last: 0.75 of a TwoCNN step's time with AVX-512, 0.5 to 0.65 of a test's.
 
     Models with masked convolutions stay row-major, as their kernels want it.
     """
