@@ -65,11 +65,11 @@ class Server:
     """How the server steps along the clients' mean update."""
 
     optimizer: str = "momentum"  # of autoflip: none | momentum | adam; fedavgm and fedadam have theirs
-    momentum: float = 0.5
+    momentum: float = 0.7
     momentum_lr: float = 1.0
     adam_lr: float = 0.01
     adam_eps: float = 1e-3
-    average: float = 0.8  # of autoflip: its model is a mean over rounds, each older one weighing this much less; 0: no
+    average: float = 0.9  # of autoflip: its model is a mean over rounds, each older one weighing this much less; 0: no
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ VARIANTS: dict[str, list[str]] = {
     "15 % of the channels": ["prune.channels=0.15"],
     # what each part of the default brings
     "no momentum": ["server.optimizer=none"],
-    "momentum 0.8": ["server.momentum=0.8"],
+    "momentum 0.5": ["server.momentum=0.5"],
     "adam": ["server.optimizer=adam"],
     "no average": ["server.average=0"],
     "neither": PLAIN,
