@@ -94,7 +94,7 @@ class Client:
         cfg = self.config
         keys = (cfg.fed.seed, "train", message.round, self.id)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(*keys, "dropout"))
+            torch.default_generator.manual_seed(derive(*keys, "dropout"))  # torch.manual_seed seeks GPUs for 1 ms
             return explore.local_steps(
                 prepared.model,
                 self.inputs,

@@ -110,7 +110,8 @@ class ServerState:
 def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype) -> View:
     """Round ``params`` to ``dtype``, zero what is pruned, and name the result."""
     rounded = {}
-    digest = hashlib.blake2b((masks.fingerprint() if masks is not None else "").encode(), digest_size=16)
+    # SHA-256: processors do it in hardware, at twice BLAKE2's speed
+    digest = hashlib.sha256((masks.fingerprint() if masks is not None else "").encode())
     for name, tensor in sorted(params.items()):  # a view's id must not depend on the order of a dict
         value = tensor.to(dtype)
         if masks is not None and name in masks:
@@ -118,4 +119,4 @@ def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype) -> View
         rounded[name] = value
         words = value.contiguous().view(torch.int16 if dtype == torch.bfloat16 else torch.int32)
         digest.update(words.numpy().data)
-    return View(digest.digest(), rounded, masks)
+    return View(digest.digest()[:16], rounded, masks)

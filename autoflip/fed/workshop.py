@@ -101,7 +101,9 @@ class Workshop:
                 small = compact(self.full, masks=masks, groups=self._groups)
                 plan = small.plan
                 assert isinstance(plan, Plan)
-                prepared = Prepared(_channels_last(sparsify(small, plan.shrink_masks(masks))), plan, 0.0)
+                inside = {name: mask for name, mask in plan.shrink_masks(masks).items() if not bool(mask.all())}
+                model = sparsify(small, inside) if inside else small  # a layer that keeps all stays a plain one
+                prepared = Prepared(_channels_last(model), plan, 0.0)
             prepared.seconds = time.perf_counter() - start
             self._kept[key] = prepared
         self._kept.move_to_end(key)
