@@ -18,7 +18,7 @@ from autoflip import fed
 RESULTS = Path(__file__).parent / "results"
 CASES = {
     "digits": [],
-    "fashion-mnist": ["data.partition=pathological"],
+    "fashion-mnist": ["data.partition=pathological", "data.test_examples=2000"],
 }
 
 

@@ -125,8 +125,7 @@ class _Round:
     def __init__(self, server: Server, state: ServerState, ask: Ask) -> None:
         self.server, self.state, self.ask = server, state, ask
         self.kind = EXPLORE if ask.phase == "exploration" else TRAIN
-        shapes = {name: t.shape for name, t in state.params.items()}
-        self.aggregator = Aggregator(shapes, server.schema)
+        self.aggregator = Aggregator(server.workshop.locate)
         sums = server.strategy.may_prune(state)
         self.sums = Sums(state.params) if sums else None
         self.holders: dict[int, View] = {}
@@ -172,7 +171,7 @@ class _Round:
         if (base, slow) not in self._sent:
             kind, keys = server.strategy.downlink, {"seed": server.config.fed.seed, "round_number": state.round}
             masks = state.narrow if slow else state.masks
-            self._sent[base, slow] = downlink.send(state.params, masks, held, kind, server.schema, **keys)
+            self._sent[base, slow] = downlink.send(state.params, masks, held, kind, server.workshop.locate, **keys)
         view, frames = self._sent[base, slow]
         message = Message(self.kind, state.round, client, frames, view.id, base)
         start = time.perf_counter()
@@ -195,22 +194,23 @@ class _Round:
         trained, probed = bool(self.ask.epochs), bool(self.ask.probe)
         if len(message.frames) != trained + probed:
             raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {trained + probed}")
-        weight, masks, schema = float(message.examples), view.masks, self.server.schema
+        weight, masks = float(message.examples), view.masks
         if self.sums is None:
             self.aggregator.add(message.frames[0], weight, masks)
             return
-        delta = {name: torch.zeros(t.shape) for name, t in self.state.params.items()}
+        at = self.server.workshop.locate(masks)
+        delta = {name: torch.zeros(shape) for name, shape in at.schema.shapes.items()}
         if trained:
-            delta = codec.decode(message.frames[0], masks=masks, schema=schema)
+            delta = codec.decode(message.frames[0], masks=at.inside, schema=at.schema)
         powers = None
         if probed:
-            probe = codec.decode(message.frames[-1], schema=schema)
+            probe = codec.decode(message.frames[-1], schema=self.server.schema)
             powers = {name: p**self.ask.power for name, p in probe.items()}
         for name, t in (*delta.items(), *(powers or {}).items()):
             if t.numel() and float(t.abs().max()) > _ABSURD:  # its square would drown all guidance
                 raise codec.DecodeError(f"the update moves {name!r} by more than {_ABSURD:g}")
         self.aggregator.add_decoded(delta, weight, masks)
-        self.sums.add(delta, weight, powers)
+        self.sums.add(at.expand(delta), weight, powers)
 
     def finish(self) -> ServerState:
         """Return the state after the round: new parameters, guidance and masks, and who holds what."""

@@ -22,7 +22,8 @@ class View:
 
     Attributes:
         id: 16 bytes that name the view; they depend on every word and on the masks.
-        params: name -> tensor, bfloat16 or float32, zero where pruned.
+        params: name -> tensor, bfloat16 or float32, in the coordinates of ``masks`` (see fed.coordinates), zero where
+            masked inside.
         masks: what is kept; None: everything.
     """
 
@@ -107,15 +108,22 @@ class ServerState:
         return self.params if self.average is None else self.average.params
 
 
-def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype) -> View:
-    """Round ``params`` to ``dtype``, zero what is pruned, and name the result."""
+def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype, inside: MaskSet | None = None) -> View:
+    """Round ``params`` to ``dtype``, zero what is pruned, and name the result.
+
+    Args:
+        params: name -> tensor, in the coordinates of ``masks``.
+        masks: what is kept; None: everything.
+        dtype: bfloat16 or float32.
+        inside: the same masks in these coordinates; None: all of ``params`` is kept.
+    """
     rounded = {}
     # SHA-256: processors do it in hardware, at twice BLAKE2's speed
     digest = hashlib.sha256((masks.fingerprint() if masks is not None else "").encode())
     for name, tensor in sorted(params.items()):  # a view's id must not depend on the order of a dict
         value = tensor.to(dtype)
-        if masks is not None and name in masks:
-            value = torch.where(masks[name], value, torch.zeros((), dtype=dtype))
+        if inside is not None and name in inside:
+            value = torch.where(inside[name], value, torch.zeros((), dtype=dtype))
         rounded[name] = value
         words = value.contiguous().view(torch.int16 if dtype == torch.bfloat16 else torch.int32)
         digest.update(words.numpy().data)
