@@ -60,6 +60,14 @@ def line(variant: str, runs: dict[str, dict], dense: dict[str, dict]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def table(found: dict[str, dict]) -> str:
+    """Return the table of what study-ROW.json holds, in Markdown; costs are shares of dense FedAvg's."""
+    head = "| variant | final | last 10 rounds | - dense | FLOPs | FLOPs to target | bytes | bytes to target |"
+    lines = [f"{head} seconds | seconds to target |", "|" + "---|" * 10]
+    dense = found.get("fedavg", {})
+    return "\n".join(lines + [line(name, runs, dense) for name, runs in found.items() if set(runs) & set(dense)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", choices=list(ROWS))
@@ -80,11 +88,7 @@ def main() -> None:
             if not chosen.table:
                 print(row, line(name, found[name], found["fedavg"]), flush=True)
         if chosen.table:
-            head = "| variant | final | last 10 rounds | - dense | FLOPs | FLOPs to target | bytes | bytes to target |"
-            print(f"\n{row}\n\n{head} seconds | seconds to target |\n|{'---|' * 10}")
-            dense = found.get("fedavg", {})
-            for name, runs in found.items():
-                print(line(name, runs, dense) if set(runs) & set(dense) else f"| {name} | no dense run yet |")
+            print(f"\n{row}\n\n{table(found)}")
 
 
 if __name__ == "__main__":
