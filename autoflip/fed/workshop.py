@@ -78,7 +78,7 @@ def _channels_last(model: nn.Module) -> nn.Module:
     """
     kinds = [type(m) for m in model.modules() if isinstance(m, _ConvNd)]
     if kinds and all(kind is nn.Conv2d for kind in kinds):
-        return model.to(memory_format=torch.channels_last)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not list it
     return model
 
 
