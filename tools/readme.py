@@ -15,7 +15,10 @@ import study  # noqa: E402
 import table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = {"digits": "scikit-learn digits, Dirichlet 0.5", "fashion-mnist": "Fashion-MNIST, 2 classes a client"}
+NAMES = {
+    "digits": "scikit-learn digits, Dirichlet 0.5",
+    "fashion-mnist": "Fashion-MNIST, 2 classes and 200 images a client",
+}
 
 
 def _case(name: str, content: dict) -> list[str]:
