@@ -18,7 +18,12 @@ from autoflip import fed
 RESULTS = Path(__file__).parent / "results"
 CASES = {
     "digits": [],
-    "fashion-mnist": ["data.partition=pathological"],
+    "fashion-mnist": [
+        "data.partition=pathological",
+        "data.samples_per_client=200",
+        "data.test_examples=2000",
+        "fed.eval_every=2",
+    ],
 }
 
 

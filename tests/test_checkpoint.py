@@ -5,7 +5,7 @@ import torch
 
 from autoflip import MaskSet
 from autoflip.fed import checkpoint
-from autoflip.fed.state import Guidance, ServerState, make_view
+from autoflip.fed.state import Average, Guidance, ServerState, make_view
 
 
 def _state():
@@ -13,9 +13,8 @@ def _state():
     params = {"a.weight": torch.randn(4, 3, generator=g), "a.bias": torch.randn(4, generator=g)}
     old, new = (MaskSet({"a.weight": torch.rand(4, 3, generator=g) < share}) for share in (0.8, 0.4))
     views = [make_view(params, old, torch.bfloat16), make_view(params, None, torch.bfloat16)]
-    return ServerState(
-        params, new, 5, {v.id: v for v in views}, {0: views[0].id, 7: views[1].id}, Guidance(params, params, params)
-    )
+    held, guidance = {0: views[0].id, 7: views[1].id}, Guidance(params, params, params)
+    return ServerState(params, new, 5, {v.id: v for v in views}, held, guidance, average=Average(params, 2.44))
 
 
 def test_round_trip(tmp_path):
@@ -31,10 +30,13 @@ def test_round_trip(tmp_path):
         assert back.views[name].masks == view.masks
         for key, tensor in view.params.items():
             assert torch.equal(back.views[name].params[key], tensor)
-    for part in (back.params, back.guidance.importance, back.guidance.agreement, back.guidance.weights):
+    assert back.average.weight == state.average.weight
+    guidance = back.guidance
+    for part in (back.params, back.average.params, guidance.importance, guidance.agreement, guidance.weights):
         assert all(torch.equal(part[key], tensor) for key, tensor in state.params.items())
     assert states["fedavg"].masks is None
     assert states["fedavg"].guidance is None
+    assert states["fedavg"].average is None
 
 
 def test_any_damage_is_refused(tmp_path):

@@ -80,6 +80,25 @@ def test_flops_in_the_ledger_equal_torchs_count_on_the_compact_dense_model():
         assert record.flops == pytest.approx(want, rel=0.01)
 
 
+def test_processor_seconds_are_of_the_rounds_without_evaluation(monkeypatch):
+    from autoflip.fed.workshop import Workshop
+
+    evaluate = Workshop.evaluate
+
+    def busy(*args):
+        end = time.process_time() + 0.5
+        while time.process_time() < end:
+            pass
+        return evaluate(*args)
+
+    monkeypatch.setattr(Workshop, "evaluate", busy)
+    start = time.process_time()
+    result = fed.run(_config("fed.against=none", "fed.rounds=4"))
+    spent, rounds = time.process_time() - start, [r.cpu_seconds for r in result.records]
+    assert min(rounds) > 0
+    assert sum(rounds) < spent - 4 * 0.5
+
+
 def test_masked_weights_lower_the_executed_flops_further():
     wide = [
         "fed.against=none",

@@ -6,6 +6,7 @@ import torch
 from autoflip import MaskSet, codec, fed
 from autoflip.fed import downlink
 from autoflip.fed.client import Client
+from autoflip.fed.coordinates import Coordinates
 from autoflip.fed.loop import _Job
 from autoflip.fed.message import TRAIN, Message
 from autoflip.fed.state import make_view
@@ -17,6 +18,10 @@ def _config(*overrides):
     return fed.Config.load(overrides=[*SMALL, "fed.against=none", *overrides])
 
 
+def _locate(kept):
+    return Coordinates(codec.Schema.of(_params(0)), kept)
+
+
 def _params(seed):
     g = torch.Generator().manual_seed(seed)
     return {"w": torch.randn(40, 30, generator=g), "b": torch.randn(40, generator=g)}
@@ -24,14 +29,13 @@ def _params(seed):
 
 @pytest.mark.parametrize("kind, within", [("bf16", 2**-8), ("int8", 0.05), ("int4", 0.8), ("fp32", 0.0)])
 def test_what_a_client_decodes_is_the_view_that_the_server_keeps(kind, within):
-    schema = codec.Schema.of(_params(0))
     masks = MaskSet({"w": torch.rand(40, 30, generator=torch.Generator().manual_seed(5)) < 0.3})
     held = make_view(_params(0), None, torch.bfloat16)
     for number, kept in enumerate([None, masks, masks]):
         params = _params(number)
-        view, frames = downlink.send(params, kept, held, kind, schema, round_number=number)
+        view, frames = downlink.send(params, kept, held, kind, _locate, round_number=number)
         message = Message(TRAIN, number, 0, frames, view.id, held.id)
-        got = downlink.receive(message, held, schema, kind)
+        got = downlink.receive(message, held, _locate, kind)
         assert got.id == view.id
         for name, value in params.items():
             want = torch.where(kept[name], value, 0.0) if kept is not None and name in kept else value
@@ -42,10 +46,10 @@ def test_what_a_client_decodes_is_the_view_that_the_server_keeps(kind, within):
 
 
 def test_quantised_broadcasts_feed_their_error_back():
-    schema, target = codec.Schema.of(_params(0)), _params(1)
+    target = _params(1)
     held, gaps = make_view(_params(0), None, torch.bfloat16), []
     for number in range(4):
-        held, _ = downlink.send(target, None, held, "int4", schema, round_number=number)
+        held, _ = downlink.send(target, None, held, "int4", _locate, round_number=number)
         gaps.append(float((held.params["w"].float() - target["w"]).norm()))
     # the step is 1/7 of the largest change: each broadcast divides the gap by more than 4, down to bfloat16's rounding
     assert gaps[1] < gaps[0] / 4
@@ -53,15 +57,14 @@ def test_quantised_broadcasts_feed_their_error_back():
 
 
 def test_a_wrong_base_or_a_damaged_patch_is_refused():
-    schema = codec.Schema.of(_params(0))
     held, other = make_view(_params(0), None, torch.bfloat16), make_view(_params(2), None, torch.bfloat16)
-    view, frames = downlink.send(_params(1), None, held, "int8", schema)
+    view, frames = downlink.send(_params(1), None, held, "int8", _locate)
     message = Message(TRAIN, 0, 0, frames, view.id, held.id)
     with pytest.raises(codec.DecodeError):
-        downlink.receive(message, other, schema, "int8")
+        downlink.receive(message, other, _locate, "int8")
     named = Message(TRAIN, 0, 0, frames, other.id, held.id)
     with pytest.raises(codec.DecodeError, match="another view"):
-        downlink.receive(named, held, schema, "int8")
+        downlink.receive(named, held, _locate, "int8")
 
 
 def test_a_start_by_seed_sends_no_initial_weights_and_changes_nothing_else():

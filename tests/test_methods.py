@@ -40,6 +40,19 @@ def test_rounds_between_evaluations_cost_the_same_and_have_no_accuracy(tmp_path)
     assert report.write(tmp_path / "run").exists()
 
 
+def test_a_part_of_the_test_set_is_the_same_for_every_seed_and_changes_no_cost():
+    whole = _Job(_config()).servers["autoflip"].test
+    parts = [_Job(_config("data.test_examples=50", f"fed.seed={seed}")).servers["autoflip"].test for seed in (0, 1)]
+    assert len(parts[0][1]) == 50
+    assert all(torch.equal(a, b) for a, b in zip(*parts))
+    rows = {x.numpy().tobytes() for x in whole[0]}
+    assert all(x.numpy().tobytes() in rows for x in parts[0][0])
+    assert len(_Job(_config("data.test_examples=1000000")).servers["autoflip"].test[1]) == len(whole[1])
+    some, every = (fed.run(_config("fed.against=none", *more)) for more in (["data.test_examples=50"], []))
+    assert [(r.flops, r.bytes_up) for r in some.records] == [(r.flops, r.bytes_up) for r in every.records]
+    assert some.accuracy * 50 == round(some.accuracy * 50)
+
+
 def test_the_target_is_looked_for_in_evaluated_rounds_only():
     from autoflip.fed.ledger import summarise
 
@@ -201,6 +214,28 @@ def test_server_momentum_leaves_pruned_weights_alone():
     params, memory = strategy.step(pruned, {"weight": torch.tensor([[1.0, 0.0]]), "bias": torch.zeros(1)})
     assert params["weight"][0, 1] == 0
     assert memory["momentum_buffer/weight"][0, 1] == 0
+
+
+def test_the_model_handed_out_is_the_running_mean_since_the_last_pruning():
+    job = _Job(_config("server.average=0.6", "prune.until=3", "prune.every=1", "fed.rounds=6"))
+    server, state, seen = job.servers["autoflip"], job.states["autoflip"], []
+    for _ in range(6):
+        before = state.masks
+        state, record = server.run_round(state)
+        if state.masks is not before:
+            seen = []
+        seen.append(state.params)
+        shares = torch.tensor([0.6**age for age in range(len(seen))][::-1], dtype=torch.float64)
+        for name, value in state.served.items():
+            rounds = torch.stack([p[name].double() for p in seen], -1)
+            want = (rounds * shares).sum(-1) / shares.sum()
+            torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-7)  # five float32 steps
+        assert record.accuracy == server.workshop.evaluate(state.served, state.masks, *server.test)[0]
+    assert len(seen) == 4
+    assert METHODS["fedavg"](job.config, job.blank).average == 0
+    result = fed.run(job.config)
+    assert all(torch.equal(result.params[name], value) for name, value in state.served.items())
+    assert result.accuracy == record.accuracy
 
 
 def test_the_proximal_term_pulls_local_steps_back():

@@ -1,19 +1,24 @@
 """Write README's tables out of the committed result files: ``python tools/readme.py`` (--check: only compare).
 
-Everything between ``<!-- results -->`` and ``<!-- /results -->``, and between ``<!-- layers -->`` and
-``<!-- /layers -->``, is made here; no figure is typed by hand.
+Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` (results, methods, layers, codec) is made here; no figure is
+typed by hand.
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("bench", "bench/experiments")]
 import codec_marks  # noqa: E402
-import layer_marks
+import layer_marks  # noqa: E402
+import study  # noqa: E402
+import table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = {"digits": "scikit-learn digits, Dirichlet 0.5", "fashion-mnist": "Fashion-MNIST, 2 classes a client"}
+NAMES = {
+    "digits": "scikit-learn digits, Dirichlet 0.5",
+    "fashion-mnist": "Fashion-MNIST, 2 classes and 200 images a client",
+}
 
 
 def _case(name: str, content: dict) -> list[str]:
@@ -22,7 +27,7 @@ def _case(name: str, content: dict) -> list[str]:
     gap, stderr = 100 * mean["accuracy_difference"], 100 * (mean["accuracy_difference_stderr"] or 0)
     target = mean["ratios_to_target"]
     reach = (
-        f"{target['flops']:.2f}x FLOPs, {target['bytes']:.2f}x bytes, {target['seconds']:.2f}x seconds"
+        f"{target['flops']:.2f}x FLOPs, {target['bytes']:.3f}x bytes, {target['seconds']:.2f}x seconds"
         f" ({mean['reached_target']} of {seeds} seeds got there)"
         if target
         else "not reached"
@@ -69,6 +74,29 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+def methods() -> str:
+    """Return the part of README that compares methods, row by row; empty while no result file is committed."""
+    results = ROOT / "bench" / "results"
+    if not any(results.glob("method-*.json")):
+        return ""
+    lines = [
+        "Real non-IID data, against dense FedAvg of the same seed: difference of final accuracy in points, and cost up "
+        "to the first evaluated round that reaches FedAvg's final accuracy, in shares of what FedAvg itself spent to "
+        "it, over the seeds that reached it.",
+        "",
+        table.table(results),
+        "",
+        "20 clients, a quarter a round, 40 rounds, 200 examples a client (HAR 300, digits all), tested every second "
+        "round (images: on 2000 examples). Seconds: processor time of clients and server, on a busy machine. Files: "
+        "`bench/results/method-*.json`, made by `bench/experiments`.",
+    ]
+    for path in sorted(results.glob("study-*.json")):
+        row = path.stem.removeprefix("study-")
+        lines += ["", f"Variants of the default on {row} (`bench/experiments/study.py {row}`):", ""]
+        lines += [study.table(json.loads(path.read_text()))]
+    return "\n".join(lines)
+
+
 def layers() -> str:
     """Return the part of README about single layers; empty while no result file is committed."""
     content = layer_marks.load()
@@ -97,7 +125,10 @@ def filled(text: str, marker: str, part: str) -> str:
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    new = filled(filled(filled(text, "results", tables()), "layers", layers()), "codec", codec_marks.tables())
+    parts = {"results": tables(), "methods": methods(), "layers": layers(), "codec": codec_marks.tables()}
+    new = text
+    for marker, part in parts.items():
+        new = filled(new, marker, part)
     if "--check" in sys.argv:
         return int(new != text)
     readme.write_text(new)

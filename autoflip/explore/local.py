@@ -53,7 +53,8 @@ def local_steps(
     if not count:
         raise ValueError("local_steps: there are no examples; wanted at least one per client")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    plain = not momentum and not weight_decay
+    optimizer = None if plain else torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     start = [p.detach().clone() for p in parameters] if proximal else []
     model.train()
     total = 0.0
@@ -63,7 +64,8 @@ def local_steps(
             x, y = inputs[chosen], targets[chosen]
             if on_batch is not None:
                 on_batch(x, y)
-            optimizer.zero_grad(set_to_none=True)
+            for p in parameters:
+                p.grad = None
             loss = loss_fn(model(x), y)
             loss.backward()
             for p, origin in zip(parameters, start):
@@ -71,7 +73,13 @@ def local_steps(
                     p.grad.add_(p.detach() - origin, alpha=proximal)
             if clip_norm:
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
-            optimizer.step()
+            if optimizer is not None:
+                optimizer.step()
+            else:  # the same update; torch.optim's own bookkeeping takes 0.2 ms, a tenth of a small model's step
+                with torch.no_grad():
+                    for p in parameters:
+                        if p.grad is not None:
+                            p.add_(p.grad, alpha=-lr)
             total += float(loss.detach()) * len(y)
     mean = total / count
     if not mean < float("inf"):

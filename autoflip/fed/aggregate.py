@@ -8,60 +8,74 @@ import torch
 from torch import Tensor
 
 from autoflip import codec
+from autoflip.fed.coordinates import Coordinates, Locate
 from autoflip.masks import MaskSet
 
 __all__ = ["Aggregator"]
 
 
+class _Part:
+    """Sum of the updates of all clients of one mask, in its coordinates."""
+
+    def __init__(self, masks: MaskSet | None, at: Coordinates) -> None:
+        self.masks, self.at, self.weight = masks, at, 0.0
+        self.sums = {name: torch.zeros(shape) for name, shape in at.schema.shapes.items()}
+
+
 class Aggregator:
     """Weighted mean of deltas per coordinate, over holders only.
 
-    ``mean_i = sum_k n_k delta_k,i / sum_k n_k m_k,i``, zero where nobody holds ``i``. Memory is one tensor set
-    plus one number per distinct mask, however many clients there are.
+    ``mean_i = sum_k n_k delta_k,i / sum_k n_k m_k,i``, zero where nobody holds ``i``. Memory is one set of compact
+    tensors per distinct mask, however many clients there are.
 
     Args:
-        shapes: name -> shape of every tensor.
-        schema: of the payloads.
+        locate: masks -> coordinates of the updates of clients that hold them.
         limits: what a payload may make us allocate.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, torch.Size], schema: codec.Schema, limits: codec.Limits | None = None
-    ) -> None:
-        self.schema = schema
+    def __init__(self, locate: Locate, limits: codec.Limits | None = None) -> None:
+        self.locate = locate
         self.limits = limits or codec.Limits()
-        self.sums = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        self._weights: dict[str, tuple[MaskSet | None, float]] = {}
+        self._parts: dict[str, _Part] = {}
 
     @property
     def weight(self) -> float:
         """Sum of the weights of all updates so far."""
-        return sum(weight for _, weight in self._weights.values())
+        return sum(part.weight for part in self._parts.values())
 
     def add(self, frame: bytes, weight: float, masks: MaskSet | None) -> None:
         """Decode one delta and add it; a damaged frame raises DecodeError and changes nothing."""
-        codec.accumulate(frame, self.sums, weight, masks=masks, schema=self.schema, limits=self.limits)
-        self._count(weight, masks)
+        part = self._part(masks)
+        codec.accumulate(frame, part.sums, weight, masks=part.at.inside, schema=part.at.schema, limits=self.limits)
+        part.weight += weight
 
     def add_decoded(self, delta: Mapping[str, Tensor], weight: float, masks: MaskSet | None) -> None:
-        """Add a delta that was decoded already (guidance needs its squares too)."""
-        for name, total in self.sums.items():
+        """Add a compact delta that was decoded already (guidance needs its squares too)."""
+        part = self._part(masks)
+        for name, total in part.sums.items():
             total.add_(delta[name], alpha=weight)
-        self._count(weight, masks)
+        part.weight += weight
 
-    def _count(self, weight: float, masks: MaskSet | None) -> None:
+    def _part(self, masks: MaskSet | None) -> _Part:
         key = masks.fingerprint() if masks is not None else ""
-        self._weights[key] = (masks, weight + self._weights.get(key, (None, 0.0))[1])
+        if key not in self._parts:
+            self._parts[key] = _Part(masks, self.locate(masks))
+        return self._parts[key]
 
     def mean(self) -> dict[str, Tensor]:
-        """Return the mean delta."""
-        if len(self._weights) <= 1:  # one mask for all: coordinates outside it hold zero sums
-            total = self.weight
-            return {name: s / total if total else s.clone() for name, s in self.sums.items()}
-        means = {}
-        for name, s in self.sums.items():
-            holders = torch.zeros_like(s)
-            for masks, weight in self._weights.values():
-                holders += weight * masks[name] if masks is not None and name in masks else weight
-            means[name] = torch.where(holders > 0, s / holders.clamp_min(1e-30), torch.zeros(()))
-        return means
+        """Return the mean delta, in full coordinates."""
+        parts = [part for part in self._parts.values() if part.weight]
+        if len(parts) == 1:  # what is outside its mask is zero
+            (part,) = parts
+            return part.at.expand({name: s / part.weight for name, s in part.sums.items()})
+        sums: dict[str, Tensor] = {}
+        holders: dict[str, Tensor] = {}
+        for part in parts:
+            for name, s in part.at.expand(part.sums).items():
+                held = part.weight * part.masks[name] if part.masks is not None and name in part.masks else part.weight
+                sums[name] = sums[name] + s if name in sums else s
+                holders[name] = holders.get(name, torch.zeros_like(s)) + held
+        zero = torch.zeros(())
+        return {
+            name: torch.where(holders[name] > 0, s / holders[name].clamp_min(1e-30), zero) for name, s in sums.items()
+        }

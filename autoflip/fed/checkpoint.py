@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from autoflip.fed.state import Guidance, ServerState, View
+from autoflip.fed.state import Average, Guidance, ServerState, View
 from autoflip.masks import MaskSet
 
 __all__ = ["CheckpointError", "load", "save", "write_atomically"]
@@ -45,6 +45,8 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int, config: 
     for method, state in states.items():
         _put(tensors, f"{method}/params/", state.params)
         _put(tensors, f"{method}/memory/", state.memory)
+        if state.average is not None:
+            _put(tensors, f"{method}/average/", state.average.params)
         if state.guidance is not None:
             _put(tensors, f"{method}/importance/", state.guidance.importance)
             _put(tensors, f"{method}/agreement/", state.guidance.agreement)
@@ -64,6 +66,7 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int, config: 
             "views": {v.id.hex(): v.masks.fingerprint() if v.masks is not None else None for v in state.views.values()},
             "held": {str(client): view.hex() for client, view in state.held.items()},
             "guidance": state.guidance is not None,
+            "average": state.average.weight if state.average is not None else None,
         }
     body = to_bytes(tensors, metadata={"autoflip": json.dumps(about)})
     write_atomically(folder / NAME, _MAGIC + hashlib.sha256(body).digest() + body)
@@ -136,4 +139,7 @@ def _state(tensors: Mapping[str, Tensor], method: str, entry: dict) -> ServerSta
         else None,
         memory=_take(tensors, f"{method}/memory/"),
         narrow=masks[entry["narrow"]] if entry["narrow"] is not None else None,
+        average=Average(_take(tensors, f"{method}/average/"), float(entry["average"]))
+        if entry["average"] is not None
+        else None,
     )

@@ -60,7 +60,7 @@ class Client:
         if message.base != (base.id if base is not None else NO_VIEW):
             reply = Message(RESYNC, message.round, self.id).pack()
         else:
-            view = receive(message, base, self.schema, self.strategy.downlink)
+            view = receive(message, base, self.workshop.locate, self.strategy.downlink)
             self.held = view if self.strategy.stateful else None
             reply = self._work(message, view).pack()
         meter.synchronise()
@@ -72,20 +72,20 @@ class Client:
         ask = self.strategy.ask(message.round)
         frames = []
         wire: dict[str, Any] = {
-            "schema": self.schema,
             "seed": cfg.fed.seed,
             "round": message.round,
             "client": self.id,
             "base_id": view.id,
         }
         prepared = self._prepare(view)
-        prepared.load(view.params)
+        prepared.put(view.params)
         loss = 0.0
         if ask.epochs:
             before = {name: t.clone() for name, t in prepared.read().items()}
             loss = self._train(prepared, message, ask.epochs)
-            delta = prepared.expand({name: t - before[name] for name, t in prepared.read().items()})
-            frames.append(codec.encode(delta, masks=view.masks, values=self.strategy.values, **wire))
+            delta = {name: t - before[name] for name, t in prepared.read().items()}
+            at = prepared.at
+            frames.append(codec.encode(delta, masks=at.inside, schema=at.schema, values=self.strategy.values, **wire))
         if ask.probe:
             frames.append(self._probe(ask.probe, prepared, view, wire))
         return Message(UPDATE, message.round, self.id, tuple(frames), view.id, examples=len(self.targets), loss=loss)
@@ -94,7 +94,7 @@ class Client:
         cfg = self.config
         keys = (cfg.fed.seed, "train", message.round, self.id)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(*keys, "dropout"))
+            torch.default_generator.manual_seed(derive(*keys, "dropout"))  # torch.manual_seed seeks GPUs for 1 ms
             return explore.local_steps(
                 prepared.model,
                 self.inputs,
@@ -123,14 +123,14 @@ class Client:
 
         def gradient() -> None:
             whole = self.workshop.prepare(None)  # a pruned weight has a gradient too
-            whole.load(view.params)
+            whole.load(prepared.at.expand(view.params))
             found.update(explore.absolute_gradient(whole.model, *data))
 
         # counting slows it by its dispatch overhead only: one pass on a large batch
         self.cost.flops += meter.count_flops({"curvature": curvature, "gradient": gradient}[kind])
         dense = {n: found.get(n, torch.zeros(shape)) for n, shape in self.schema.shapes.items()}
         values = "int8" if self.strategy.values == "int4" else self.strategy.values  # ranks need the small ones too
-        return codec.encode(dense, values=values, **wire)
+        return codec.encode(dense, values=values, schema=self.schema, **wire)
 
     def _charge_step(self, prepared: Prepared, x: Tensor, y: Tensor) -> None:
         start = time.perf_counter()

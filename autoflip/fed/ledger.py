@@ -49,6 +49,8 @@ class Record:
         channels: kept share of output channels and neurons.
         layers: density per weight tensor.
         clients: who took part.
+        cpu_seconds: processor time of the process in this round, evaluation left out; unlike ``seconds`` it does not
+            hang on what else the machine does, but the simulation's own counting and preparing is in it.
     """
 
     method: str
@@ -68,6 +70,7 @@ class Record:
     channels: float
     layers: Mapping[str, float]
     clients: tuple[ClientRecord, ...]
+    cpu_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values: one line of records.jsonl."""

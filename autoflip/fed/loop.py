@@ -43,7 +43,8 @@ class Result:
         cost: its FLOPs, seconds and bytes, exploration included.
         records: one a round, of every method.
         summary: what summary.json holds.
-        params: final parameters of the method, name -> float32 tensor, zero where pruned.
+        params: final parameters of the method (where ``server.average`` keeps a running mean, that), name -> float32
+            tensor, zero where pruned.
         masks: what is kept; None when the method does not prune.
         run_dir: the run folder; None when nothing was written.
     """
@@ -204,11 +205,18 @@ class _Job:
             )
             for k, part in enumerate(parts)
         }
-        test = self.dataset.test.x, self.dataset.test.y
+        test = self._test()
         examples = {k: len(part) for k, part in enumerate(parts)}
         fed = self.config.fed
         slow = set(sample(derive(fed.seed, "slow"), 0, fed.clients, fed.slow)) if fed.slow else set()
         return Server(self.config, strategy, schema, InProcess(clients), workshop, test, examples, slow)
+
+    def _test(self) -> tuple[Tensor, Tensor]:
+        x, y, count = self.dataset.test.x, self.dataset.test.y, self.config.data.test_examples
+        if not 0 < count < len(y):
+            return x, y
+        chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:count]
+        return x[chosen], y[chosen]
 
     def finish(self, folder: Path | None, records: list[Record], sinks: list[Sink]) -> Result:
         """Run what is left, write what is asked for, and return the result."""
@@ -238,7 +246,7 @@ class _Job:
         summary = summarise(records, method, against, about)
         state = self.states[method]
         mine = [r for r in records if r.method == method]
-        params = dict(state.params)
+        params = dict(state.served)
         accuracy = mine[-1].accuracy
         assert accuracy is not None  # the last round is always evaluated
         result = Result(

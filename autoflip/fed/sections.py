@@ -35,6 +35,7 @@ class Data:
     alpha: float = 0.5  # Dirichlet concentration
     classes: int = 2  # classes per client (pathological)
     samples_per_client: int = 0  # 0: all
+    test_examples: int = 0  # of the test set, drawn at random, the same ones for every seed; 0: all
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ class Train:
 class Server:
     """How the server steps along the clients' mean update."""
 
-    optimizer: str = "none"  # of autoflip: none | momentum | adam; fedavgm and fedadam have theirs
-    momentum: float = 0.9
-    momentum_lr: float = 0.3
+    optimizer: str = "momentum"  # of autoflip: none | momentum | adam; fedavgm and fedadam have theirs
+    momentum: float = 0.7
+    momentum_lr: float = 1.0
     adam_lr: float = 0.01
     adam_eps: float = 1e-3
+    average: float = 0.9  # of autoflip: its model is a mean over rounds, each older one weighing this much less; 0: no
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,11 @@ class Prune:
 
     density: float = 1.0  # kept share of the weights; 1: channels only, what is left is dense
     rival_density: float = 0.15  # the same for random, magnitude, prunefl and ssfl, which remove no channels
-    channels: float = 0.5  # kept share of channels and neurons
+    channels: float = 0.25  # kept share of channels and neurons
     flops: float = 0.0  # budget: share of a dense round's FLOPs, met by fewer channels; 0: none
     bytes: float = 0.0  # the same for bytes, both ways against float32
-    round_to: int = 0  # channels of a convolution are kept in multiples of this; 0: by its size, see prune.hybrid
-    slow_channels: float = 0.25  # the same for slow clients (fed.slow); autoflip only
+    round_to: int = 4  # channels of a layer are kept in multiples of this; 0: by its size, see prune.hybrid
+    slow_channels: float = 0.1  # the same for slow clients (fed.slow); autoflip only
     block: tuple[int, ...] = ()  # (rows, columns) of a weight block; empty: single weights
     until: int = 1  # rounds over which density and channels fall to their targets; 1: at once
     every: int = 5  # rounds between two mask changes while they fall
@@ -150,6 +152,7 @@ RANGES = {
     "data.alpha": _range(0, 1e6, open_low=True),
     "data.classes": _COUNT,
     "data.samples_per_client": _range(0, 10**9),
+    "data.test_examples": _range(0, 10**9),
     "train.epochs": _COUNT,
     "train.batch_size": _COUNT,
     "train.lr": _range(0, 1e3, open_low=True),
@@ -162,6 +165,7 @@ RANGES = {
     "server.momentum_lr": _range(0, 1e3, open_low=True),
     "server.adam_lr": _range(0, 1e3, open_low=True),
     "server.adam_eps": _range(0, 1e3, open_low=True),
+    "server.average": _range(0, 0.999),
     "explore.fraction": _SHARE,
     "explore.epochs": _COUNT,
     "explore.agreement": _range(0, 100),

@@ -17,7 +17,7 @@ from autoflip.fed.config import Config
 from autoflip.fed.ledger import ClientRecord, Record
 from autoflip.fed.message import EXPLORE, NO_VIEW, RESYNC, TRAIN, UPDATE, Message
 from autoflip.fed.seeding import sample
-from autoflip.fed.state import ServerState, View
+from autoflip.fed.state import Average, ServerState, View
 from autoflip.fed.strategies import Ask, Strategy
 from autoflip.fed.transport import Reply, Transport
 from autoflip.fed.workshop import Workshop
@@ -66,7 +66,7 @@ class Server:
         cfg = self.config.fed
         ask = self.strategy.ask(state.round)
         called = sample(cfg.seed, state.round, cfg.clients, ask.fraction)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         work = _Round(self, state, ask)
         clients = [work.call(client) for client in called]
         accepted = [c for c in clients if c.error is None]
@@ -79,11 +79,12 @@ class Server:
         after = work.finish()
         client_seconds = sum(c.seconds for c in clients)
         server_seconds = time.perf_counter() - start - work.client_wall
+        cpu = time.process_time() - cpu
         start = time.perf_counter()
         last = after.round == cfg.rounds
         accuracy, loss = None, None
         if last or after.round % cfg.eval_every == 0:
-            accuracy, loss = self.workshop.evaluate(after.params, after.masks, *self.test)
+            accuracy, loss = self.workshop.evaluate(after.served, after.masks, *self.test)
         record = Record(
             method=self.strategy.name,
             seed=cfg.seed,
@@ -100,6 +101,7 @@ class Server:
             eval_seconds=time.perf_counter() - start,
             **self._kept(after.masks),
             clients=tuple(clients),
+            cpu_seconds=cpu,
         )
         return after, record
 
@@ -123,8 +125,7 @@ class _Round:
     def __init__(self, server: Server, state: ServerState, ask: Ask) -> None:
         self.server, self.state, self.ask = server, state, ask
         self.kind = EXPLORE if ask.phase == "exploration" else TRAIN
-        shapes = {name: t.shape for name, t in state.params.items()}
-        self.aggregator = Aggregator(shapes, server.schema)
+        self.aggregator = Aggregator(server.workshop.locate)
         sums = server.strategy.may_prune(state)
         self.sums = Sums(state.params) if sums else None
         self.holders: dict[int, View] = {}
@@ -170,7 +171,7 @@ class _Round:
         if (base, slow) not in self._sent:
             kind, keys = server.strategy.downlink, {"seed": server.config.fed.seed, "round_number": state.round}
             masks = state.narrow if slow else state.masks
-            self._sent[base, slow] = downlink.send(state.params, masks, held, kind, server.schema, **keys)
+            self._sent[base, slow] = downlink.send(state.params, masks, held, kind, server.workshop.locate, **keys)
         view, frames = self._sent[base, slow]
         message = Message(self.kind, state.round, client, frames, view.id, base)
         start = time.perf_counter()
@@ -193,22 +194,23 @@ class _Round:
         trained, probed = bool(self.ask.epochs), bool(self.ask.probe)
         if len(message.frames) != trained + probed:
             raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {trained + probed}")
-        weight, masks, schema = float(message.examples), view.masks, self.server.schema
+        weight, masks = float(message.examples), view.masks
         if self.sums is None:
             self.aggregator.add(message.frames[0], weight, masks)
             return
-        delta = {name: torch.zeros(t.shape) for name, t in self.state.params.items()}
+        at = self.server.workshop.locate(masks)
+        delta = {name: torch.zeros(shape) for name, shape in at.schema.shapes.items()}
         if trained:
-            delta = codec.decode(message.frames[0], masks=masks, schema=schema)
+            delta = codec.decode(message.frames[0], masks=at.inside, schema=at.schema)
         powers = None
         if probed:
-            probe = codec.decode(message.frames[-1], schema=schema)
+            probe = codec.decode(message.frames[-1], schema=self.server.schema)
             powers = {name: p**self.ask.power for name, p in probe.items()}
         for name, t in (*delta.items(), *(powers or {}).items()):
             if t.numel() and float(t.abs().max()) > _ABSURD:  # its square would drown all guidance
                 raise codec.DecodeError(f"the update moves {name!r} by more than {_ABSURD:g}")
         self.aggregator.add_decoded(delta, weight, masks)
-        self.sums.add(delta, weight, powers)
+        self.sums.add(at.expand(delta), weight, powers)
 
     def finish(self) -> ServerState:
         """Return the state after the round: new parameters, guidance and masks, and who holds what."""
@@ -216,8 +218,9 @@ class _Round:
         params, memory = strategy.step(state, self.aggregator.mean())
         guidance = strategy.guidance(state, params, self.sums) if self.sums is not None else state.guidance
         masks = strategy.masks(ServerState(params, state.masks, state.round, guidance=guidance))
-        narrow = state.narrow
+        narrow, average = state.narrow, state.average
         if masks is not None and masks is not state.masks:
+            average = None  # what was averaged is another model
             params = strategy.settle(params, masks)
             narrow = strategy.narrow(masks, guidance) if self.server.slow else None
         held, views = dict(state.held), dict(state.views)
@@ -225,5 +228,9 @@ class _Round:
             held.update({client: view.id for client, view in self.holders.items()})
             views.update({view.id: view for view in self.holders.values()})
             views = {name: view for name, view in views.items() if name in set(held.values())}
-        following = ServerState(params, masks, state.round + 1, views, held, memory=memory, narrow=narrow)
+        if strategy.average:
+            average = Average.after(average, params, strategy.average)
+        following = ServerState(
+            params, masks, state.round + 1, views, held, memory=memory, narrow=narrow, average=average
+        )
         return replace(following, guidance=guidance) if strategy.may_prune(following) else following

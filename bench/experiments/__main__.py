@@ -5,7 +5,8 @@
 
 Each run goes through a folder under runs/experiments, so that a killed one is continued, and ends as
 bench/results/method-ROW-METHOD-seedN.json. One whose configuration is the same is not run again. FLOPs and bytes
-are exact whatever else the machine does; seconds are not, so each file says the load under which they were measured.
+are exact whatever else the machine does; seconds are processor time, evaluation left out, and each file says the load
+under which they were measured.
 A --tag keeps variants (--set) apart: method-ROW-METHOD+TAG-seedN.json.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import ALL_METHODS_ON, EVERYWHERE, ROWS, SCALED
-from table import table
+from table import cpu_seconds, table
 
 from autoflip import fed
 from autoflip.fed.sections import METHOD_NAMES
@@ -67,7 +68,7 @@ def run_one(row: str, method: str, seed: int, root: str, settings: list[str], ta
             "accuracy": [round(a, 5) for a in curve.accuracy],
             "flops": curve.flops,
             "bytes": curve.bytes,
-            "seconds": [round(s, 3) for s in curve.seconds],
+            "seconds": cpu_seconds(result.records),
         },
         "density": [round(r.density, 4) for r in result.records],
         "channels": [round(r.channels, 4) for r in result.records],

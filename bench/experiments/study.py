@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import ROWS, SCALED
-from table import to_target
+from table import cpu_seconds, to_target
 from variants import VARIANTS
 
 from autoflip import fed
@@ -37,7 +37,7 @@ def run_one(row: str, variant: str, seed: int, root: str, known: dict) -> dict:
         return known
     result = fed.run(config)
     curve = curve_of(config.fed.method, [r.as_dict() for r in result.records])
-    spent = {"flops": curve.flops, "bytes": curve.bytes, "seconds": curve.seconds, "round": curve.rounds}
+    spent = {"flops": curve.flops, "bytes": curve.bytes, "seconds": cpu_seconds(result.records), "round": curve.rounds}
     return {"config": told, "curve": {"accuracy": [round(a, 5) for a in curve.accuracy], **spent}}
 
 
@@ -50,7 +50,7 @@ def line(variant: str, runs: dict[str, dict], dense: dict[str, dict]) -> str:
     late = statistics.mean(100 * statistics.mean(runs[s]["curve"]["accuracy"][-5:]) for s in seeds)
     cells = [variant, f"{100 * statistics.mean(a for a, _ in final.values()):.2f}", f"{late:.2f}"]
     cells.append(f"{statistics.mean(gaps):+.2f}{error}")
-    for key in ("flops", "bytes"):
+    for key in ("flops", "bytes", "seconds"):
         whole = [runs[s]["curve"][key][-1] / dense[s]["curve"][key][-1] for s in seeds]
         ours = {s: to_target(runs[s]["curve"], final[s][1]) for s in seeds}
         base = {s: to_target(dense[s]["curve"], final[s][1]) for s in seeds}
@@ -58,6 +58,14 @@ def line(variant: str, runs: dict[str, dict], dense: dict[str, dict]) -> str:
         reach = f"{statistics.mean(ratios):.4f} ({len(ratios)}/{len(seeds)})" if ratios else "–"
         cells += [f"{statistics.mean(whole):.4f}", reach]
     return "| " + " | ".join(cells) + " |"
+
+
+def table(found: dict[str, dict]) -> str:
+    """Return the table of what study-ROW.json holds, in Markdown; costs are shares of dense FedAvg's."""
+    head = "| variant | final | last 10 rounds | - dense | FLOPs | FLOPs to target | bytes | bytes to target |"
+    lines = [f"{head} seconds | seconds to target |", "|" + "---|" * 10]
+    dense = found.get("fedavg", {})
+    return "\n".join(lines + [line(name, runs, dense) for name, runs in found.items() if set(runs) & set(dense)])
 
 
 def main() -> None:
@@ -80,11 +88,7 @@ def main() -> None:
             if not chosen.table:
                 print(row, line(name, found[name], found["fedavg"]), flush=True)
         if chosen.table:
-            head = "| variant | final | last 10 rounds | - dense | FLOPs | FLOPs to target | bytes | bytes to target |"
-            print(f"\n{row}\n\n{head}\n|{'---|' * 8}")
-            dense = found.get("fedavg", {})
-            for name, runs in found.items():
-                print(line(name, runs, dense) if set(runs) & set(dense) else f"| {name} | no dense run yet |")
+            print(f"\n{row}\n\n{table(found)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
+
+from autoflip.fed.ledger import Record
 
 
 def load(folder: Path) -> dict[tuple[str, str], dict[int, dict]]:
@@ -16,6 +20,12 @@ def load(folder: Path) -> dict[tuple[str, str], dict[int, dict]]:
         name = content["method"] + ("+" + content["tag"] if content["tag"] else "")
         found[content["row"], name][content["seed"]] = content
     return found
+
+
+def cpu_seconds(records: Sequence[Record]) -> list[float]:
+    """Return the processor seconds up to each round that was evaluated."""
+    spent = accumulate(r.cpu_seconds for r in records)
+    return [round(s, 3) for s, r in zip(spent, records, strict=True) if r.accuracy is not None]
 
 
 def to_target(curve: dict, target: float) -> dict | None:
@@ -50,7 +60,6 @@ def against(mine: dict[int, dict], dense: dict[int, dict]) -> dict | None:
             key: statistics.mean(mine[s]["curve"][key][-1] / dense[s]["curve"][key][-1] for s in seeds)
             for key in ("flops", "bytes", "seconds")
         },
-        "loaded": any(max(run["load"]) > 1.5 for s in seeds for run in (mine[s], dense[s])),
     }
 
 
@@ -59,12 +68,12 @@ def _share(value: float | None, digits: int) -> str:
 
 
 def table(folder: Path, rows: list[str] | None = None) -> str:
-    """Return the table of all result files, in Markdown; seconds are left out where the machine was loaded."""
+    """Return the table of all result files, in Markdown."""
     found = load(folder)
     lines = [
-        "| row | method | seeds | accuracy | - dense | reached | FLOPs to target | bytes to target "
+        "| row | method | seeds | accuracy | - dense | reached | FLOPs to target | bytes to target | seconds to target "
         "| FLOPs, whole run | bytes, whole run | seconds, whole run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (row, method), runs in found.items():
         if rows and row not in rows:
@@ -73,15 +82,15 @@ def table(folder: Path, rows: list[str] | None = None) -> str:
         entry = against(runs, dense)
         if entry is None:
             mean = statistics.mean(r["curve"]["accuracy"][-1] for r in runs.values())
-            lines.append(f"| {row} | {method} | {len(runs)} | {100 * mean:.2f} % | | | | | | | |")
+            lines.append(f"| {row} | {method} | {len(runs)} | {100 * mean:.2f} % | | | | | | | | |")
             continue
         error = "" if entry["gap_stderr"] is None else f" ± {100 * entry['gap_stderr']:.2f}"
-        seconds = "loaded" if entry["loaded"] else _share(entry["whole"]["seconds"], 2)
         gap = "" if is_dense else f"{100 * entry['gap']:+.2f}{error}"
         lines.append(
             f"| {row} | {method} | {entry['seeds']} | {100 * entry['accuracy']:.2f} % | {gap} "
             f"| {entry['reached']} of {entry['seeds']} | {_share(entry['to_target']['flops'], 3)} "
-            f"| {_share(entry['to_target']['bytes'], 4)} | {_share(entry['whole']['flops'], 3)} "
-            f"| {_share(entry['whole']['bytes'], 4)} | {seconds} |"
+            f"| {_share(entry['to_target']['bytes'], 4)} | {_share(entry['to_target']['seconds'], 2)} "
+            f"| {_share(entry['whole']['flops'], 3)} | {_share(entry['whole']['bytes'], 4)} "
+            f"| {_share(entry['whole']['seconds'], 2)} |"
         )
     return "\n".join(lines)

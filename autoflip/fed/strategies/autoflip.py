@@ -30,6 +30,7 @@ class AutoFlip(Strategy):
         self.values = config.wire.values
         self.downlink = config.wire.downlink
         self.optimizer = config.server.optimizer
+        self.average = config.server.average
         self.probe = "curvature" if config.explore.signal == "curvature" else ""
         self._groups = find_groups(model)
 
@@ -141,6 +142,7 @@ class AutoFlipPaper(AutoFlip):
         super().__init__(config, model, example)
         self.values = self.downlink = "fp32"
         self.optimizer = "none"
+        self.average = 0.0
         self.probe = ""
 
     def ask(self, round_number: int) -> Ask:

@@ -55,6 +55,7 @@ class Strategy:
     values = "fp32"
     downlink = "fp32"
     optimizer = "none"  # of the server, see fed.optimizers
+    average = 0.0  # decay of the running mean of the parameters, see fed.state.Average; 0: none
 
     def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
         self.config = config
