@@ -217,21 +217,22 @@ def test_server_momentum_leaves_pruned_weights_alone():
 
 
 def test_the_model_handed_out_is_the_running_mean_since_the_last_pruning():
-    job = _Job(_config("server.average=0.6", "prune.until=3", "prune.every=1", "fed.rounds=6"))
+    job = _Job(_config("server.average=0.4", "prune.until=2", "prune.every=1", "fed.rounds=8"))
     server, state, seen = job.servers["autoflip"], job.states["autoflip"], []
-    for _ in range(6):
+    for _ in range(8):
         before = state.masks
         state, record = server.run_round(state)
         if state.masks is not before:
             seen = []
         seen.append(state.params)
-        shares = torch.tensor([0.6**age for age in range(len(seen))][::-1], dtype=torch.float64)
         for name, value in state.served.items():
-            rounds = torch.stack([p[name].double() for p in seen], -1)
-            want = (rounds * shares).sum(-1) / shares.sum()
-            torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-7)  # five float32 steps
+            want = seen[0][name].double()
+            for t, params in enumerate(seen[1:], start=2):
+                share = {2: 5 / 6, 3: 5 / 7, 4: 0.625}.get(t, 0.6)  # 5 / (t + 4), from t = 5 on 1 - 0.4
+                want = want + share * (params[name].double() - want)
+            torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-7)  # seven float32 steps
         assert record.accuracy == server.workshop.evaluate(state.served, state.masks, *server.test)[0]
-    assert len(seen) == 4
+    assert len(seen) == 7  # past the change to a fixed decay
     assert METHODS["fedavg"](job.config, job.blank).average == 0
     result = fed.run(job.config)
     assert all(torch.equal(result.params[name], value) for name, value in state.served.items())

@@ -66,7 +66,7 @@ def save(folder: Path, states: Mapping[str, ServerState], records: int, config: 
             "views": {v.id.hex(): v.masks.fingerprint() if v.masks is not None else None for v in state.views.values()},
             "held": {str(client): view.hex() for client, view in state.held.items()},
             "guidance": state.guidance is not None,
-            "average": state.average.weight if state.average is not None else None,
+            "average": state.average.rounds if state.average is not None else None,
         }
     body = to_bytes(tensors, metadata={"autoflip": json.dumps(about)})
     write_atomically(folder / NAME, _MAGIC + hashlib.sha256(body).digest() + body)
@@ -139,7 +139,7 @@ def _state(tensors: Mapping[str, Tensor], method: str, entry: dict) -> ServerSta
         else None,
         memory=_take(tensors, f"{method}/memory/"),
         narrow=masks[entry["narrow"]] if entry["narrow"] is not None else None,
-        average=Average(_take(tensors, f"{method}/average/"), float(entry["average"]))
+        average=Average(_take(tensors, f"{method}/average/"), int(entry["average"]))
         if entry["average"] is not None
         else None,
     )

@@ -69,7 +69,7 @@ class Server:
     momentum_lr: float = 1.0
     adam_lr: float = 0.01
     adam_eps: float = 1e-3
-    average: float = 0.9  # of autoflip: its model is a mean over rounds, each older one weighing this much less; 0: no
+    average: float = 0.9  # of autoflip: its model is a mean over rounds, see state.Average; 0: it is the last one
 
 
 @dataclass(frozen=True)

@@ -52,28 +52,28 @@ class Guidance:
 class Average:
     """Running mean of the parameters over rounds, the latest counting most.
 
-    ``(w_t + b w_{t-1} + b^2 w_{t-2} + ...) / (1 + b + b^2 + ...)`` over the rounds since the masks last changed.
-    A round of few clients with few classes each pulls the model to and fro; the mean stands still (Polyak and Juditsky
+    ``mean_t = mean_{t-1} + s_t (w_t - mean_{t-1})`` with ``s_t = max(1 - b, 5 / (t + 4))``, t = 1, 2, ... counting the
+    rounds since the masks last changed: over the last fifth of them at first, so that a young model, which still
+    learns much in a round, does not lag; from ``t = 5 / (1 - b) - 4`` on with a fixed decay. A round of few clients with few classes each pulls the model to and fro; the mean stands still (Polyak and Juditsky
     1992; Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018). Clients
     train on from the parameters, not from the mean, so it costs no byte and no FLOP of theirs.
 
     Attributes:
         params: name -> float32 tensor.
-        weight: the denominator.
+        rounds: t.
     """
 
     params: Params
-    weight: float
+    rounds: int
 
     @staticmethod
     def after(old: Average | None, params: Params, decay: float) -> Average:
         """Return the mean once ``params`` have joined ``old``; None: they are the first."""
         if old is None:
-            return Average(params, 1.0)
-        weight = decay * old.weight + 1
-        return Average(
-            {name: torch.lerp(old.params[name], value, 1 / weight) for name, value in params.items()}, weight
-        )
+            return Average(params, 1)
+        rounds = old.rounds + 1
+        share = max(1 - decay, 5 / (rounds + 4))
+        return Average({name: torch.lerp(old.params[name], value, share) for name, value in params.items()}, rounds)
 
 
 @dataclass(frozen=True)
