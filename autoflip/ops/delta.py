@@ -35,7 +35,7 @@ Array = np.ndarray[Any, Any]
 
 # the GPU's kernels are unmeasured: torch gathers on a GPU, so that only kept entries cross to the host, unless
 # AUTOFLIP_BACKEND names one of them (delta_stream.gpu_server); frames are finished on the host all the same
-backend.register("delta", "cpp", optional=True)
+backend.register("delta", "cpp", "cuda", "triton", optional=True, asked=("cuda", "triton"))
 _HOST = torch.device("cpu")
 
 

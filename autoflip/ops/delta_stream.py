@@ -108,9 +108,9 @@ def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor 
 
 
 def gpu_server(device: torch.device) -> str:
-    """Return "cuda" or "triton" when ``AUTOFLIP_BACKEND`` names it and it can serve ``device``, else nothing."""
-    wish = backend.wish()
-    return wish if wish in ("cuda", "triton") and device.type == "cuda" else ""
+    """Return "cuda" or "triton" when ``AUTOFLIP_BACKEND`` names it and ``device`` is a GPU, else nothing."""
+    name = backend.serve("delta", device) if device.type == "cuda" else ""
+    return name if name in ("cuda", "triton") else ""
 
 
 def _from_gpu(kind: int, values: Tensor, scales: Tensor, finite: bool) -> tuple[Coded, bool]:
