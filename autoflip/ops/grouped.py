@@ -1,4 +1,4 @@
-"""Many clients' small masked layers at once: ``y[c] = act(x[c] @ (w[c] * mask[c]).T + b[c])`` and its derivatives.
+"""Many clients' small masked layers at once: ``y[c] = x[c] @ (w[c] * mask[c]).T + b[c]`` and its derivatives.
 
 A small layer of one client (784x200 with 64 rows: 20 MFLOP) takes a GPU less time than its launch; a simulation has
 many such layers of one shape, each with its own weight and mask. Triton runs them in one launch a step, tiles of the
@@ -21,7 +21,7 @@ from autoflip.ops._masked_kernels import TILE
 
 __all__ = ["GroupedPack", "grouped_linear"]
 
-backend.register("grouped_linear", "triton", optional=True)
+backend.register("grouped_linear", "triton", optional=True, asked=("triton",))  # unmeasured on GPU
 MOST = 65535  # clients of a launch: CUDA's limit on a grid's second axis
 
 
