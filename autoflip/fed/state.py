@@ -52,11 +52,12 @@ class Guidance:
 class Average:
     """Running mean of the parameters over rounds, the latest counting most.
 
-    ``mean_t = mean_{t-1} + s_t (w_t - mean_{t-1})`` with ``s_t = max(1 - b, 5 / (t + 4))``, t = 1, 2, ... counting the
-    rounds since the masks last changed: over the last fifth of them at first, so that a young model, which still
-    learns much in a round, does not lag; from ``t = 5 / (1 - b) - 4`` on with a fixed decay. A round of few clients with few classes each pulls the model to and fro; the mean stands still (Polyak and Juditsky
-    1992; Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018). Clients
-    train on from the parameters, not from the mean, so it costs no byte and no FLOP of theirs.
+    ``mean_t = mean_{t-1} + s_t (w_t - mean_{t-1})`` with ``s_t = max(1 - b, 5 / (t + 4))``, t = 1, 2, ... counting
+    the rounds since the masks last changed: over the last fifth of them at first, so that a young model, which
+    still learns much in a round, does not lag; from ``t = 5 / (1 - b) - 4`` on with a fixed decay. A round of few
+    clients with few classes each pulls the model to and fro; the mean stands still (Polyak and Juditsky 1992;
+    Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018). Clients train
+    on from the parameters, not from the mean, so it costs no byte and no FLOP of theirs.
 
     Attributes:
         params: name -> float32 tensor.
