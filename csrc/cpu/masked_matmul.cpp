@@ -9,15 +9,6 @@ namespace {
 // vector multiply-adds below which a bucket of several rows costs more than it saves
 constexpr int64_t kShortest = 12;
 
-// patterns[k] = which of `live` rows, `stride` apart, keep column k
-void patterns_of_rows(const uint8_t* corner, int64_t stride, int64_t live, int64_t width, uint8_t* patterns) {
-  std::memcpy(patterns, corner, size_t(width));
-  for (int64_t r = 1; r < live; ++r) {
-    const uint8_t* row = corner + r * stride;
-    for (int64_t k = 0; k < width; ++k) patterns[k] = uint8_t(patterns[k] | (row[k] << r));
-  }
-}
-
 struct Run {
   int64_t row, begin, count;  // first row in the block; columns in the pool
 };
@@ -32,39 +23,16 @@ class Cell {
 
   // the four rows from `row` on; patterns of `width` columns
   void add(int64_t row, const uint8_t* patterns, int64_t width) {
-    int64_t count[16] = {}, next[16], kept = 0;
-    uint16_t at[kMaxChunk];
-    for (int64_t k = 0; k < width; ++k) {  // without a branch: masks are random
-      at[kept] = uint16_t(k);
-      kept += patterns[k] != 0;
-    }
-    for (int64_t i = 0; i < kept; ++i) ++count[patterns[at[i]]];
-    int64_t whole[16] = {}, singles[kGroup] = {}, begin = int64_t(pool_.size());
+    int64_t begin = int64_t(pool_.size());
+    const Buckets found = bucket_columns(patterns, width, 4, kShortest, pool_);
     for (int slot = 0; slot + 1 < kPatterns; ++slot) {
-      const int p = kPattern[slot], rows = __builtin_popcount(unsigned(p));
-      whole[p] = count[p] / 4 * 4;
-      if (whole[p] * rows < kShortest) whole[p] = 0;
-      next[p] = begin;
-      if (whole[p]) runs_[slot].push_back({row, begin, whole[p]});
-      begin += whole[p];
+      const int64_t count = found.whole[kPattern[slot]];
+      if (count) runs_[slot].push_back({row, begin, count});
+      begin += count;
     }
     for (int r = 0; r < kGroup; ++r) {
-      for (int p = 1; p < 16; ++p)
-        if (p >> r & 1) singles[r] += count[p] - whole[p];
-      if (singles[r]) runs_[kPatterns - 1].push_back({row + r, begin, singles[r]});
-      next[1 << r] = begin;
-      begin += singles[r];
-    }
-    pool_.resize(size_t(begin));
-    for (int64_t i = 0; i < kept; ++i) {
-      const int p = patterns[at[i]];
-      if (whole[p] > 0) {
-        pool_[size_t(next[p]++)] = at[i];
-        --whole[p];
-        continue;
-      }
-      for (int r = 0; r < kGroup; ++r)
-        if (p >> r & 1) pool_[size_t(next[1 << r]++)] = at[i];
+      if (found.singles[r]) runs_[kPatterns - 1].push_back({row + r, begin, found.singles[r]});
+      begin += found.singles[r];
     }
   }
 
@@ -91,6 +59,51 @@ class Cell {
 };
 
 }  // namespace
+
+void patterns_of_rows(const uint8_t* corner, int64_t stride, int64_t live, int64_t width, uint8_t* patterns) {
+  std::memcpy(patterns, corner, size_t(width));
+  for (int64_t r = 1; r < live; ++r) {
+    const uint8_t* row = corner + r * stride;
+    for (int64_t k = 0; k < width; ++k) patterns[k] = uint8_t(patterns[k] | (row[k] << r));
+  }
+}
+
+Buckets bucket_columns(const uint8_t* patterns, int64_t width, int64_t unit, int64_t shortest,
+                       std::vector<uint16_t>& pool) {
+  Buckets found = {};
+  int64_t count[16] = {}, next[16], left[16] = {}, begin = int64_t(pool.size());
+  uint16_t at[kMaxChunk];
+  for (int64_t k = 0; k < width; ++k) {  // without a branch: masks are random
+    at[found.kept] = uint16_t(k);
+    found.kept += patterns[k] != 0;
+  }
+  for (int64_t i = 0; i < found.kept; ++i) ++count[patterns[at[i]]];
+  for (int slot = 0; slot + 1 < kPatterns; ++slot) {
+    const int p = kPattern[slot];
+    const int64_t whole = count[p] / unit * unit;
+    if (whole * __builtin_popcount(unsigned(p)) >= shortest) left[p] = found.whole[p] = whole;
+    next[p] = begin;
+    begin += found.whole[p];
+  }
+  for (int r = 0; r < kGroup; ++r) {
+    for (int p = 1; p < 16; ++p)
+      if (p >> r & 1) found.singles[r] += count[p] - found.whole[p];
+    next[1 << r] = begin;
+    begin += found.singles[r];
+  }
+  pool.resize(size_t(begin));
+  for (int64_t i = 0; i < found.kept; ++i) {
+    const int p = patterns[at[i]];
+    if (left[p] > 0) {
+      pool[size_t(next[p]++)] = at[i];
+      --left[p];
+      continue;
+    }
+    for (int r = 0; r < kGroup; ++r)
+      if (p >> r & 1) pool[size_t(next[1 << r]++)] = at[i];
+  }
+  return found;
+}
 
 std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk,
                                           int64_t block) {

@@ -6,6 +6,19 @@
 
 namespace autoflip {
 
+// patterns[k] = which of `live` rows, `stride` apart, keep column k
+void patterns_of_rows(const uint8_t* corner, int64_t stride, int64_t live, int64_t width, uint8_t* patterns);
+
+// How many columns of a group each pattern of several rows got, and each row by itself.
+struct Buckets {
+  int64_t whole[16], singles[kGroup], kept;
+};
+// Appends a group's columns to `pool`: pattern by pattern in the order of kPattern, then what is left over
+// row by row. Patterns of several rows get multiples of `unit`, or none where that would be fewer than
+// `shortest` vector multiply-adds: a bucket would cost more than it saves.
+Buckets bucket_columns(const uint8_t* patterns, int64_t width, int64_t unit, int64_t shortest,
+                       std::vector<uint16_t>& pool);
+
 // The layout of mask (rows, cols); entries are 0 or 1; chunk <= kMaxChunk, block <= kRowBlock.
 std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk,
                                           int64_t block);

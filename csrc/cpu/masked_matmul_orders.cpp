@@ -24,43 +24,14 @@ class Bytes {
 // take that many columns at once leave nothing over.
 void add_group(const uint8_t* patterns, int64_t width, int64_t unit, std::vector<uint16_t>& counts,
                std::vector<uint16_t>& columns) {
-  int64_t count[16] = {}, next[16], kept = 0;
-  uint16_t at[kMaxChunk];
-  for (int64_t k = 0; k < width; ++k) {  // without a branch: masks are random
-    at[kept] = uint16_t(k);
-    kept += patterns[k] != 0;
-  }
-  for (int64_t i = 0; i < kept; ++i) ++count[patterns[at[i]]];
-  int64_t whole[16] = {}, singles[kGroup] = {}, begin = int64_t(columns.size());
+  const Buckets found = bucket_columns(patterns, width, unit, kShortest, columns);
   bool several = false;
   for (int slot = 0; slot + 1 < kPatterns; ++slot) {
-    const int p = kPattern[slot];
-    whole[p] = count[p] / unit * unit;
-    if (whole[p] * __builtin_popcount(unsigned(p)) < kShortest) whole[p] = 0;
-    several |= whole[p] > 0;
-    next[p] = begin;
-    begin += whole[p];
-    counts.push_back(uint16_t(whole[p]));
+    counts.push_back(uint16_t(found.whole[kPattern[slot]]));
+    several |= counts.back() > 0;
   }
-  for (int r = 0; r < kGroup; ++r) {
-    for (int p = 1; p < 16; ++p)
-      if (p >> r & 1) singles[r] += count[p] - whole[p];
-    next[1 << r] = begin;
-    begin += singles[r];
-    counts.push_back(uint16_t(singles[r]));
-  }
-  counts.push_back(uint16_t(several ? 2 : kept ? 1 : 0));
-  columns.resize(size_t(begin));
-  for (int64_t i = 0; i < kept; ++i) {
-    const int p = patterns[at[i]];
-    if (whole[p] > 0) {
-      columns[size_t(next[p]++)] = at[i];
-      --whole[p];
-      continue;
-    }
-    for (int r = 0; r < kGroup; ++r)
-      if (p >> r & 1) columns[size_t(next[1 << r]++)] = at[i];
-  }
+  for (int64_t single : found.singles) counts.push_back(uint16_t(single));
+  counts.push_back(uint16_t(several ? 2 : found.kept ? 1 : 0));
 }
 
 struct Order {
@@ -81,10 +52,8 @@ Order groups_of(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk) 
           o.counts.resize(o.counts.size() + kSlots);
           continue;
         }
-        const uint8_t* corner = mask + row * cols + c;
-        std::memcpy(patterns.data(), corner, size_t(width));
-        for (int64_t r = 1; r < std::min<int64_t>(kGroup, rows - row); ++r)
-          for (int64_t k = 0; k < width; ++k) patterns[size_t(k)] |= uint8_t(corner[r * cols + k] << r);
+        const int64_t live = std::min<int64_t>(kGroup, rows - row);
+        patterns_of_rows(mask + row * cols + c, cols, live, width, patterns.data());
         add_group(patterns.data(), width, unit, o.counts, o.columns);
       }
     }
