@@ -63,7 +63,7 @@ def rules(nvcc: str | None, sanitize: str) -> list[str]:
     depend = "-MMD -MF $out.d -std=c++17"
     tail = f"{include} -c $in -o $out\n depfile = $out.d\n deps = gcc"
     link = f"-fsanitize={sanitize}" if sanitize else "-s"
-    warn = "-Wall -Wextra -ffp-contract=off"
+    warn = "-Wall -Wextra -ffp-contract=off -fno-trapping-math"
     return [
         f"rule cxx\n command = {cxx} {depend} -fPIC -fvisibility=hidden -fopenmp {warn} {opt} $isa {tail}",
         f"rule so\n command = {cxx} -shared -fopenmp {link} $in -o $out",

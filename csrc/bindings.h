@@ -8,6 +8,7 @@ void bind_masked_matmul(pybind11::module_& m);
 void bind_masked_conv(pybind11::module_& m);
 void bind_delta(pybind11::module_& m);
 void bind_hessian(pybind11::module_& m);
+void bind_recurrent(pybind11::module_& m);
 
 // An address that Python took from tensor.data_ptr().
 template <class T>

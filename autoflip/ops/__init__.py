@@ -26,3 +26,8 @@ from autoflip.ops.masked_matmul import masked_matmul as masked_matmul
 from autoflip.ops.masked_matmul import masked_weight as masked_weight
 from autoflip.ops.masked_matmul import version_of as version_of
 from autoflip.ops.masked_matmul import zero_pruned as zero_pruned
+
+# recurrent
+from autoflip.ops.recurrent import RecurrentPack as RecurrentPack
+from autoflip.ops.recurrent import masked_recurrent as masked_recurrent
+from autoflip.ops.recurrent import recurrent_here as recurrent_here

@@ -1,0 +1,137 @@
+// Whole sequences through one direction of a recurrent layer: what depends on the step before. Addresses in.
+//
+// Step s runs at time t = s, or steps - 1 - s where `reverse`; states are (steps + 1, n, h): the state before
+// the step at time t is states[t] forwards and states[t + 1] in reverse.
+#include <algorithm>
+
+#include "bindings.h"
+#include "common/cpu.h"
+#include "common/scratch.h"
+#include "cpu/masked_matmul_layout.h"
+#include "cpu/recurrent.h"
+
+namespace py = pybind11;
+
+namespace autoflip {
+namespace {
+
+const MaskedMatmul& products() { return pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512); }
+const RecurrentCell& cells() { return pick(recurrent_base, recurrent_avx2, recurrent_avx512); }
+
+struct Sequence {
+  int64_t steps, n, h, gates;
+  bool reverse;
+  int64_t time(int64_t step) const { return reverse ? steps - 1 - step : step; }
+  int64_t before(int64_t t) const { return (reverse ? t + 1 : t) * n * h; }
+  int64_t after(int64_t t) const { return (reverse ? t : t + 1) * n * h; }
+};
+
+// What the steps of one direction share: w (gates * h, h), masked, and a place for one step's products.
+struct Steps {
+  Steps(const Sequence& s, uintptr_t w, uintptr_t lay, int64_t chunk, int threads)
+      : rows(s.gates * s.h),
+        n(s.n),
+        h(s.h),
+        weight(at<const float>(w)),
+        orders(masked_matmul_orders_at(at<const uint8_t>(lay), rows, s.h, chunk)),
+        product_threads(n * rows < kSerialElements ? 1 : threads),
+        cell_threads(n * rows < kSerialElements ? 1 : threads) {
+    const MaskedMatmul& k = products();
+    const int64_t inner = std::max(k.forward_scratch(n, rows, h), k.backward_scratch(n, rows, h));
+    place = thread_scratch().take(inner + 16 + n * rows);
+    product = place + (inner + 15) / 16 * 16;
+  }
+  ~Steps() { thread_scratch().settle(); }
+  void forward(const float* state, const float* bias) {
+    products().forward(orders, weight, state, n, bias, false, product, place, product_threads);
+  }
+  void backward(const float* dgates, float* dstate) {
+    products().backward(orders, weight, dgates, nullptr, n, dstate, nullptr, nullptr, place, product_threads);
+  }
+  int64_t rows, n, h;
+  const float* weight;
+  Orders orders;
+  int product_threads, cell_threads;
+  float *place, *product;
+};
+
+void lstm_forward(uintptr_t gates, uintptr_t w, uintptr_t lay, int64_t chunk, uintptr_t bias, int64_t steps,
+                  int64_t n, int64_t h, bool reverse, uintptr_t states, uintptr_t cell_states, int threads) {
+  py::gil_scoped_release release;
+  const Sequence s{steps, n, h, 4, reverse};
+  Steps step(s, w, lay, chunk, threads);
+  float *y = at<float>(states), *c = at<float>(cell_states);
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t t = s.time(i);
+    step.forward(y + s.before(t), at<const float>(bias));
+    cells().lstm_forward(at<float>(gates) + t * n * 4 * h, step.product, c + s.before(t), n, h,
+                         c + s.after(t), y + s.after(t), step.cell_threads);
+  }
+}
+
+void lstm_backward(uintptr_t gates, uintptr_t w, uintptr_t lay, int64_t chunk, int64_t steps, int64_t n,
+                   int64_t h, bool reverse, bool first, uintptr_t cell_states, uintptr_t dy, uintptr_t dh,
+                   uintptr_t dc, uintptr_t dgates, int threads) {
+  py::gil_scoped_release release;
+  const Sequence s{steps, n, h, 4, reverse};
+  Steps step(s, w, lay, chunk, threads);
+  const float* c = at<const float>(cell_states);
+  for (int64_t i = steps - 1; i >= 0; --i) {
+    const int64_t t = s.time(i);
+    float* d = at<float>(dgates) + t * n * 4 * h;
+    cells().lstm_backward(at<const float>(gates) + t * n * 4 * h, c + s.before(t), c + s.after(t),
+                          at<const float>(dy) + t * n * h, at<const float>(dh), n, h, at<float>(dc), d,
+                          step.cell_threads);
+    if (i || first) step.backward(d, at<float>(dh));
+  }
+}
+
+void gru_forward(uintptr_t gates, uintptr_t w, uintptr_t lay, int64_t chunk, uintptr_t bias, int64_t steps,
+                 int64_t n, int64_t h, bool reverse, uintptr_t states, uintptr_t candidates, int threads) {
+  py::gil_scoped_release release;
+  const Sequence s{steps, n, h, 3, reverse};
+  Steps step(s, w, lay, chunk, threads);
+  float* y = at<float>(states);
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t t = s.time(i);
+    step.forward(y + s.before(t), at<const float>(bias));
+    cells().gru_forward(at<float>(gates) + t * n * 3 * h, step.product, y + s.before(t), n, h,
+                        at<float>(candidates) + t * n * h, y + s.after(t), step.cell_threads);
+  }
+}
+
+void gru_backward(uintptr_t gates, uintptr_t w, uintptr_t lay, int64_t chunk, int64_t steps, int64_t n,
+                  int64_t h, bool reverse, bool first, uintptr_t states, uintptr_t candidates, uintptr_t dy,
+                  uintptr_t dh, uintptr_t dgates, uintptr_t dback, int threads) {
+  py::gil_scoped_release release;
+  const Sequence s{steps, n, h, 3, reverse};
+  Steps step(s, w, lay, chunk, threads);
+  for (int64_t i = steps - 1; i >= 0; --i) {
+    const int64_t t = s.time(i);
+    float *d = at<float>(dback) + t * n * 3 * h, *carried = at<float>(dh);
+    cells().gru_backward(at<const float>(gates) + t * n * 3 * h, at<const float>(candidates) + t * n * h,
+                         at<const float>(states) + s.before(t), at<const float>(dy) + t * n * h, n, h,
+                         carried, at<float>(dgates) + t * n * 3 * h, d, step.cell_threads);
+    if (!i && !first) break;
+    step.backward(d, step.product);
+    for (int64_t j = 0; j < n * h; ++j) carried[j] += step.product[j];
+  }
+}
+
+}  // namespace
+
+void bind_recurrent(py::module_& m) {
+  m.def("recurrent_lstm_forward", lstm_forward,
+        "gates (steps, n, 4 h): x's products in, activated out; states and cell_states (steps + 1, n, h): "
+        "the first "
+        "in time's direction in, the others out");
+  m.def("recurrent_lstm_backward", lstm_backward,
+        "dgates (steps, n, 4 h); dh and dc (n, h): gradients of the last states in, of the first out where "
+        "`first` asks for it");
+  m.def("recurrent_gru_forward", gru_forward,
+        "as recurrent_lstm_forward, with 3 gates; candidates (steps, n, h): what the gradient needs");
+  m.def("recurrent_gru_backward", gru_backward,
+        "dgates and dback (steps, n, 3 h): of x's and of the state's products; dh (n, h): in and out");
+}
+
+}  // namespace autoflip
