@@ -6,6 +6,7 @@ from pathlib import Path
 
 NEVER_SLOWER = 1.05
 RESULTS = Path(__file__).parent / "results" / "layers-cpu.json"
+RECURRENT = RESULTS.with_name("recurrent-cpu.json")
 DENSITIES = [0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.01]
 # full training step over torch's dense one, at most; set before anything was measured
 MARKS = {
@@ -53,6 +54,21 @@ def marks_table(content: dict) -> list[str]:
             miss = "" if value is None or value <= marks[i] else "*"
             cells.append("-" if value is None else f"{value:.2f}{miss} / {marks[i]:.2f}")
         lines.append(f"| {density:g} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def recurrent_table(path: Path = RECURRENT) -> list[str]:
+    """Return the lines of the table of recurrent layers, one row a shape; empty without its result file."""
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    found: dict[tuple, dict[float, float]] = {}
+    for row in rows:
+        found.setdefault((row["kind"], *row["shape"]), {})[row["density"]] = row["ratio"]["ours"]
+    lines = ["| layer | " + " | ".join(f"{d:g}" for d in DENSITIES) + " |", "|---|" + "---|" * len(DENSITIES)]
+    for (kind, steps, batch, inputs, hidden), ratios in found.items():
+        name = f"{kind} {inputs} -> {hidden}, {steps} steps, batch {batch}"
+        lines.append(f"| {name} | " + " | ".join(f"{ratios[d]:.2f}" for d in DENSITIES) + " |")
     return lines
 
 

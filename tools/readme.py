@@ -110,6 +110,14 @@ def layers() -> str:
         "",
         f"{layer_marks.machine_line(content)}. `bench/results/layers-cpu.json`, made by `bench/bench_layers.py`.",
     ]
+    if recurrent := layer_marks.recurrent_table():
+        lines += [
+            "",
+            "Recurrent layers over torch's fused ones, the same step, one column a density (no mark was set; "
+            "`bench/bench_recurrent.py`):",
+            "",
+            *recurrent,
+        ]
     if peers := layer_marks.peers_table(content, notes=False):
         lines += ["", "The same step, everything in one process, masks of single weights unless said:", "", *peers]
     return "\n".join(lines)

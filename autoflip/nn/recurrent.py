@@ -14,7 +14,9 @@ from autoflip.ops import RecurrentPack, masked_recurrent, paths, recurrent_here,
 
 __all__ = ["MaskedGRU", "MaskedLSTM"]
 
-_TRIAL_STEPS = 16  # of a trial's sequence: the cost of a step depends little on how many there are
+# a trial's sequence is cut to about so many multiply-adds, but not to fewer steps: what a call costs once counts less
+# the longer the sequence is, and little where steps are large
+_TRIAL_WORK, _TRIAL_STEPS = 400_000_000, 16
 _RULE = 0.3  # the density below which the sparse way is taken where trials are off
 
 
@@ -75,22 +77,21 @@ class _MaskedRNN(Masked):
 
     def _sparse(self, input: Any, hx: Any = None) -> Any:
         """Return what torch's layer would, computed on the kept weights alone; None where the dense layer serves."""
-        state = (hx,) if isinstance(hx, Tensor) else hx
         if not isinstance(input, Tensor) or input.dim() not in (2, 3) or self.proj_size:
             return None
-        directions = self.num_layers * (2 if self.bidirectional else 1)
         x = input if input.dim() == 3 else input.unsqueeze(1)
         x = x.transpose(0, 1) if self.batch_first and input.dim() == 3 else x
-        first = (directions, x.shape[1], self.hidden_size)
+        if not recurrent_here(x) or self._way(*x.shape[:2]) == "dense":
+            return None
+        first = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
         count = 2 if self.mode == "LSTM" else 1
+        state = (hx,) if isinstance(hx, Tensor) else hx
         if state is None:
             state = (x.new_zeros(first),) * count
         elif input.dim() == 2:
             state = tuple(s.unsqueeze(1) for s in state)
         # arguments that do not fit go the dense way, where torch says what is wrong with them
         if x.shape[2] != self.input_size or len(state) != count or any(s.shape != first for s in state):
-            return None
-        if not recurrent_here(x) or self._way(*x.shape[:2]) == "dense":
             return None
         y, last = self._run(x, state)
         y = y.transpose(0, 1) if self.batch_first and input.dim() == 3 else y
@@ -133,7 +134,8 @@ class _MaskedRNN(Masked):
     def _choose(self, packs: list[RecurrentPack], steps: int, n: int) -> str:
         entries = sum(pack.input.mask.numel() + pack.state.mask.numel() for pack in packs)
         density = sum(pack.input.kept + pack.state.kept for pack in packs) / entries
-        steps, n = min(_TRIAL_STEPS, steps), paths.bucket(n)
+        n = paths.bucket(n)
+        steps = min(steps, max(_TRIAL_STEPS, _TRIAL_WORK // (n * entries)))
         if not trials.enabled():
             return "sparse" if n >= 16 and density < _RULE and n * entries >= paths.LEAST_WORK else "dense"
         key = (

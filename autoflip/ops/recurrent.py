@@ -131,12 +131,12 @@ class _Recurrent(torch.autograd.Function):
         steps, n, _ = x.shape
         h = weight_hh.shape[1]
         rows = x.reshape(steps * n, -1)
-        gates = kernels.linear_kernel(rows, weight_ih, bias_ih, False, *pack.input.parts(steps * n))
+        gates = kernels.linear_kernel(rows, weight_ih, bias_ih, False, *pack.input.cpu_parts(steps * n))
         states = [torch.empty(steps + 1, n, h) for _ in state]
         for whole, first in zip(states, state, strict=True):
             whole[-1 if reverse else 0] = first
         extra = states[1] if lstm else torch.empty(steps, n, h)
-        parts = pack.step.parts(n)
+        parts = pack.step.cpu_parts(n)
         run = CPP.recurrent_lstm_forward if lstm else CPP.recurrent_gru_forward
         run(
             gates.data_ptr(),
@@ -170,7 +170,7 @@ class _Recurrent(torch.autograd.Function):
         lstm, h = pack.kind == "LSTM", weight_hh.shape[1]
         dy, dh = dy.contiguous(), dstate[0].clone(memory_format=torch.contiguous_format)
         dgates = torch.empty_like(gates)
-        parts = pack.step.parts(n)
+        parts = pack.step.cpu_parts(n)
         first = (gates.data_ptr(), weight_hh.contiguous().data_ptr(), parts.layout.data_ptr(), parts.chunk)
         sizes = (steps, n, h, reverse, ctx.needs_input_grad[2])
         if lstm:
@@ -185,7 +185,7 @@ class _Recurrent(torch.autograd.Function):
         before = (states[1:] if reverse else states[:-1]).reshape(steps * n, h)
         need = ctx.needs_input_grad
         need_ih, need_hh, need_b_ih, need_b_hh = need[-4:]
-        input_parts, state_parts = pack.input.parts(steps * n), pack.state.parts(steps * n)
+        input_parts, state_parts = pack.input.cpu_parts(steps * n), pack.state.cpu_parts(steps * n)
         rows = x.reshape(steps * n, -1)
         bias = dgates.sum(0) if need_b_ih or (lstm and need_b_hh) else None
         return (
