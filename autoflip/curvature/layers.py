@@ -262,7 +262,7 @@ def _kind(module: nn.Module) -> type[Layer] | None:
     def plain(base: type[nn.Module]) -> bool:
         # our masked layers are linear in their weight like their bases; of strangers only an unchanged forward is
         ours = type(module).__module__.startswith("autoflip.") and getattr(module, "activation", None) is None
-        return isinstance(module, base) and (ours or type(module).forward is base.forward)
+        return isinstance(module, base) and (ours or type(module).forward is base.forward) and not hasattr(module, "inputs")
 
     if "weight" not in module._parameters:  # reparametrised: weight is computed from other tensors
         return None
