@@ -320,7 +320,7 @@ def test_pruned_inputs_leave_the_first_layer(density):
     model, x = _flat()
     masks = prune.hybrid(model, scores_of(model), density=density, channels=0.75, inputs=0.25)
     small = assert_same(model, x, masks)
-    assert small[1].weight.shape == (9, 12) if density == 1 else small[1].weight.shape[1] <= 12
+    assert small[1].weight.shape[1] == 12 if density == 1 else small[1].weight.shape[1] <= 12
     assert list(small.state_dict()) == list(model.state_dict())  # what is picked is no state
     assert small.plan.small_shape("1.weight") == tuple(small[1].weight.shape)
     sparse = sparsify(copy.deepcopy(small), small.plan.shrink_masks(masks))
