@@ -87,7 +87,8 @@ def methods() -> str:
         table.table(results),
         "",
         "20 clients, a quarter a round, 40 rounds, 200 examples a client (HAR 300, digits all), tested every second "
-        "round (images: on 2000 examples). Seconds: processor time of clients and server, on a busy machine. Files: "
+        "round (images: on 2000 examples). Seconds: processor time of clients (†: of "
+        "clients, server and the simulation's own counting), on a busy machine. Files: "
         "`bench/results/method-*.json`, made by `bench/experiments`.",
     ]
     for path in sorted(results.glob("study-*.json")):
