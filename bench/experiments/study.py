@@ -13,13 +13,14 @@ import json
 import os
 import statistics
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import ROWS, SCALED
 from table import client_seconds, cpu_seconds, same, timed, to_target, told
-from variants import VARIANTS
+from variants import PATCHES, VARIANTS
 
 from autoflip import fed
 from autoflip.report.runs import curve_of
@@ -33,7 +34,8 @@ def run_one(row: str, variant: str, seed: int, root: str, known: dict) -> dict:
     config = fed.Config.load(overrides=overrides)
     if known and same(known["config"], config):
         return known
-    result = fed.run(config)
+    with PATCHES.get(variant, nullcontext)():
+        result = fed.run(config)
     curve = curve_of(config.fed.method, [r.as_dict() for r in result.records])
     seconds = {"seconds": cpu_seconds(result.records), "client_seconds": client_seconds(result.records)}
     spent = {"flops": curve.flops, "bytes": curve.bytes, "round": curve.rounds, **seconds}
