@@ -331,7 +331,8 @@ def test_pruned_layers_get_their_norm_back(restore):
 def test_fewer_inputs_cost_fewer_flops_and_bytes_and_the_model_still_learns():
     wide = ["fed.against=none", "model.name=mlp", "prune.channels=0.5"]
     whole, less = (fed.run(_config(*wide, f"prune.inputs={share}")) for share in (1.0, 0.5))
-    assert less.masks["fc1.weight"].any(0).sum() == 32 and whole.masks["fc1.weight"].any(0).sum() == 64
+    assert less.masks["fc1.weight"].any(0).sum() == 32
+    assert whole.masks["fc1.weight"].any(0).sum() == 64
     last = whole.records[-1]
     # two products a step (forward, weight gradient) over 32 columns less
     saved = 2 * 2 * 32 * int(less.masks["fc1.weight"].any(1).sum()) * sum(c.examples for c in last.clients)

@@ -262,9 +262,11 @@ def _kind(module: nn.Module) -> type[Layer] | None:
     def plain(base: type[nn.Module]) -> bool:
         # our masked layers are linear in their weight like their bases; of strangers only an unchanged forward is
         ours = type(module).__module__.startswith("autoflip.") and getattr(module, "activation", None) is None
-        return isinstance(module, base) and (ours or type(module).forward is base.forward) and not hasattr(module, "inputs")
+        return isinstance(module, base) and (ours or type(module).forward is base.forward)
 
     if "weight" not in module._parameters:  # reparametrised: weight is computed from other tensors
+        return None
+    if "inputs" in module._buffers:  # nn.SelectingLinear: its weight does not read all that reaches it
         return None
     if plain(nn.Linear):
         return _Linear

@@ -33,7 +33,7 @@ def told(config: fed.Config) -> dict:
 
 
 def same(stored: dict, config: fed.Config) -> bool:
-    """Tell whether a result file's configuration is this one; keys that are younger than the file have their default."""
+    """Tell whether a result file's configuration is this one; keys younger than the file have their default."""
     try:
         return told(fed.Config.from_dict(stored)) == told(config)
     except fed.ConfigError:  # a key or a value that is no more
