@@ -13,6 +13,7 @@ __all__ = ["InProcess", "Reply", "Transport"]
 
 class _Handles(Protocol):
     cost: meter.Cost
+    cpu_seconds: float
 
     def handle(self, payload: bytes) -> bytes: ...
 

@@ -49,7 +49,7 @@ def call_module(flow: Flow, module: nn.Module, path: str, args: tuple, kwargs: d
 
 
 def _linear(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
-    source = ()
+    source: tuple[int, ...] = ()
     if x.batch and not x.ids and not x.stack:  # no layer's channels: the layer itself may pick what it reads
         source = flow.new(f"{path}:inputs", module.in_features)
         x = replace(x, axis=-1, ids=source)

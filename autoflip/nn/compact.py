@@ -71,7 +71,8 @@ def compact(
             layer.num_features = size
     for path, units in groups.inputs.items():
         if bool(removed[units].any()):
-            select(small.get_submodule(path), (~removed[units]).nonzero()[:, 0])
+            reader: Any = small.get_submodule(path)
+            select(reader, (~removed[units]).nonzero()[:, 0])
     small.__dict__["plan"] = plan
     if example_inputs is not None:
         _try(small, example_inputs)

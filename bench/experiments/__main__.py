@@ -89,7 +89,7 @@ def main() -> None:
         parser.error(f"there is no row {sorted(unknown)[0]!r}; wanted some of {', '.join(ROWS)}")
     if chosen.set and not chosen.tag:
         parser.error("--set makes a variant; name it by --tag")
-    rows = chosen.rows or [row for row in ROWS if not row.startswith("digits")]
+    rows = chosen.rows or [row for row in ROWS if not row.startswith(("digits", "mnist"))]
     for seed in [] if chosen.table else range(chosen.first_seed, chosen.first_seed + chosen.seeds):
         for row in rows:
             rest = [m for m in METHOD_NAMES if m not in EVERYWHERE] if row in ALL_METHODS_ON else []

@@ -40,6 +40,7 @@ VARIANTS: dict[str, list[str]] = {
     "int8": ["wire.values=int8", "wire.downlink=int8"],
     "no error feedback": [],
     "half of the inputs": ["prune.inputs=0.5"],
+    "35 % of the inputs": ["prune.inputs=0.35"],
 }
 
 
