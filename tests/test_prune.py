@@ -276,7 +276,7 @@ def test_inputs_are_ranked_by_what_is_left_of_their_columns():
     model = nn.Sequential(nn.Flatten(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 2))
     scores = {"1.weight": torch.full((16, 20), 0.1), "3.weight": torch.ones(2, 16)}
     scores["1.weight"][:8, :5] = 1.0  # of the eight rows that stay
-    scores["1.weight"][8:, 5:10] = 0.5  # more a column than the rest, but its rows go
+    scores["1.weight"][8:, 5:10] = 2.0  # larger columns, but their rows go
     scores["3.weight"][:, 8:] = 0.01
     masks = prune.hybrid(model, scores, density=1, channels=0.5, inputs=0.25)
     kept = masks["1.weight"]
