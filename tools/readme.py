@@ -93,7 +93,8 @@ def methods() -> str:
     ]
     for path in sorted(results.glob("study-*.json")):
         row = path.stem.removeprefix("study-")
-        lines += ["", f"Variants of the default on {row} (`bench/experiments/study.py {row}`):", ""]
+        about = f"`bench/experiments/study.py {row}`; seconds of clients where both runs tell them apart, else of all"
+        lines += ["", f"Variants of the default on {row} ({about}):", ""]
         lines += [study.table(json.loads(path.read_text()))]
     return "\n".join(lines)
 
