@@ -10,7 +10,7 @@ from nets import BUILDERS, build
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoflip import prune
+from autoflip import curvature, prune
 from autoflip.fed import models
 from autoflip.groups import Groups
 from autoflip.masks import MaskSet
@@ -39,7 +39,7 @@ def step(model, x, train):
     weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     (y * weight).sum().backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    return y.detach(), grads, dict(model.named_buffers())
+    return y.detach(), grads, {n: b for n, b in model.named_buffers() if n in model.state_dict()}
 
 
 def assert_same(model, x, masks, small=None):
@@ -306,3 +306,51 @@ def test_the_package_name_is_the_function():
 
 
 KEEP_TWO = torch.tensor([True, False, False, True]).expand(2, 4)[..., None].clone()
+
+
+def _flat():
+    """A model that flattens its input, in float64, and a batch of eight."""
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(48, 12), nn.ReLU(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)
+    return nn.Sequential(*layers).double(), torch.randn(8, 3, 16, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.1])
+def test_pruned_inputs_leave_the_first_layer(density):
+    model, x = _flat()
+    masks = prune.hybrid(model, scores_of(model), density=density, channels=0.75, inputs=0.25)
+    small = assert_same(model, x, masks)
+    assert small[1].weight.shape[1] == 12 if density == 1 else small[1].weight.shape[1] <= 12
+    assert list(small.state_dict()) == list(model.state_dict())  # what is picked is no state
+    assert small.plan.small_shape("1.weight") == tuple(small[1].weight.shape)
+    sparse = sparsify(copy.deepcopy(small), small.plan.shrink_masks(masks))
+    assert_same(model, x, masks, sparse)
+
+
+def test_a_model_of_one_layer_and_one_compacted_twice():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 3).double(), torch.randn(4, 16, dtype=torch.float64)
+    first, second = torch.ones(3, 16, dtype=torch.bool), torch.ones(3, 8, dtype=torch.bool)
+    first[:, ::2], second[:, :3] = False, False
+    once = assert_same(layer, x, MaskSet({"weight": first}))
+    assert once.weight.shape == (3, 8)
+    twice = assert_same(once, x, MaskSet({"weight": second}))
+    assert twice.weight.shape == (3, 5)
+    torch.testing.assert_close(twice(x), x[:, [7, 9, 11, 13, 15]] @ layer.weight[:, [7, 9, 11, 13, 15]].T + layer.bias)
+
+
+def test_a_few_dead_inputs_stay_as_zero_columns():
+    model, x = _flat()
+    mask = torch.ones(12, 48, dtype=torch.bool)
+    mask[:, :11] = False  # 12 of 48 would be a quarter
+    assert assert_same(model, x, MaskSet({"1.weight": mask}))[1].weight.shape == (12, 48)
+
+
+def test_curvature_of_a_layer_that_picks_its_inputs():
+    model, x = _flat()
+    masks = prune.hybrid(model, scores_of(model), density=1, channels=1, inputs=0.5)
+    small, y = compact(model, masks=masks).double(), torch.arange(8) % 3
+    found = curvature.hessian_diagonal(small, nn.functional.cross_entropy, (x, y), method="ggn-exact")
+    want = curvature.hessian_diagonal(masked(model, masks), nn.functional.cross_entropy, (x, y), method="ggn-exact")
+    for name, h in small.plan.shrink(want).items():
+        torch.testing.assert_close(found[name], h, rtol=1e-9, atol=1e-12)

@@ -18,6 +18,7 @@ from autoflip.fed.message import Message
 from autoflip.fed.state import Guidance, ServerState
 from autoflip.fed.strategies import METHODS
 from autoflip.fed.transport import InProcess
+from autoflip.fed.workshop import Prepared
 
 SMALL = ["fed.rounds=4", "fed.clients=4", "fed.fraction=0.5", "train.epochs=1", "data.samples_per_client=40"]
 SMALL += ["explore.fraction=1.0", "prune.channels=0.5", "prune.density=0.15", "wire.values=int8", "wire.downlink=bf16"]
@@ -97,6 +98,22 @@ def test_processor_seconds_are_of_the_rounds_without_evaluation(monkeypatch):
     spent, rounds = time.process_time() - start, [r.cpu_seconds for r in result.records]
     assert min(rounds) > 0
     assert sum(rounds) < spent - 4 * 0.5
+
+
+def test_clients_are_not_charged_the_seconds_of_the_simulations_counting(monkeypatch):
+    count = Prepared.step_flops
+
+    def busy(*args):
+        end = time.process_time() + 0.5
+        while time.process_time() < end:
+            pass
+        return count(*args)
+
+    monkeypatch.setattr(Prepared, "step_flops", busy)
+    (record,) = fed.run(_config("fed.against=none", "fed.rounds=1")).records
+    clients = [c.cpu_seconds for c in record.clients]
+    assert min(clients) > 0
+    assert sum(clients) < record.cpu_seconds - 0.5
 
 
 def test_masked_weights_lower_the_executed_flops_further():

@@ -14,9 +14,11 @@ from autoflip.nn import compact
 
 
 def owners(groups):
-    """Layer -> the names of all tensors its units own slices of."""
+    """Layer -> the names of all tensors its units own slices of; the model's inputs left out."""
     found = {}
     for unit in groups.units:
+        if unit.layer.endswith(":inputs"):
+            continue
         found.setdefault(unit.layer, set()).update(s.tensor for s in unit.producers + unit.consumers)
     return found
 
@@ -266,3 +268,31 @@ def test_level_takes_back_what_cannot_go():
     assert int(level[lower].sum()) == int(level[upper].sum()) == 2
     assert int((~level[groups.by_layer()["embed"]]).sum()) == 1
     assert not (level & ~removed).any()
+
+
+class _TwoReaders(nn.Module):
+    """``first`` reads the input; ``again``: and then its own output."""
+
+    def __init__(self, again=False):
+        super().__init__()
+        self.first, self.skip, self.last, self.again = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2), again
+
+    def forward(self, x):
+        hidden = self.first(x / 2)
+        return self.last(torch.relu(self.first(hidden) if self.again else hidden) + self.skip(x))
+
+
+def test_the_columns_of_a_linear_that_reads_the_input_are_units():
+    groups = find_groups(_TwoReaders())
+    assert set(groups.inputs) == {"first", "skip"}
+    unit = next(u for u in groups.units if u.id == int(groups.inputs["first"][2]))
+    assert (unit.layer, unit.producers, unit.consumers) == ("first:inputs", (), (Slice("first.weight", 1, (2,)),))
+    assert not bool(groups.pure[groups.inputs["first"]].any())  # an input is not zero, whatever is pruned
+    assert set(groups.by_layer()) == {"first"}  # no channels
+
+
+def test_inputs_are_no_units_where_a_layer_also_reads_channels_or_convolves():
+    groups = find_groups(_TwoReaders(again=True))
+    assert not bool(groups.removable[groups.inputs["first"]].any())
+    assert bool(groups.removable[groups.inputs["skip"]].all())
+    assert not find_groups(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))).inputs

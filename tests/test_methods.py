@@ -326,3 +326,17 @@ def test_pruned_layers_get_their_norm_back(restore):
     else:
         assert settled.norm(dim=1)[[0, 2]].tolist() == pytest.approx(params["weight"].norm(dim=1)[[0, 2]].tolist())
         assert torch.equal(settled[2], params["weight"][2])
+
+
+def test_fewer_inputs_cost_fewer_flops_and_bytes_and_the_model_still_learns():
+    wide = ["fed.against=none", "model.name=mlp", "prune.channels=0.5"]
+    whole, less = (fed.run(_config(*wide, f"prune.inputs={share}")) for share in (1.0, 0.5))
+    assert less.masks["fc1.weight"].any(0).sum() == 32
+    assert whole.masks["fc1.weight"].any(0).sum() == 64
+    last = whole.records[-1]
+    # two products a step (forward, weight gradient) over 32 columns less
+    saved = 2 * 2 * 32 * int(less.masks["fc1.weight"].any(1).sum()) * sum(c.examples for c in last.clients)
+    assert last.flops - less.records[-1].flops == saved
+    assert less.cost.bytes < whole.cost.bytes
+    assert torch.equal(less.params["fc1.weight"] != 0, less.masks["fc1.weight"])
+    assert less.accuracy > 0.3  # ten classes

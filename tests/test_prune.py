@@ -270,3 +270,19 @@ def test_by_scores_is_a_stable_sort(sizes, density, seed):
     want[order[: max(len(best), round(density * len(flat)))]] = True
     masks = prune.by_scores(scores, density)
     assert torch.equal(torch.cat([masks[n] for n in scores]), want)
+
+
+def test_inputs_are_ranked_by_what_is_left_of_their_columns():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 2))
+    scores = {"1.weight": torch.full((16, 20), 0.1), "3.weight": torch.ones(2, 16)}
+    scores["1.weight"][:8, :5] = 1.0  # of the eight rows that stay
+    scores["1.weight"][8:, 5:10] = 2.0  # larger columns, but their rows go
+    scores["3.weight"][:, 8:] = 0.01
+    masks = prune.hybrid(model, scores, density=1, channels=0.5, inputs=0.25)
+    kept = masks["1.weight"]
+    assert kept.any(1).nonzero()[:, 0].tolist() == list(range(8))
+    assert kept.any(0).nonzero()[:, 0].tolist() == list(range(5))
+    shielded = prune.hybrid(model, scores, density=1, channels=0.5, inputs=0.25, protect=["1"])
+    assert bool(shielded["1.weight"].all())
+    with pytest.raises(ValueError, match="inputs is 0"):
+        prune.hybrid(model, scores, inputs=0)

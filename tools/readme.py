@@ -87,12 +87,14 @@ def methods() -> str:
         table.table(results),
         "",
         "20 clients, a quarter a round, 40 rounds, 200 examples a client (HAR 300, digits all), tested every second "
-        "round (images: on 2000 examples). Seconds: processor time of clients and server, on a busy machine. Files: "
+        "round (images: on 2000 examples). Seconds: processor time of clients (†: of "
+        "clients, server and the simulation's own counting), on a busy machine. Files: "
         "`bench/results/method-*.json`, made by `bench/experiments`.",
     ]
     for path in sorted(results.glob("study-*.json")):
         row = path.stem.removeprefix("study-")
-        lines += ["", f"Variants of the default on {row} (`bench/experiments/study.py {row}`):", ""]
+        about = f"`bench/experiments/study.py {row}`; seconds of clients where both runs tell them apart, else of all"
+        lines += ["", f"Variants of the default on {row} ({about}):", ""]
         lines += [study.table(json.loads(path.read_text()))]
     return "\n".join(lines)
 

@@ -266,6 +266,8 @@ def _kind(module: nn.Module) -> type[Layer] | None:
 
     if "weight" not in module._parameters:  # reparametrised: weight is computed from other tensors
         return None
+    if "inputs" in module._buffers:  # nn.SelectingLinear: its weight does not read all that reaches it
+        return None
     if plain(nn.Linear):
         return _Linear
     if plain(nn.Conv2d) or plain(nn.Conv1d):

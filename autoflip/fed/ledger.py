@@ -25,6 +25,7 @@ class ClientRecord:
     examples: int
     loss: float | None
     error: str | None
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Record:
         layers: density per weight tensor.
         clients: who took part.
         cpu_seconds: processor time of the process in this round, evaluation left out; unlike ``seconds`` it does not
-            hang on what else the machine does, but the simulation's own counting and preparing is in it.
+            hang on what else the machine does, but the simulation's own counting and preparing is in it. What clients
+            spent of it, and only that, stands with each of them.
     """
 
     method: str

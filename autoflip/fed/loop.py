@@ -140,7 +140,9 @@ def _warm_up(model: nn.Module, name: str, dataset: data.Dataset) -> None:
             if shape != (2, dataset.num_classes):
                 raise ValueError(f"its output for two samples has shape {shape}, wanted {(2, dataset.num_classes)}")
             generator = torch.Generator().manual_seed(0)
-            local_steps(twin, x, y, F.cross_entropy, epochs=1, batch_size=2, lr=1e-3, generator=generator)
+            meter.count_flops(  # torch's counter loads for a second, too
+                lambda: local_steps(twin, x, y, F.cross_entropy, epochs=1, batch_size=2, lr=1e-3, generator=generator)
+            )
         except Exception as error:
             raise ValueError(
                 f"model {name!r} cannot take a training step on {dataset.name}, whose samples are {tuple(x.shape[1:])} "

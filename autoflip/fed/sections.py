@@ -89,6 +89,7 @@ class Prune:
     density: float = 1.0  # kept share of the weights; 1: channels only, what is left is dense
     rival_density: float = 0.15  # the same for random, magnitude, prunefl and ssfl, which remove no channels
     channels: float = 0.25  # kept share of channels and neurons
+    inputs: float = 1.0  # kept share of the model's inputs, where a linear layer reads them; autoflip only
     flops: float = 0.0  # budget: share of a dense round's FLOPs, met by fewer channels; 0: none
     bytes: float = 0.0  # the same for bytes, both ways against float32
     round_to: int = 4  # channels of a layer are kept in multiples of this; 0: by its size, see prune.hybrid
@@ -172,6 +173,7 @@ RANGES = {
     "prune.density": _SHARE,
     "prune.rival_density": _SHARE,
     "prune.channels": _SHARE,
+    "prune.inputs": _SHARE,
     "prune.flops": _range(0, 1),
     "prune.bytes": _range(0, 1),
     "prune.round_to": _range(0, 1024),

@@ -162,6 +162,7 @@ class _Round:
             examples=examples,
             loss=loss,
             error=error,
+            cpu_seconds=sum(r.cpu_seconds for r in replies),
         )
 
     def _exchange(self, client: int, held: View | None) -> tuple[View, Reply]:

@@ -13,6 +13,7 @@ __all__ = ["InProcess", "Reply", "Transport"]
 
 class _Handles(Protocol):
     cost: meter.Cost
+    cpu_seconds: float
 
     def handle(self, payload: bytes) -> bytes: ...
 
@@ -25,11 +26,13 @@ class Reply:
         payload: its bytes; empty when the client failed.
         cost: its FLOPs and seconds, and the bytes of both payloads.
         error: why the client failed, or None.
+        cpu_seconds: processor time of the client's work; 0 where the engine cannot tell.
     """
 
     payload: bytes
     cost: meter.Cost
     error: str | None = None
+    cpu_seconds: float = 0.0
 
 
 class Transport(Protocol):
@@ -53,7 +56,7 @@ class InProcess:
     def exchange(self, client: int, payload: bytes) -> Reply:
         """Carry ``payload`` to ``client`` and return its answer; a client that raises costs its own update only."""
         participant = self.clients[client]
-        participant.cost = meter.Cost()
+        participant.cost, participant.cpu_seconds = meter.Cost(), 0.0
         error, answer = None, b""
         try:
             answer = participant.handle(payload)
@@ -62,4 +65,4 @@ class InProcess:
         spent = participant.cost
         meter.charge_bytes(up=len(answer), down=len(payload))
         cost = meter.Cost(spent.flops, spent.seconds, bytes_up=len(answer), bytes_down=len(payload))
-        return Reply(answer, cost, error)
+        return Reply(answer, cost, error, participant.cpu_seconds)

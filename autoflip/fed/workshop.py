@@ -31,11 +31,13 @@ class Prepared:
         model: dead channels gone, what is left masked inside.
         at: its coordinates, and how they map to those of the full model.
         seconds: wall seconds it took to build.
+        cpu_seconds: processor seconds of the same.
     """
 
     model: nn.Module
     at: Coordinates
-    seconds: float
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
     _flops: dict[tuple, int] = field(default_factory=dict)
 
     def load(self, params: Mapping[str, Tensor]) -> None:
@@ -57,7 +59,7 @@ class Prepared:
 
     def step_flops(self, x: Tensor, y: Tensor) -> int:
         """Return the FLOPs of a training step on a batch of this shape, counted once on a copy."""
-        key = (tuple(x.shape), x.dtype)
+        key = (x.shape, x.dtype)
         if key not in self._flops:
             twin = copy.deepcopy(self.model).train()
             for parameter in twin.parameters():
@@ -65,6 +67,10 @@ class Prepared:
             with torch.random.fork_rng(devices=[]):
                 self._flops[key] = meter.count_flops(lambda: F.cross_entropy(twin(x), y).backward())
         return self._flops[key]
+
+    def flops_of(self, x: Tensor) -> int | None:
+        """Return what :meth:`step_flops` has counted for such a batch; None: nothing yet."""
+        return self._flops.get((x.shape, x.dtype))
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:
@@ -99,9 +105,9 @@ class Workshop:
         """Return the model that serves ``masks``; its parameters are whatever was loaded last."""
         key = masks.fingerprint() if masks is not None else ""
         if key not in self._kept:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             if masks is None:
-                prepared = Prepared(_channels_last(copy.deepcopy(self.full)), Coordinates(self.schema), 0.0)
+                prepared = Prepared(_channels_last(copy.deepcopy(self.full)), Coordinates(self.schema))
             else:
                 small = compact(self.full, masks=masks, groups=self._groups)
                 plan = small.plan
@@ -110,8 +116,8 @@ class Workshop:
                 model = sparsify(small, inside) if inside else small  # a layer that keeps all stays a plain one
                 schema = codec.Schema.of(_floating(model))
                 at = Coordinates(schema, MaskSet(inside) if inside else None, plan)
-                prepared = Prepared(_channels_last(model), at, 0.0)
-            prepared.seconds = time.perf_counter() - start
+                prepared = Prepared(_channels_last(model), at)
+            prepared.seconds, prepared.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
             self._kept[key] = prepared
         self._kept.move_to_end(key)
         while len(self._kept) > 4:

@@ -18,7 +18,8 @@ def find_groups(model: nn.Module) -> Groups:
     unit ids along one axis: Linear, convolution, LSTM, GRU and Embedding make new units; elementwise functions,
     pooling, dropout and per-channel norms pass them on; adding and multiplying ties them; concatenation joins
     them; flattening repeats them; the next layer's columns read them. Outputs of the model, sizes written as
-    constants in ``forward``, and operations that are not known freeze the units that reach them.
+    constants in ``forward``, and operations that are not known freeze the units that reach them. The columns of a
+    Linear that reads the model's input are units too (``Groups.inputs``).
 
     Inputs are taken to be batched, and optional arguments of ``forward`` to have their defaults.
 

@@ -103,6 +103,7 @@ class Flow:
         self.axes: dict[tuple[str, int], tuple[bool, tuple[int, ...]]] = {}
         self.families: dict[str, list[tuple[int, ...]]] = {}
         self.sizes: dict[str, tuple[int, ...]] = {}
+        self.inputs: dict[str, tuple[int, ...]] = {}
         self.seen: dict[str, tuple[int, ...]] = {}
         owners: dict[int, set[int]] = {}
         for module in model.modules():
@@ -221,6 +222,7 @@ class Flow:
             pure=pure,
             families=tuple(tuple(index[list(ids)] for ids in family) for family in self.families.values()),
             sizes={path: index[list(ids)] for path, ids in self.sizes.items()},
+            inputs={path: index[list(ids)] for path, ids in self.inputs.items() if ids},
             frozen=reasons,
         )
 

@@ -49,6 +49,13 @@ def call_module(flow: Flow, module: nn.Module, path: str, args: tuple, kwargs: d
 
 
 def _linear(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
+    source: tuple[int, ...] = ()
+    if x.batch and not x.ids and not x.stack:  # no layer's channels: the layer itself may pick what it reads
+        source = flow.new(f"{path}:inputs", module.in_features)
+        x = replace(x, axis=-1, ids=source)
+        flow.impure.update(source)
+    if flow.inputs.setdefault(path, source) != source:
+        flow.freeze_ids((*source, *flow.inputs[path]), f"{path} also reads something else")
     if x.ids and x.axis != -1:
         flow.freeze(x, f"{path} works along another dimension")
         x = replace(x, ids=())

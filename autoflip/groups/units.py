@@ -59,6 +59,8 @@ class Groups:
         pure: ``(units,)``, bool, True where a unit whose producers are all zero reaches its consumers as zero.
         families: sets of layers (as lists of units) that must lose equally many units.
         sizes: path of a norm layer that holds no tensors -> its units.
+        inputs: path of a Linear that reads the model's input -> the units of its columns, ``(in_features,)``. Nothing
+            produces them: whoever removes one lets the layer pick what it still reads (:func:`autoflip.compact`).
         frozen: layer -> why its units stay.
         reason: why nothing is known about this model; empty when it was traced.
     """
@@ -69,6 +71,7 @@ class Groups:
     pure: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     families: tuple[tuple[Tensor, ...], ...] = ()
     sizes: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
 
@@ -76,9 +79,12 @@ class Groups:
         return len(self.layers)
 
     def by_layer(self) -> dict[str, Tensor]:
-        """Return layer -> its removable units, ``(n,)`` int64 each, in the order of the forward pass."""
+        """Return layer -> its removable units, ``(n,)`` int64 each, in the order of the forward pass; no inputs."""
         found: dict[str, list[int]] = {}
-        for unit in self.removable.nonzero()[:, 0].tolist():
+        made = self.removable.clone()
+        for units in self.inputs.values():
+            made[units] = False
+        for unit in made.nonzero()[:, 0].tolist():
             found.setdefault(self.layers[unit], []).append(unit)
         return {layer: torch.tensor(units) for layer, units in found.items()}
 

@@ -6,7 +6,7 @@ from autoflip.nn.compact import compact
 from autoflip.nn.conv import MaskedConv2d
 from autoflip.nn.convert import densify, masks_of, sparsify
 from autoflip.nn.embedding import MaskedEmbedding
-from autoflip.nn.linear import MaskedLinear
+from autoflip.nn.linear import MaskedLinear, SelectingLinear
 from autoflip.nn.recurrent import MaskedGRU, MaskedLSTM
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "MaskedGRU",
     "MaskedLSTM",
     "MaskedLinear",
+    "SelectingLinear",
     "compact",
     "densify",
     "masks_of",

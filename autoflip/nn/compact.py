@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoflip.groups import Groups, find_groups
 from autoflip.masks import MaskSet
+from autoflip.nn.linear import select
 from autoflip.nn.plan import Plan
 
 __all__ = ["Plan", "compact"]
@@ -24,7 +25,8 @@ def compact(
 
     A unit goes when no kept weight reads it (also through cycles and chains of dead units), or when all its
     weights, biases and norm parameters are pruned and it reaches its readers as exactly zero. The result equals
-    the masked model to float rounding in eval and in train mode, gradients at the entries it has included.
+    the masked model to float rounding in eval and in train mode, gradients at the entries it has included. A Linear
+    that reads the model's input, and no more than three quarters of it, picks what it reads (``nn.SelectingLinear``).
     What cannot be removed safely stays and is named in ``small.plan.report()``.
 
     Args:
@@ -35,7 +37,7 @@ def compact(
         groups: :func:`autoflip.groups.find_groups` of the same model, to save tracing it again.
 
     Returns:
-        A new model of the same class made of plain torch layers, pruned weights exactly zero, with ``.plan``
+        A new model of the same class made of torch's layers, pruned weights exactly zero, with ``.plan``
         (:class:`Plan`) mapping ``state_dict()`` names and coordinates to those of ``model`` and back.
 
     Raises:
@@ -48,6 +50,9 @@ def compact(
     named = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     masks.check(named)
     dead = _dead(groups, masks, named)
+    for units in groups.inputs.values():  # picking has to cost less than what it saves
+        if int(dead[units].sum()) < len(units) / 4:
+            dead[units] = False
     removed = groups.level(dead)
     small = densify(copy.deepcopy(model))
     small.zero_grad(set_to_none=True)
@@ -64,6 +69,10 @@ def compact(
             _regroup(layer, size)
         else:
             layer.num_features = size
+    for path, units in groups.inputs.items():
+        if bool(removed[units].any()):
+            reader: Any = small.get_submodule(path)
+            select(reader, (~removed[units]).nonzero()[:, 0])
     small.__dict__["plan"] = plan
     if example_inputs is not None:
         _try(small, example_inputs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autoflip.masks import MaskSet
 from autoflip.nn.conv import MaskedConv2d
 from autoflip.nn.embedding import MaskedEmbedding
-from autoflip.nn.linear import MaskedLinear
+from autoflip.nn.linear import MaskedLinear, MaskedSelectingLinear, SelectingLinear
 from autoflip.nn.masked import Masked, rows
 from autoflip.nn.recurrent import MaskedGRU, MaskedLSTM
 from autoflip.ops import masked_weight, version_of, zero_pruned
@@ -21,6 +21,7 @@ __all__ = ["densify", "masks_of", "sparsify"]
 Model = TypeVar("Model", bound=nn.Module)
 _MASKED: dict[type[nn.Module], type[Masked]] = {
     nn.Linear: MaskedLinear,
+    SelectingLinear: MaskedSelectingLinear,
     nn.Conv2d: MaskedConv2d,
     nn.Embedding: MaskedEmbedding,
     nn.LSTM: MaskedLSTM,

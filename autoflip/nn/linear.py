@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autoflip.nn.masked import Masked
 from autoflip.ops import Pack, masked_linear, version_of
 
-__all__ = ["MaskedLinear"]
+__all__ = ["MaskedLinear", "MaskedSelectingLinear", "SelectingLinear", "select"]
 
 
 class MaskedLinear(Masked, nn.Linear):
@@ -80,3 +80,34 @@ class MaskedLinear(Masked, nn.Linear):
         if pack.density == 1:
             return F.linear(input, weight, bias)
         return masked_linear(input, weight, bias, pack)
+
+
+class _Selecting(nn.Module):
+    """Picks the columns that a linear layer still reads; comes first among a layer's bases."""
+
+    inputs: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what the layer makes of ``input[..., inputs]``."""
+        return super().forward(input.index_select(-1, self.inputs))  # type: ignore[misc]
+
+
+class SelectingLinear(_Selecting, nn.Linear):
+    """``y = x[..., inputs] @ weight.T + bias``: what :func:`autoflip.compact` makes of a Linear that lost inputs.
+
+    ``weight`` is ``(out_features, len(inputs))``; the buffer ``inputs`` (int64, ascending) is in no ``state_dict()``.
+    """
+
+
+class MaskedSelectingLinear(_Selecting, MaskedLinear):
+    """:class:`SelectingLinear` with a mask over the columns that are left."""
+
+
+def select(layer: nn.Linear, kept: Tensor) -> None:
+    """Let ``layer``, whose weight has lost its other columns, read ``kept`` (indices, int64) of its inputs only."""
+    if isinstance(layer, _Selecting):
+        layer.inputs = layer.inputs[kept.to(layer.inputs.device)]
+        return
+    layer.__class__ = SelectingLinear
+    # persistent=False: the keys of state_dict() stay torch's
+    layer.register_buffer("inputs", kept.to(layer.weight.device), persistent=False)

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from autoflip.groups import Groups, find_groups
 from autoflip.masks import MaskSet
-from autoflip.prune.cuts import choose_units, cut, cut_inside
+from autoflip.prune.cuts import choose_inputs, choose_units, cut, cut_inside
 
 __all__ = ["by_scores", "hybrid", "magnitude", "paper", "random", "weights"]
 
@@ -88,6 +88,7 @@ def hybrid(
     channels: float = 0.4,
     block: tuple[int, int] | None = None,
     *,
+    inputs: float = 1.0,
     round_to: int | str | None = None,
     protect: Iterable[str] = (),
     groups: Groups | None = None,
@@ -98,7 +99,8 @@ def hybrid(
     slice) / (mean score of that tensor), so it does not change when one tensor's scores are scaled. One cut
     through all layers keeps ``channels`` of the units; every layer keeps at least a tenth of its units and at
     least four channels. Units are those of :func:`autoflip.groups.find_groups`: all coupled channels go together, with
-    their rows, columns, biases, norm parameters and running stats. Weights are then cut globally by raw score.
+    their rows, columns, biases, norm parameters and running stats. Inputs of the model that a Linear reads are ranked
+    by the sum of their column's scores. Weights are then cut globally by raw score.
 
     Args:
         model: its :func:`weights` are covered, and every tensor of a removed channel.
@@ -108,6 +110,7 @@ def hybrid(
         channels: kept share of the removable units, in (0, 1]; 1 keeps all.
         block: (rows, columns) that live or die together, counted in the compact model (a convolution's weight
             read as ``(out, in * kh * kw)``); blocks at the rim are smaller.
+        inputs: kept share of the model's inputs, where a Linear reads them, in (0, 1]; 1 keeps all.
         round_to: kept channels of a layer are rounded to a multiple of this. Default: 16 for convolutions of 32
             channels or more, 4 for smaller ones, 1 elsewhere: the same masks on every machine. "auto" asks the
             machine that prunes, for its own sake: oneDNN's cost is a staircase in channels. Of 64 (3x3, forward and
@@ -127,12 +130,14 @@ def hybrid(
     """
     _share("density", density)
     _share("channels", channels)
+    _share("inputs", inputs)
     covered = _weights(model, "hybrid")
     scores = _checked(covered, scores)
     _check_block(block, covered)
     shielded = _protected(covered, protect)
     groups = find_groups(model) if groups is None else groups
     removed = choose_units(groups, scores, channels, _steps(model, groups, round_to), shielded)
+    removed |= choose_inputs(groups, scores, removed, inputs, shielded)
     state = model.state_dict()
     touched = {axis.tensor for axis in groups.axes if bool(removed[axis.units].any())}
     masks = {name: torch.ones(state[name].shape, dtype=torch.bool) for name in state if name in touched | {*covered}}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoflip.groups import Groups
 
-__all__ = ["choose_units", "cut", "cut_inside"]
+__all__ = ["choose_inputs", "choose_units", "cut", "cut_inside"]
 
 
 def choose_units(
@@ -54,6 +54,30 @@ def choose_units(
     for layer, units in order.items():
         removed[units[want[layer] :]] = True
     return groups.level(removed)
+
+
+def choose_inputs(
+    groups: Groups, scores: Mapping[str, Tensor], removed: Tensor, share: float, protect: Collection[str]
+) -> Tensor:
+    """Return ``(units,)``, bool: the model's inputs to drop so that every layer that reads them keeps ``share``.
+
+    Args:
+        groups: the model's coupled channels.
+        scores: weight name -> float32 scores; an input's is the sum over its column, as far as its rows stay.
+        removed: ``(units,)``, bool: the channels that go.
+        share: kept share of each such layer's columns, in (0, 1].
+        protect: layers that keep every input.
+    """
+    chosen = torch.zeros(len(groups), dtype=torch.bool)
+    rows = {axis.tensor: axis.units for axis in groups.axes if axis.produces and not axis.dim}
+    for path, units in groups.inputs.items() if share < 1 else ():
+        name = f"{path}.weight" if path else "weight"
+        if path in protect or name not in scores or not bool(groups.removable[units].all()):
+            continue
+        value = scores[name][~removed[rows[name]]].sum(0)
+        order = units[value.argsort(descending=True, stable=True)]
+        chosen[order[max(1, round(share * len(units))) :]] = True
+    return groups.level(chosen)
 
 
 def _at_least(units: int, width: int) -> int:

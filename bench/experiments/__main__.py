@@ -5,8 +5,9 @@
 
 Each run goes through a folder under runs/experiments, so that a killed one is continued, and ends as
 bench/results/method-ROW-METHOD-seedN.json. One whose configuration is the same is not run again. FLOPs and bytes
-are exact whatever else the machine does; seconds are processor time, evaluation left out, and each file says the load
-under which they were measured.
+are exact whatever else the machine does; seconds are processor time, of clients alone (``client_seconds``: receive,
+train, send) and of all but the evaluation (``seconds``), and each file says the load under which they were measured.
+The table compares the clients' seconds; † marks rows with files that hold only those of all.
 A --tag keeps variants (--set) apart: method-ROW-METHOD+TAG-seedN.json.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import ALL_METHODS_ON, EVERYWHERE, ROWS, SCALED
-from table import cpu_seconds, table
+from table import client_seconds, cpu_seconds, same, table, told
 
 from autoflip import fed
 from autoflip.fed.sections import METHOD_NAMES
@@ -32,20 +33,13 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 
-def told(config: fed.Config) -> dict:
-    """Return what a result file says of its configuration: everything but where the data lies."""
-    everything = config.as_dict()
-    del everything["data"]["root"]
-    return everything
-
-
 def run_one(row: str, method: str, seed: int, root: str, settings: list[str], tag: str) -> dict:
     """Run one piece unless its result is there; return the content of its result file."""
     name = f"{row}-{method}{'+' + tag if tag else ''}-seed{seed}"
     path, folder = RESULTS / f"method-{name}.json", ROOT / "runs" / "experiments" / name
     overrides = [*SCALED, *ROWS[row], *settings, f"fed.method={method}", "fed.against=none", f"fed.seed={seed}"]
     config = fed.Config.load(overrides=[*overrides, f"data.root={root}"])
-    if path.exists() and json.loads(path.read_text())["config"] == told(config):
+    if path.exists() and same(json.loads(path.read_text())["config"], config):
         return json.loads(path.read_text())
     before = os.getloadavg()[0]
     if (folder / "config.toml").exists() and fed.Config.load(folder / "config.toml") != config:
@@ -69,6 +63,7 @@ def run_one(row: str, method: str, seed: int, root: str, settings: list[str], ta
             "flops": curve.flops,
             "bytes": curve.bytes,
             "seconds": cpu_seconds(result.records),
+            "client_seconds": client_seconds(result.records),
         },
         "density": [round(r.density, 4) for r in result.records],
         "channels": [round(r.channels, 4) for r in result.records],
@@ -94,7 +89,7 @@ def main() -> None:
         parser.error(f"there is no row {sorted(unknown)[0]!r}; wanted some of {', '.join(ROWS)}")
     if chosen.set and not chosen.tag:
         parser.error("--set makes a variant; name it by --tag")
-    rows = chosen.rows or [row for row in ROWS if not row.startswith("digits")]
+    rows = chosen.rows or [row for row in ROWS if not row.startswith(("digits", "mnist"))]
     for seed in [] if chosen.table else range(chosen.first_seed, chosen.first_seed + chosen.seeds):
         for row in rows:
             rest = [m for m in METHOD_NAMES if m not in EVERYWHERE] if row in ALL_METHODS_ON else []

@@ -30,6 +30,8 @@ ROWS: dict[str, list[str]] = {
     "femnist-writer": ["data.name=femnist", "data.samples_per_client=60", "data.test_examples=2000"],
     "shakespeare-role": ["data.name=shakespeare", *_FEW],
     "har-subject": ["data.name=har"],
+    # not of the paper's: an MLP on pixels, for prune.inputs
+    "mnist-dirichlet-0.5-mlp": ["data.name=mnist", "model.name=mlp", "data.alpha=0.5", *_FEW],
     "digits-dirichlet-0.1": ["data.name=digits", "data.alpha=0.1"],  # not of the paper's: small, for quick looks
     "digits-dirichlet-0.5": ["data.name=digits", "data.alpha=0.5"],
 }

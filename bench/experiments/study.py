@@ -13,13 +13,14 @@ import json
 import os
 import statistics
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import ROWS, SCALED
-from table import cpu_seconds, to_target
-from variants import VARIANTS
+from table import client_seconds, cpu_seconds, same, timed, to_target, told
+from variants import PATCHES, VARIANTS
 
 from autoflip import fed
 from autoflip.report.runs import curve_of
@@ -31,14 +32,14 @@ def run_one(row: str, variant: str, seed: int, root: str, known: dict) -> dict:
     """Return the entry of one run: its configuration and its curve."""
     overrides = [*SCALED, *ROWS[row], "fed.against=none", *VARIANTS[variant], f"fed.seed={seed}", f"data.root={root}"]
     config = fed.Config.load(overrides=overrides)
-    told = config.as_dict()
-    del told["data"]["root"]
-    if known and known["config"] == told:
+    if known and same(known["config"], config):
         return known
-    result = fed.run(config)
+    with PATCHES.get(variant, nullcontext)():
+        result = fed.run(config)
     curve = curve_of(config.fed.method, [r.as_dict() for r in result.records])
-    spent = {"flops": curve.flops, "bytes": curve.bytes, "seconds": cpu_seconds(result.records), "round": curve.rounds}
-    return {"config": told, "curve": {"accuracy": [round(a, 5) for a in curve.accuracy], **spent}}
+    seconds = {"seconds": cpu_seconds(result.records), "client_seconds": client_seconds(result.records)}
+    spent = {"flops": curve.flops, "bytes": curve.bytes, "round": curve.rounds, **seconds}
+    return {"config": told(config), "curve": {"accuracy": [round(a, 5) for a in curve.accuracy], **spent}}
 
 
 def line(variant: str, runs: dict[str, dict], dense: dict[str, dict]) -> str:
@@ -50,7 +51,7 @@ def line(variant: str, runs: dict[str, dict], dense: dict[str, dict]) -> str:
     late = statistics.mean(100 * statistics.mean(runs[s]["curve"]["accuracy"][-5:]) for s in seeds)
     cells = [variant, f"{100 * statistics.mean(a for a, _ in final.values()):.2f}", f"{late:.2f}"]
     cells.append(f"{statistics.mean(gaps):+.2f}{error}")
-    for key in ("flops", "bytes", "seconds"):
+    for key in ("flops", "bytes", timed([runs[s]["curve"] for s in seeds], [dense[s]["curve"] for s in seeds])):
         whole = [runs[s]["curve"][key][-1] / dense[s]["curve"][key][-1] for s in seeds]
         ours = {s: to_target(runs[s]["curve"], final[s][1]) for s in seeds}
         base = {s: to_target(dense[s]["curve"], final[s][1]) for s in seeds}

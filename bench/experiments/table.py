@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from autoflip import fed
 from autoflip.fed.ledger import Record
+
+COSTS = ("flops", "bytes", "seconds", "client_seconds")
 
 
 def load(folder: Path) -> dict[tuple[str, str], dict[int, dict]]:
@@ -22,6 +25,27 @@ def load(folder: Path) -> dict[tuple[str, str], dict[int, dict]]:
     return found
 
 
+def told(config: fed.Config) -> dict:
+    """Return what a result file says of its configuration: everything but where the data lies."""
+    everything = config.as_dict()
+    del everything["data"]["root"]
+    return everything
+
+
+def same(stored: dict, config: fed.Config) -> bool:
+    """Tell whether a result file's configuration is this one; keys younger than the file have their default."""
+    try:
+        return told(fed.Config.from_dict(stored)) == told(config)
+    except fed.ConfigError:  # a key or a value that is no more
+        return False
+
+
+def client_seconds(records: Sequence[Record]) -> list[float]:
+    """Return the processor seconds of clients alone up to each round that was evaluated."""
+    spent = accumulate(sum(c.cpu_seconds for c in r.clients) for r in records)
+    return [round(s, 3) for s, r in zip(spent, records, strict=True) if r.accuracy is not None]
+
+
 def cpu_seconds(records: Sequence[Record]) -> list[float]:
     """Return the processor seconds up to each round that was evaluated."""
     spent = accumulate(r.cpu_seconds for r in records)
@@ -32,8 +56,13 @@ def to_target(curve: dict, target: float) -> dict | None:
     """Return the cost up to the first evaluated round at ``target``; None if there is none."""
     for i, accuracy in enumerate(curve["accuracy"]):
         if accuracy >= target - 1e-5:  # accuracies are written with five digits
-            return {key: curve[key][i] for key in ("flops", "bytes", "seconds", "round")}
+            return {key: curve[key][i] for key in (*COSTS, "round") if key in curve}
     return None
+
+
+def timed(*runs: Sequence[dict]) -> str:
+    """Return what to compare seconds by: clients' own, unless a curve is older than their being told apart."""
+    return "client_seconds" if all("client_seconds" in curve for curves in runs for curve in curves) else "seconds"
 
 
 def against(mine: dict[int, dict], dense: dict[int, dict]) -> dict | None:
@@ -45,9 +74,10 @@ def against(mine: dict[int, dict], dense: dict[int, dict]) -> dict | None:
     gaps = [ours - theirs for ours, theirs in final.values()]
     reached = {s: to_target(mine[s]["curve"], final[s][1]) for s in seeds}
     base = {s: to_target(dense[s]["curve"], final[s][1]) for s in seeds}
+    clock = timed([mine[s]["curve"] for s in seeds], [dense[s]["curve"] for s in seeds])
+    keys = {"flops": "flops", "bytes": "bytes", "seconds": clock}
     ratios = {
-        key: [reached[s][key] / base[s][key] for s in seeds if reached[s] and base[s]]
-        for key in ("flops", "bytes", "seconds")
+        name: [reached[s][key] / base[s][key] for s in seeds if reached[s] and base[s]] for name, key in keys.items()
     }
     return {
         "seeds": len(seeds),
@@ -57,14 +87,15 @@ def against(mine: dict[int, dict], dense: dict[int, dict]) -> dict | None:
         "reached": sum(r is not None for r in reached.values()),
         "to_target": {key: statistics.mean(values) if values else None for key, values in ratios.items()},
         "whole": {
-            key: statistics.mean(mine[s]["curve"][key][-1] / dense[s]["curve"][key][-1] for s in seeds)
-            for key in ("flops", "bytes", "seconds")
+            name: statistics.mean(mine[s]["curve"][key][-1] / dense[s]["curve"][key][-1] for s in seeds)
+            for name, key in keys.items()
         },
+        "clients_alone": clock == "client_seconds",
     }
 
 
-def _share(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}x"
+def _share(value: float | None, digits: int, mark: str = "") -> str:
+    return "–" if value is None else f"{value:.{digits}f}x{mark}"
 
 
 def table(folder: Path, rows: list[str] | None = None) -> str:
@@ -84,13 +115,14 @@ def table(folder: Path, rows: list[str] | None = None) -> str:
             mean = statistics.mean(r["curve"]["accuracy"][-1] for r in runs.values())
             lines.append(f"| {row} | {method} | {len(runs)} | {100 * mean:.2f} % | | | | | | | | |")
             continue
+        mark = "" if entry["clients_alone"] else "†"
         error = "" if entry["gap_stderr"] is None else f" ± {100 * entry['gap_stderr']:.2f}"
         gap = "" if is_dense else f"{100 * entry['gap']:+.2f}{error}"
         lines.append(
             f"| {row} | {method} | {entry['seeds']} | {100 * entry['accuracy']:.2f} % | {gap} "
             f"| {entry['reached']} of {entry['seeds']} | {_share(entry['to_target']['flops'], 3)} "
-            f"| {_share(entry['to_target']['bytes'], 4)} | {_share(entry['to_target']['seconds'], 2)} "
+            f"| {_share(entry['to_target']['bytes'], 4)} | {_share(entry['to_target']['seconds'], 2, mark)} "
             f"| {_share(entry['whole']['flops'], 3)} | {_share(entry['whole']['bytes'], 4)} "
-            f"| {_share(entry['whole']['seconds'], 2)} |"
+            f"| {_share(entry['whole']['seconds'], 2, mark)} |"
         )
     return "\n".join(lines)

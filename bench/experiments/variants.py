@@ -1,4 +1,12 @@
-"""The variants that study.py compares: name -> overrides of the default configuration."""
+"""The variants that study.py compares: name -> overrides of the default configuration, and what no option turns off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from autoflip.fed import downlink
 
 DENSE = ["prune.channels=1", "wire.values=fp32", "wire.downlink=fp32"]
 PLAIN = ["server.optimizer=none", "server.average=0"]  # the clients' mean, as FedAvg has it
@@ -30,4 +38,31 @@ VARIANTS: dict[str, list[str]] = {
     "masks inside": ["prune.channels=0.5", "prune.density=0.1"],
     "gradual": ["prune.until=10", "prune.every=3"],
     "int8": ["wire.values=int8", "wire.downlink=int8"],
+    "no error feedback": [],
+    "half of the inputs": ["prune.inputs=0.5"],
+    "35 % of the inputs": ["prune.inputs=0.35"],
 }
+
+
+@contextmanager
+def _without_feedback() -> Iterator[None]:
+    """Let the server send what changed since a client's last call, whatever the rounding made of it there."""
+    real, meant = downlink.send, {}
+
+    def send(params: Any, masks: Any, held: Any, kind: str, locate: Any, **keys: Any) -> Any:
+        goal = dict(params)
+        if held is not None and held.id in meant:
+            there = locate(held.masks).expand({name: value.float() for name, value in held.params.items()})
+            goal = {name: value - meant[held.id][name] + there[name] for name, value in goal.items()}
+        view, frames = real(goal, masks, held, kind, locate, **keys)
+        meant[view.id] = dict(params)
+        return view, frames
+
+    downlink.send = send
+    try:
+        yield
+    finally:
+        downlink.send = real
+
+
+PATCHES: dict[str, Callable[[], AbstractContextManager[None]]] = {"no error feedback": _without_feedback}

@@ -79,7 +79,8 @@ class AutoFlip(Strategy):
         if state.guidance is None or not (state.round == 0 or last or state.round % cfg.every == 0):
             return state.masks
         channels = self.after(state.round, self._channels(state.guidance))
-        return self._hybrid(state.guidance, self.after(state.round, cfg.density), channels)
+        inputs = self.after(state.round, cfg.inputs)
+        return self._hybrid(state.guidance, self.after(state.round, cfg.density), channels, inputs)
 
     def _channels(self, guidance: Guidance) -> float:
         """Return the share of channels: as configured, or what the budgets leave."""
@@ -89,7 +90,7 @@ class AutoFlip(Strategy):
         example = self.example
 
         def cost(share: float) -> tuple[float, float]:
-            masks = self._hybrid(guidance, cfg.density, share)
+            masks = self._hybrid(guidance, cfg.density, share, cfg.inputs)
             return cost_of(self.model, masks, example, self._groups, wire.values, wire.downlink)
 
         return channels_within(cost, cfg.flops, cfg.bytes, cfg.channels)
@@ -101,13 +102,14 @@ class AutoFlip(Strategy):
             return None
         return masks & self._hybrid(guidance, 1.0, cfg.slow_channels)
 
-    def _hybrid(self, guidance: Guidance, density: float, channels: float) -> MaskSet:
+    def _hybrid(self, guidance: Guidance, density: float, channels: float, inputs: float = 1.0) -> MaskSet:
         block = self.config.prune.block
         return prune.hybrid(
             self.model,
             {name: self._score(name, guidance) for name in self.weights},
             density=density,
             channels=channels,
+            inputs=inputs,
             block=(block[0], block[1]) if block else None,
             round_to=self.config.prune.round_to or None,
             groups=self._groups,

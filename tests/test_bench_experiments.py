@@ -1,0 +1,63 @@
+"""The methods' bench: which result files stand, what seconds are compared by, and the variant that no option makes."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from autoflip import fed
+from autoflip.fed import downlink
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "experiments"))
+import table
+from variants import PATCHES, VARIANTS
+
+SMALL = ["fed.against=none", "fed.clients=3", "fed.fraction=1.0", "fed.rounds=6", "train.epochs=1"]
+SMALL += ["explore.fraction=1.0", "data.samples_per_client=32"]
+
+
+def test_a_file_that_is_older_than_a_key_stands_where_the_key_has_its_default():
+    config = fed.Config.load(overrides=["prune.inputs=1.0", "data.root=somewhere"])
+    stored = table.told(config)
+    assert table.same(stored, config)
+    del stored["prune"]["inputs"]
+    assert table.same(stored, config)
+    assert not table.same(stored, fed.Config.load(overrides=["prune.inputs=0.5"]))
+    assert not table.same({**stored, "prune": {"gone": 1}}, config)
+
+
+def test_seconds_are_the_clients_only_where_all_files_tell_them_apart():
+    def runs(seconds, clients=None):
+        costs = {"flops": [1, 2], "bytes": [1, 2], "seconds": [1.0, seconds], "round": [2, 4]}
+        extra = {} if clients is None else {"client_seconds": [0.5, clients]}
+        return {0: {"curve": {"accuracy": [0.1, 0.9], **costs, **extra}}}
+
+    assert table.against(runs(8.0, 1.0), runs(10.0, 5.0))["whole"]["seconds"] == pytest.approx(0.2)
+    old = table.against(runs(8.0, 1.0), runs(10.0))
+    assert old["to_target"]["seconds"] == pytest.approx(0.8)
+    assert not old["clients_alone"]
+
+
+def test_without_error_feedback_the_roundings_of_the_way_down_add_up():
+    """Without a running mean the evaluated model is the server's; what clients hold drifts from it."""
+
+    def drift(patch):
+        seen = []
+        with patch(), pytest.MonkeyPatch.context() as context:
+            real = downlink.send
+
+            def spy(params, masks, held, kind, locate, **keys):
+                view, frames = real(params, masks, held, kind, locate, **keys)
+                goal = locate(masks).shrink(params)
+                seen.append(sum(float((v.float() - goal[n]).square().sum()) for n, v in view.params.items()))
+                return view, frames
+
+            context.setattr(downlink, "send", spy)
+            fed.run(config)
+        return seen[-1]
+
+    config = fed.Config.load(overrides=SMALL)
+    assert set(PATCHES) <= set(VARIANTS)
+    # five broadcasts' errors instead of the last one's, steps shrinking in between
+    assert drift(PATCHES["no error feedback"]) > 1.5 * drift(nullcontext)
