@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from autoflip import ops
+from autoflip.curvature.deal import Rows, deal, effective
 from autoflip.curvature.graph import Graph, inspect
 from autoflip.curvature.layers import Layer, watch
 from autoflip.curvature.problem import Problem
@@ -32,6 +34,10 @@ Diagonal = dict[str, Tensor]
 # exact costs a backward pass a factor, and a product of the size of the forward pass's for layers that see maps
 _MAX_FACTORS, _MAX_MAPS = 16, 6
 _MAX_BLOCK_BITS = 6  # a block of 64 draws is exact for up to 64 factors
+# draws -> rows dealt, by samples of the batch
+_BUDGET = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
+# samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
+_MOST_ALIKE = 0.6
 
 
 class MixedError(ValueError):
@@ -40,16 +46,27 @@ class MixedError(ValueError):
 
 @dataclass
 class GaussNewton:
-    """One forward pass, its graph and the factors of its loss."""
+    """One forward pass, its graph and the factors of its loss.
+
+    Attributes:
+        problem: model, loss and the whole batch.
+        output: of the pass: of the batch, or of the rows dealt from it.
+        ran: the known layers that ran.
+        root: the loss's factors on the whole batch.
+        shape: of the whole batch's output.
+        segments: each client's samples; empty for one client.
+        rows: what was dealt; None when every sample is a row.
+    """
 
     problem: Problem
     output: Tensor
-    graph: Graph
-    layers: list[Layer]
-    rest: list[str]
+    ran: list[Layer]
     root: Root
+    shape: tuple[int, ...]
     seed: int
     chunk: int
+    segments: Sequence[slice] = ()
+    rows: Rows | None = None
 
     @staticmethod
     def of(problem: Problem, seed: int, chunk: int, counts: Sequence[int] = ()) -> GaussNewton:
@@ -66,30 +83,72 @@ class GaussNewton:
             MixedError: there are several clients, and not every parameter can be told apart by samples.
             ValueError: model, loss or batch do not fit (see Problem).
         """
-        modules, samples = problem.modules, problem.samples
-        with watch(modules, samples, chunk) as ran, unrolled(modules, samples, chunk, ran):
-            output = problem.output()
-        graph = inspect(output, problem.params, {layer.edge.node for layer in ran})
-        layers = [] if graph.coupled else [layer for layer in ran if _alone(layer, ran, graph, problem)]
+        output, ran = _forward(problem, chunk)
+        shape = tuple(output.shape)
+        if len(counts) < 2:
+            return GaussNewton(problem, output, ran, output_root(problem, output, seed), shape, seed, chunk)
+        ends = list(accumulate(counts))
+        segments = [slice(end - count, end) for end, count in zip(ends, counts)]
+        if len(output) != problem.samples:
+            raise MixedError("curvature: samples cannot be told apart in the output")
+        parts = [replace(problem, inputs=problem.inputs[s], target=problem.target[s]) for s in segments]
+        root = side_by_side([output_root(part, output[s], seed) for part, s in zip(parts, segments)], segments)
+        gn = GaussNewton(problem, output, ran, root, shape, seed, chunk, segments)
+        if gn.rest:
+            raise MixedError(f"curvature: samples cannot be told apart for {', '.join(gn.rest[:3])}")
+        return gn
+
+    def dealt(self, draws: int) -> GaussNewton:
+        """Deal ``draws`` to the samples by their curvature, and run the model on those rows; this object is used up.
+
+        Every sample stays a row, looked at ``draws`` times, where all carry much alike, where there are many draws to
+        average, and where the model does not say the same about a sample whatever else is in the batch (dropout,
+        batch statistics, parameters of unknown layers).
+        """
+        if draws not in _BUDGET or self.segments or len(self.shape) != 2 or self.shape[0] != self.problem.samples:
+            return self
+        weight = self.root.weight.detach().double().cpu()
+        if effective(weight) > _MOST_ALIKE * len(weight):
+            return self
+        most = min(2 * _up(draws), _up(self.root.factors))
+        rows = deal(weight, max(most, _BUDGET[draws] * len(weight)), most, float(torch.rand(())))
+        whole, self.output, self.ran = self.output.detach(), self.output.detach(), []  # lets the graph go
+        at = rows.samples.to(whole.device)
+        problem = replace(self.problem, inputs=self.problem.inputs[at], target=self.problem.target[at])
+        try:
+            output, ran = _forward(problem, self.chunk)
+            gn = replace(self, output=output, ran=ran, rows=rows)
+            alike = output.shape[0] == len(at) and _close(output.detach(), whole[at])
+        except RuntimeError:  # a batch of another size does not pass
+            alike = False
+        if alike and not gn.rest and not gn.graph.coupled:
+            return gn
+        return GaussNewton.of(self.problem, self.seed, self.chunk)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """What autograd's graph says about the model."""
+        return inspect(self.output, self.problem.params, {layer.edge.node for layer in self.ran})
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The layers whose parameters' squares are summed where they ran."""
+        graph, ran = self.graph, self.ran
+        layers = [] if graph.coupled else [layer for layer in ran if _alone(layer, ran, graph, self.problem)]
         for layer in layers:
             layer.seen_through(graph.readers)
         for layer in layers:
             layer.follow(layers, graph.readers)
+            layer.segments = list(self.segments) or layer.segments
             if layer.run is not None:
                 layer.run.weight_gradient = False
-        owned = {id(p) for layer in layers for p in layer.params.values()}
-        rest = [name for name, p in problem.params.items() if id(p) not in owned and name in graph.uses]
-        if len(counts) < 2:
-            return GaussNewton(problem, output, graph, layers, rest, output_root(problem, output, seed), seed, chunk)
-        if rest or len(output) != samples:
-            raise MixedError(f"curvature: samples cannot be told apart for {', '.join(rest[:3]) or 'the output'}")
-        ends = list(accumulate(counts))
-        segments = [slice(end - count, end) for end, count in zip(ends, counts)]
-        for layer in layers:
-            layer.segments = segments
-        parts = [replace(problem, inputs=problem.inputs[s], target=problem.target[s]) for s in segments]
-        roots = [output_root(part, output[s], seed) for part, s in zip(parts, segments)]
-        return GaussNewton(problem, output, graph, layers, rest, side_by_side(roots, segments), seed, chunk)
+        return layers
+
+    @cached_property
+    def rest(self) -> list[str]:
+        """Names of the parameters that no layer owns."""
+        owned = {id(p) for layer in self.layers for p in layer.params.values()}
+        return [name for name, p in self.problem.params.items() if id(p) not in owned and name in self.graph.uses]
 
     def against_exact(self) -> str:
         """Return why the exact diagonal would cost far more than some draws; empty when it would not."""
@@ -131,8 +190,21 @@ class GaussNewton:
             yield self._mean(range(i * size, (i + 1) * size), size)[0]
 
     def mean(self, count: int) -> list[Diagonal]:
-        """Return the mean of ``count`` draws, one a client; a layer squares several at once."""
+        """Return the mean of ``count`` draws, one a client; a layer squares several at once.
+
+        Rows that were dealt are looked at as they were, which ``dealt`` knew ``count`` for.
+        """
+        if self.rows is not None:
+            return self._dealt_mean(self.rows)
         return self._mean(range(count), 1 << min(count.bit_length() - 1, _MAX_BLOCK_BITS))
+
+    def _dealt_mean(self, rows: Rows) -> list[Diagonal]:
+        most = int(rows.turns.max()) + 1
+        draws = torch.stack([self.root.draw(self._signs(i, _up(most))) for i in range(most)])
+        v = draws[rows.turns.to(draws.device), rows.samples.to(draws.device)]
+        self._chunks(1)
+        self._backward(v * rows.scale.to(v).unsqueeze(1), [])
+        return self._collect({})
 
     def _mean(self, draws: range, block: int) -> list[Diagonal]:
         total = self._empty()
@@ -157,10 +229,10 @@ class GaussNewton:
         """
         v = self.output
         stream, row = divmod(draw, block)
-        signs = ops.rademacher(self.seed, stream, tuple(v.shape), dtype=torch.promote_types(v.dtype, torch.float32))
+        signs = ops.rademacher(self.seed, stream, self.shape, dtype=torch.promote_types(v.dtype, torch.float32))
         if row:
             flips = signs.new_tensor([1 - 2 * ((i & row).bit_count() & 1) for i in range(block)])
-            signs *= flips.repeat(-(-v.numel() // block))[: v.numel()].view(v.shape)
+            signs *= flips.repeat(-(-signs.numel() // block))[: signs.numel()].view(signs.shape)
         return signs.to(v.device)
 
     def _empty(self) -> Diagonal:
@@ -197,6 +269,23 @@ class GaussNewton:
             )
             for c in clients
         ]
+
+
+def _forward(problem: Problem, chunk: int) -> tuple[Tensor, list[Layer]]:
+    """Run the model; return its output and the known layers that ran."""
+    modules, samples = problem.modules, problem.samples
+    with watch(modules, samples, chunk) as ran, unrolled(modules, samples, chunk, ran):
+        return problem.output(), ran
+
+
+def _up(count: int) -> int:
+    """Return the power of two from ``count`` up."""
+    return 1 << (count - 1).bit_length()
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    # another batch size is another order of sums; another sample's influence is off by far more
+    return bool((got - want).abs().max() <= torch.finfo(got.dtype).eps ** 0.5 * want.abs().max())
 
 
 def _alone(layer: Layer, ran: list[Layer], graph: Graph, problem: Problem) -> bool:
