@@ -1,10 +1,11 @@
 """How draws are dealt to the samples: to each by its share of the loss's curvature at the output.
 
 A trained network is sure of most samples, whose second derivative at the output is next to nothing, and a few carry
-the curvature. A sample's trace there, ``h_n = tr S_n S_n^T``, is known from the output alone. With ``M`` rows to look
-at, a sample that is due ``m_n`` of them (in proportion to ``h_n``, at most ``most``) gets ``k_n``, the power of two
-below, whose signs are orthogonal; one that is due less than one gets one with the chance ``m_n``, weighted with its
-inverse (systematic sampling, Madow 1949). Both leave the expected value as it is.
+the curvature. A sample's trace there, ``h_n = tr S_n S_n^T``, is known from the output alone. With ``M`` rows to deal,
+a sample is due ``m_n = M h_n / sum h`` of them, at most ``most``. It gets ``k_n``, a power of two near that, whose
+signs are orthogonal; one that is due less than one gets one with the chance ``m_n``, weighted with its inverse
+(systematic sampling, Madow 1949). Both leave the expected value as it is. What full samples leave is not dealt again: it
+would go to those that carry little.
 """
 
 from __future__ import annotations
@@ -41,22 +42,16 @@ def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
 
     Args:
         weight: ``(N,)``, float64 on the CPU, no entry below 0, some above: ``h_n``.
-        budget: rows to deal, at least ``most``; fewer are dealt where samples are full or round down.
+        budget: ``M``; fewer rows are dealt where samples are full.
         most: rows of one sample, a power of two.
         chance: uniform in [0, 1): where the sampling begins.
     """
     w, order = weight.sort(descending=True)
-    behind = w.flip(0).cumsum(0).flip(0)  # what the sample and all lighter ones carry
-    over = (budget - most * torch.arange(len(w))) * w >= most * behind
-    full = int((over & (behind > 0)).to(torch.int64).cumprod(0).sum())
-    due = torch.full_like(w, most)
-    if full < len(w):
-        left = float(behind[full])
-        due[full:] = w[full:] * ((budget - most * full) / left if left > 0 else 0.0)
+    due = (w * (budget / float(w.sum()))).clamp(max=most)
     light = due < 1
     place = ((due * light).cumsum(0) + chance).floor()  # a row for every whole number that is passed
     passed = place.diff(prepend=place.new_zeros(1))
-    rows = torch.where(light, passed, due.clamp(min=1).log2().floor().exp2()).to(torch.int64)
+    rows = torch.where(light, passed, due.clamp(min=1).mul(4 / 3).log2().floor().exp2()).to(torch.int64)
     scale = torch.where(light, due.clamp(min=torch.finfo(w.dtype).tiny), rows.clamp(min=1).to(w.dtype)).rsqrt()
     ends = rows.cumsum(0)
     turns = torch.arange(int(ends[-1])) - (ends - rows).repeat_interleave(rows)

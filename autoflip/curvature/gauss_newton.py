@@ -111,7 +111,7 @@ class GaussNewton:
         if effective(weight) > _MOST_ALIKE * len(weight):
             return self
         most = min(2 * _up(draws), _up(self.root.factors))
-        rows = deal(weight, max(most, _BUDGET[draws] * len(weight)), most, float(torch.rand(())))
+        rows = deal(weight, _BUDGET[draws] * len(weight), most, float(torch.rand(())))
         whole, self.output, self.ran = self.output.detach(), self.output.detach(), []  # lets the graph go
         at = rows.samples.to(whole.device)
         problem = replace(self.problem, inputs=self.problem.inputs[at], target=self.problem.target[at])
