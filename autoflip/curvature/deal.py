@@ -2,8 +2,8 @@
 
 A trained network is sure of most samples, whose second derivative at the output is next to nothing, and a few carry
 the curvature. A sample's trace there, ``h_n = tr S_n S_n^T``, is known from the output alone. With ``M`` rows to deal,
-a sample is due ``m_n = M h_n / sum h`` of them, at most ``most``. It gets ``k_n``, a power of two near that, whose
-signs are orthogonal; one that is due less than one gets one with the chance ``m_n``, weighted with its inverse
+a sample is due ``m_n = M h_n / sum h`` of them, at most ``most``. It gets ``k_n``, the power of two below that,
+whose signs are orthogonal; one that is due less than one gets one with the chance ``m_n``, weighted with its inverse
 (systematic sampling, Madow 1949). Both leave the expected value as it is. What full samples leave is not dealt again: it
 would go to those that carry little.
 """
@@ -51,7 +51,7 @@ def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
     light = due < 1
     place = ((due * light).cumsum(0) + chance).floor()  # a row for every whole number that is passed
     passed = place.diff(prepend=place.new_zeros(1))
-    rows = torch.where(light, passed, due.clamp(min=1).mul(4 / 3).log2().floor().exp2()).to(torch.int64)
+    rows = torch.where(light, passed, due.clamp(min=1).log2().floor().exp2()).to(torch.int64)
     scale = torch.where(light, due.clamp(min=torch.finfo(w.dtype).tiny), rows.clamp(min=1).to(w.dtype)).rsqrt()
     ends = rows.cumsum(0)
     turns = torch.arange(int(ends[-1])) - (ends - rows).repeat_interleave(rows)

@@ -36,6 +36,8 @@ _MAX_FACTORS, _MAX_MAPS = 16, 6
 _MAX_BLOCK_BITS = 6  # a block of 64 draws is exact for up to 64 factors
 # draws -> rows dealt, by samples of the batch
 _BUDGET = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
+# rows of one sample; two orthogonal draws err less than four independent ones
+_MOST, _MOST_FLAT = 4, 2
 # samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
 _MOST_ALIKE = 0.6
 
@@ -101,6 +103,7 @@ class GaussNewton:
     def dealt(self, draws: int) -> GaussNewton:
         """Deal ``draws`` to the samples by their curvature, and run the model on those rows; this object is used up.
 
+        A model of dense layers only is not run again: its squares skip what is zero, and are most of its cost.
         Every sample stays a row, looked at ``draws`` times, where all carry much alike, where there are many draws to
         average, and where the model does not say the same about a sample whatever else is in the batch (dropout,
         batch statistics, parameters of unknown layers).
@@ -110,20 +113,22 @@ class GaussNewton:
         weight = self.root.weight.detach().double().cpu()
         if effective(weight) > _MOST_ALIKE * len(weight):
             return self
-        most = min(2 * _up(draws), _up(self.root.factors))
-        rows = deal(weight, _BUDGET[draws] * len(weight), most, float(torch.rand(())))
+        budget, chance, flat = _BUDGET[draws] * len(weight), float(torch.rand(())), _flat(self.ran)
+        most = min(_MOST_FLAT if flat else _MOST, _up(draws) * (1 if flat else 2), _up(self.root.factors))
+        rows = deal(weight, budget, most, chance)
+        if flat:
+            self.rows = None if self.rest or self.graph.coupled else rows
+            return self
         whole, self.output, self.ran = self.output.detach(), self.output.detach(), []  # lets the graph go
         at = rows.samples.to(whole.device)
         problem = replace(self.problem, inputs=self.problem.inputs[at], target=self.problem.target[at])
         try:
             output, ran = _forward(problem, self.chunk)
-            gn = replace(self, output=output, ran=ran, rows=rows)
-            alike = output.shape[0] == len(at) and _close(output.detach(), whole[at])
         except RuntimeError:  # a batch of another size does not pass
-            alike = False
-        if alike and not gn.rest and not gn.graph.coupled:
-            return gn
-        return GaussNewton.of(self.problem, self.seed, self.chunk)
+            return GaussNewton.of(self.problem, self.seed, self.chunk)
+        gn = replace(self, output=output, ran=ran, rows=rows)
+        alike = output.shape[0] == len(at) and _close(output.detach(), whole[at])
+        return gn if alike and not gn.rest and not gn.graph.coupled else GaussNewton.of(self.problem, self.seed, self.chunk)
 
     @cached_property
     def graph(self) -> Graph:
@@ -200,10 +205,17 @@ class GaussNewton:
 
     def _dealt_mean(self, rows: Rows) -> list[Diagonal]:
         most = int(rows.turns.max()) + 1
-        draws = torch.stack([self.root.draw(self._signs(i, _up(most))) for i in range(most)])
-        v = draws[rows.turns.to(draws.device), rows.samples.to(draws.device)]
-        self._chunks(1)
-        self._backward(v * rows.scale.to(v).unsqueeze(1), [])
+        turns, samples = rows.turns.to(self.output.device), rows.samples.to(self.output.device)
+        scale = rows.scale.to(self.root.weight)
+        draws = [self.root.draw(self._signs(i, _up(most))) for i in range(most)]
+        if not _flat(self.ran):
+            self._chunks(1)
+            self._backward(torch.stack(draws)[turns, samples] * scale.unsqueeze(1), [])
+            return self._collect({})
+        self._chunks(most)
+        share = scale.new_zeros(most, self.shape[0]).index_put_((turns, samples), scale)
+        for draw, factor in zip(draws, share):
+            self._backward(draw * factor.unsqueeze(1), [])
         return self._collect({})
 
     def _mean(self, draws: range, block: int) -> list[Diagonal]:
@@ -281,6 +293,10 @@ def _forward(problem: Problem, chunk: int) -> tuple[Tensor, list[Layer]]:
 def _up(count: int) -> int:
     """Return the power of two from ``count`` up."""
     return 1 << (count - 1).bit_length()
+
+
+def _flat(ran: Sequence[Layer]) -> bool:
+    return all(len(layer.shape) == 2 for layer in ran)
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
