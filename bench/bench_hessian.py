@@ -173,7 +173,9 @@ def accuracy(cases=("cnn B64", "resnet8 B64"), seeds=9):
                 exact, matrix = truth(model, batch)
                 for method, draws in (("ggn-exact", 1), ("ggn-mc", 1), ("ggn-mc", 4)):
                     got = [
-                        errors(curvature.hessian_diagonal(model, F.cross_entropy, batch, draws, s, method=method), exact)
+                        errors(
+                            curvature.hessian_diagonal(model, F.cross_entropy, batch, draws, s, method=method), exact
+                        )
                         for s in range(1 if method == "ggn-exact" else seeds)
                     ]
                     d, r, t = (statistics.median(v) for v in zip(*got))

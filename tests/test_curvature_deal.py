@@ -12,7 +12,9 @@ from autoflip.curvature.gauss_newton import GaussNewton
 from autoflip.curvature.problem import Problem
 
 # two samples carry nearly all, one next to nothing, one nothing
-HEAVY = torch.tensor([0.01, 3, 0.02, 2, 0.005, 0.3, 0.01, 0.02, 1e-9, 0.0, 0.01, 0.01]).double()
+HEAVY = torch.tensor([0.01, 3, 0.02, 2, 0.005, 0.3, 0.01, 0.02, 1e-9, 0.0, 0.01, 0.01] + 4 * [0.02, 0.01, 0.5, 0, 0.01])
+HEAVY = HEAVY.double()
+N = len(HEAVY)
 
 
 class Heavy(nn.CrossEntropyLoss):
@@ -36,20 +38,22 @@ def cell():
 
 
 def problem_of(build):
-    model, (x, _) = make(build, 12)
-    return model, (x, torch.arange(12))
+    model, (x, _) = make(build, N)
+    return model, (x, torch.arange(N))
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])
 @pytest.mark.parametrize("budget", [4.0, 9.0, 15.0])
 def test_every_sample_counts_once_on_average(budget, most):
     steps = 20000
-    total = torch.zeros(12).double()
+    total = torch.zeros(N).double()
     for i in range(0, steps, 10):
         rows = deal(HEAVY, budget, most, (i + 0.5) / steps)
-        counts = torch.bincount(rows.samples, minlength=12)
-        assert counts.max() <= most and len(rows.samples) <= budget + 1 and counts[9] == 0
-        assert all(rows.turns[rows.samples == n].tolist() == list(range(counts[n])) for n in range(12))
+        counts = torch.bincount(rows.samples, minlength=N)
+        assert counts.max() <= most
+        assert len(rows.samples) <= budget + 1
+        assert counts[9] == 0
+        assert all(rows.turns[rows.samples == n].tolist() == list(range(counts[n])) for n in range(N))
         total.index_add_(0, rows.samples, rows.scale.square())
     mean = total / (steps / 10)
     due = HEAVY * budget / HEAVY.sum()
@@ -70,7 +74,8 @@ def test_dealt_draws_are_unbiased(build, draws):
     model, batch = problem_of(build)
     problem = Problem.of(model, Heavy(), batch)
     gn = GaussNewton.of(problem, 0, 5).dealt(draws)
-    assert gn.rows is not None and len(gn.output) == (12 if build is mlp else len(gn.rows.samples))
+    assert gn.rows is not None
+    assert len(gn.output) == (N if build is mlp else len(gn.rows.samples))
     exact = flat(curvature.hessian_diagonal(model, Heavy(), batch, method="ggn-exact"))
     seeds = 300
     got = torch.stack(
@@ -104,7 +109,7 @@ class Fixed(nn.Module):
         self.conv, self.head = nn.Conv2d(2, 3, 3), nn.Linear(108, 3)
 
     def forward(self, x):
-        return self.head(self.conv(x).relu().view(12, 108))
+        return self.head(self.conv(x).relu().view(N, 108))
 
 
 class Mixing(nn.Module):
@@ -133,13 +138,17 @@ def test_a_model_that_looks_at_the_batch_is_asked_about_all_of_it(build):
     problem = Problem.of(model, Heavy(), batch)
     with problem.undisturbed(0):
         gn = GaussNewton.of(problem, 0, 5).dealt(1)
-    assert gn.rows is None and gn.output.shape == (12, 3)
+    assert gn.rows is None
+    assert gn.output.shape == (N, 3)
     result = curvature.hessian_diagonal(model, Heavy(), batch, method="ggn-mc")
     assert all(v.isfinite().all() for v in result.values())
 
 
 def test_samples_that_carry_alike_are_all_looked_at():
-    model, batch = make(cnn, 12)
-    for loss, batch_of, draws in ((F.cross_entropy, batch, 1), (Heavy(), (batch[0], torch.arange(12)), 16)):
-        gn = GaussNewton.of(Problem.of(model, loss, batch_of), 0, 5)
-        assert gn.dealt(draws) is gn and gn.rows is None
+    model, (x, y) = make(cnn, N)
+    weighty = torch.arange(N)
+    few = Heavy(), (x[:31], weighty[:31])  # of few samples each is worth a row
+    for loss, batch, draws in ((F.cross_entropy, (x, y), 1), (Heavy(), (x, weighty), 16), (*few, 1)):
+        gn = GaussNewton.of(Problem.of(model, loss, batch), 0, 5)
+        assert gn.dealt(draws) is gn
+        assert gn.rows is None

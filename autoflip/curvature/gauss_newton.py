@@ -4,7 +4,13 @@
 ``diag G = sum_n sum_c (J_n^T S_n e_c)^2``, a pass for each column c. By Monte Carlo: one pass with random signs r_n
 gives ``sum_n (J_n^T S_n r_n)^2``, whose mean it is; signs are fresh for each sample, so samples do not mix. Draws
 come in blocks whose signs are orthogonal (Hadamard): a block of as many draws as there are factors is exact, and one of
-four loses 60 times less than four independent draws on a trained network (bench_hessian.py).
+four loses 60 times less than four independent draws on a trained network (bench_hessian.py). Up to four draws are
+dealt to the samples by what they carry (:mod:`deal`): a trained CNN's diagonal errs 5 % instead of 29 % at 0.8 instead
+of 0.96 of a gradient's time.
+
+What four draws cost at least, in gradients of three products a layer: 1/3 forward, then 2/3 a draw, where the squares
+take as long as the products behind them: 3. Less is to be had where zeros are skipped (behind max-pooling; dense layers
+behind ReLU), where squares of several draws are added first (dense layers), and by looking at fewer samples.
 
 Parameters that no known layer owns (or that several use, or that see samples mixed by batch statistics) are
 handled with what always holds: a draw squares the gradient of the whole batch, equally unbiased but noisier; the
@@ -40,6 +46,7 @@ _BUDGET = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
 _MOST, _MOST_FLAT = 4, 2
 # samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
 _MOST_ALIKE = 0.6
+_LEAST_SAMPLES = 32  # of fewer a draw each costs little more than the calls it makes
 
 
 class MixedError(ValueError):
@@ -104,14 +111,14 @@ class GaussNewton:
         """Deal ``draws`` to the samples by their curvature, and run the model on those rows; this object is used up.
 
         A model of dense layers only is not run again: its squares skip what is zero, and are most of its cost.
-        Every sample stays a row, looked at ``draws`` times, where all carry much alike, where there are many draws to
-        average, and where the model does not say the same about a sample whatever else is in the batch (dropout,
+        Every sample stays a row, looked at ``draws`` times, where there are few samples or all carry much alike, where
+        there are many draws to average, and where the model does not say the same about a sample whatever else is in the batch (dropout,
         batch statistics, parameters of unknown layers).
         """
         if draws not in _BUDGET or self.segments or len(self.shape) != 2 or self.shape[0] != self.problem.samples:
             return self
         weight = self.root.weight.detach().double().cpu()
-        if effective(weight) > _MOST_ALIKE * len(weight):
+        if len(weight) < _LEAST_SAMPLES or effective(weight) > _MOST_ALIKE * len(weight):
             return self
         budget, chance, flat = _BUDGET[draws] * len(weight), float(torch.rand(())), _flat(self.ran)
         most = min(_MOST_FLAT if flat else _MOST, _up(draws) * (1 if flat else 2), _up(self.root.factors))
@@ -128,7 +135,11 @@ class GaussNewton:
             return GaussNewton.of(self.problem, self.seed, self.chunk)
         gn = replace(self, output=output, ran=ran, rows=rows)
         alike = output.shape[0] == len(at) and _close(output.detach(), whole[at])
-        return gn if alike and not gn.rest and not gn.graph.coupled else GaussNewton.of(self.problem, self.seed, self.chunk)
+        return (
+            gn
+            if alike and not gn.rest and not gn.graph.coupled
+            else GaussNewton.of(self.problem, self.seed, self.chunk)
+        )
 
     @cached_property
     def graph(self) -> Graph:
