@@ -4,8 +4,8 @@ A trained network is sure of most samples, whose second derivative at the output
 the curvature. A sample's trace there, ``h_n = tr S_n S_n^T``, is known from the output alone. With ``M`` rows to deal,
 a sample is due ``m_n = M h_n / sum h`` of them, at most ``most``. It gets ``k_n``, the power of two below that,
 whose signs are orthogonal; one that is due less than one gets one with the chance ``m_n``, weighted with its inverse
-(systematic sampling, Madow 1949). Both leave the expected value as it is. What full samples leave is not dealt again: it
-would go to those that carry little.
+(systematic sampling, Madow 1949). Both leave the expected value as it is. What full samples leave is not dealt again:
+it would go to those that carry little.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ class GaussNewton:
 
         A model of dense layers only is not run again: its squares skip what is zero, and are most of its cost.
         Every sample stays a row, looked at ``draws`` times, where there are few samples or all carry much alike, where
-        there are many draws to average, and where the model does not say the same about a sample whatever else is in the batch (dropout,
-        batch statistics, parameters of unknown layers).
+        there are many draws to average, and where the model does not say the same about a sample whatever else is in
+        the batch (dropout, batch statistics, parameters of unknown layers).
         """
         if draws not in _BUDGET or self.segments or len(self.shape) != 2 or self.shape[0] != self.problem.samples:
             return self
