@@ -315,6 +315,8 @@ def main():
         rows = measure(case, args.passes)
         show(rows)
         content["rows"] = [row for row in content["rows"] if row["case"] != case] + rows
+        if args.out:  # what is measured stays measured, whatever comes later
+            args.out.write_text(json.dumps(content, indent=1) + "\n")
     if args.accuracy:
         content["accuracy"], content["curved"] = accuracy(), curved()
         print(*content["accuracy"], *content["curved"], sep="\n")
