@@ -163,21 +163,52 @@ def measure(case, passes, state="trained"):
     return rows
 
 
-def accuracy(case="cnn B64", seeds=9):
-    """Return rows: ggn-mc's errors at three stages of training, on mixed and on two-class batches."""
+def accuracy(cases=("cnn B64", "resnet8 B64"), seeds=9):
+    """Return rows: errors at three stages of training, on mixed and on two-class batches; the truth is float64's."""
     rows = []
-    for state in hessian_models.STEPS:
-        for what, classes in (("10 classes", range(10)), ("2 classes", (3, 8))):
-            model, batch = hessian_models.make(case, state, classes)
-            exact, _ = truth(model, batch)
-            for draws in (1, 4):
-                got = [
-                    errors(curvature.hessian_diagonal(model, F.cross_entropy, batch, draws, s, method="ggn-mc"), exact)
-                    for s in range(seeds)
-                ]
-                d, r, t = (statistics.median(v) for v in zip(*got))
-                row = {"case": case, "state": state, "batch": what, "draws": draws}
-                rows.append({**row, "diagonal_error": d, "spearman": r, "trace_error": t})
+    for case in cases:
+        for state in hessian_models.STEPS:
+            for what, classes in (("10 classes", range(10)), ("2 classes", (3, 8))):
+                model, batch = hessian_models.make(case, state, classes)
+                exact, matrix = truth(model, batch)
+                for method, draws in (("ggn-exact", 1), ("ggn-mc", 1), ("ggn-mc", 4)):
+                    got = [
+                        errors(
+                            curvature.hessian_diagonal(model, F.cross_entropy, batch, draws, s, method=method), exact
+                        )
+                        for s in range(1 if method == "ggn-exact" else seeds)
+                    ]
+                    d, r, t = (statistics.median(v) for v in zip(*got))
+                    row = {"case": case, "state": state, "batch": what, "method": method, "draws": draws}
+                    rows.append({**row, "matrix": matrix, "diagonal_error": d, "spearman": r, "trace_error": t})
+    return rows
+
+
+def hessian_by_products(model, batch, chunk=256):
+    """Return the true Hessian's diagonal, a product an entry."""
+    out = []
+    for name, p in model.named_parameters():
+        eye = torch.eye(p.numel(), dtype=p.dtype)
+        for rows in eye.split(chunk):
+            got = curvature.hvp(model, F.cross_entropy, batch, {name: rows.view(-1, *p.shape)})[name]
+            out.append((got.flatten(1) * rows).sum(1))
+    return torch.cat(out)
+
+
+def curved(cases=("digits GELU B16", "digits BatchNorm B16")):
+    """Return rows: where Gauss-Newton is not the Hessian, how far apart their diagonals are, float64."""
+    rows = []
+    for case in cases:
+        for state in hessian_models.STEPS:
+            model, (x, y) = hessian_models.make(case, state)
+            model.double()
+            truth, batch = hessian_by_products(model, (x.double(), y)), (x.double(), y)
+            got = curvature.hessian_diagonal(model, F.cross_entropy, batch, method="ggn-exact")
+            drawn = flat(curvature.hessian_diagonal(model, F.cross_entropy, batch, 16, method="hutchinson"))
+            row = {"case": case, "state": state, "method": "ggn-exact", "matrix": got.matrix}
+            row["apart_from_hessian"] = ((flat(got) - truth).norm() / truth.norm()).item()
+            row["hutchinson_16_error"] = ((drawn - truth).norm() / truth.norm()).item()
+            rows.append({**row, "negative_entries": (truth < 0).double().mean().item()})
     return rows
 
 
@@ -268,7 +299,7 @@ def bench_hessian(capsys):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passes", type=int, default=9)
-    parser.add_argument("--cases", nargs="*", default=list(hessian_models.CASES))
+    parser.add_argument("--cases", nargs="*", default=list(hessian_models.TIMED))
     parser.add_argument(
         "--accuracy", action="store_true", help="also at three stages of training, two kinds of batches"
     )
@@ -284,9 +315,11 @@ def main():
         rows = measure(case, args.passes)
         show(rows)
         content["rows"] = [row for row in content["rows"] if row["case"] != case] + rows
+        if args.out:  # what is measured stays measured, whatever comes later
+            args.out.write_text(json.dumps(content, indent=1) + "\n")
     if args.accuracy:
-        content["accuracy"] = accuracy()
-        print(*content["accuracy"], sep="\n")
+        content["accuracy"], content["curved"] = accuracy(), curved()
+        print(*content["accuracy"], *content["curved"], sep="\n")
     if args.equal_error:
         content["equal_error"] = equal_error()
         print(content["equal_error"])

@@ -47,6 +47,12 @@ def small(smooth):
     return nn.Sequential(*features, nn.Linear(288, 32), act(), nn.Linear(32, 10))
 
 
+def normed():
+    """The same with BatchNorm on the batch's own statistics."""
+    layers = list(small(False))
+    return nn.Sequential(layers[0], nn.BatchNorm2d(16), *layers[1:])
+
+
 def resnet8():
     return models.build("resnet8", input_shape=(3, 32, 32), num_classes=10).eval()
 
@@ -62,9 +68,12 @@ CASES = {
     "cnn B256": (cnn, lambda n, classes=range(10): digits(n, 28, 1, classes), 256),
     "digits B16": (lambda: small(False), lambda n, classes=range(10): digits(n, 8, 1, classes), 16),
     "digits GELU B16": (lambda: small(True), lambda n, classes=range(10): digits(n, 8, 1, classes), 16),
+    "digits BatchNorm B16": (normed, lambda n, classes=range(10): digits(n, 8, 1, classes), 16),
     "resnet8 B64": (resnet8, lambda n, classes=range(10): digits(n, 32, 3, classes), 64),
     "lstm B64": (lstm, lambda n, classes=None: characters(n), 64),
 }
+
+TIMED = [case for case in CASES if case != "digits BatchNorm B16"]
 
 
 def make(case, state="start", classes=range(10)):

@@ -142,6 +142,12 @@ def lstm():
     return Recurrent(), torch.randn(4, 5, 3), torch.tensor([0, 1, 2, 2])
 
 
+def attention():
+    """Attention's weights are no layer's, so they go the general way; the norms' and dense layers' are squared."""
+    encoder = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, dropout=0.0)
+    return nn.Sequential(encoder, nn.Flatten(), nn.Linear(12, 3)), torch.randn(5, 3, 4), torch.arange(5) % 3
+
+
 class Stacked(nn.Module):
     """Two layers, two directions, a state that comes in and one that goes out, no second bias."""
 
@@ -220,7 +226,9 @@ def true_gauss_newton(model, batch):
     }
 
 
-@pytest.mark.parametrize("build", [tokens, batch_norm(True), batch_norm(False), group_norm, shared, lstm, *RECURRENT])
+@pytest.mark.parametrize(
+    "build", [tokens, batch_norm(True), batch_norm(False), group_norm, shared, lstm, attention, *RECURRENT]
+)
 def test_gauss_newton_of_curved_models_is_right_and_named(build):
     torch.manual_seed(0)
     model, x, y = build()

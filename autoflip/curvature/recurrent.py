@@ -69,6 +69,7 @@ class _LSTM(_Steps):
     def forward(ctx: Any, run: Run, gx: Tensor, gh: Tensor, weight: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         gates, size, turned = gx + gh, h.shape[1], weight.T.contiguous()
         cells, y = gx.new_empty(len(gx) + 1, *c.shape), gx.new_empty(len(gx), *h.shape)
+        squashed = torch.empty_like(y)  # tanh of the cells: slow to compute again
         cells[0], before = c, h
         for t, g in enumerate(gates):
             g.addmm_(before, turned)
@@ -77,9 +78,9 @@ class _LSTM(_Steps):
             g[:, 3 * size :].sigmoid_()
             i, f, n, o = g.chunk(4, 1)
             torch.mul(f, cells[t], out=cells[t + 1]).addcmul_(i, n)
-            before = torch.mul(o, cells[t + 1].tanh(), out=y[t])
+            before = torch.mul(o, torch.tanh(cells[t + 1], out=squashed[t]), out=y[t])
         _Steps.setup(ctx, run, weight, h, y)
-        ctx.gates, ctx.cells = gates, cells
+        ctx.gates, ctx.cells, ctx.squashed = gates, cells, squashed
         return y, y[-1].clone(), cells[-1].clone()
 
     @staticmethod
@@ -92,7 +93,7 @@ class _LSTM(_Steps):
             g, to = gates[t], d[t]
             i, f, n, o = g.chunk(4, 1)
             at_i, at_f, at_n, at_o = to.chunk(4, 1)
-            tanh = cells[t + 1].tanh()
+            tanh = ctx.squashed[t]
             dh = dh + dy[t]
             dc = torch.addcmul(dc, dh, torch.addcmul(o, o * tanh, tanh, value=-1))
             torch.addcmul(g, g, g, value=-1, out=to)  # the slopes of the sigmoids

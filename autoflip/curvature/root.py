@@ -33,11 +33,13 @@ class Root:
 
     Attributes:
         factors: columns of ``S`` that a sample has.
+        weight: ``(rows,)``, each row's trace of ``S S^T``.
         draw: signs shaped like the output -> ``S @ signs``, whose expected outer product is ``H_out``.
         columns: the columns of all samples side by side, each shaped like the output.
     """
 
     factors: int
+    weight: Tensor
     draw: Callable[[Tensor], Tensor]
     columns: Callable[[], Iterator[Tensor]]
 
@@ -103,7 +105,7 @@ def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
         for parts in zip(*(root.columns() for root in roots), strict=True):
             yield torch.cat(parts)
 
-    return Root(max(root.factors for root in roots), draw, columns)
+    return Root(max(root.factors for root in roots), torch.cat([root.weight for root in roots]), draw, columns)
 
 
 def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
@@ -200,7 +202,8 @@ def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
             column.narrow(dim, c, 1).copy_(here.narrow(dim, c, 1))
             yield from _one_position_each(torch.empty_like(p).scatter_(dim, order, column), dim)
 
-    return Root((classes - 1) * (f[0].numel() // classes), draw, columns)
+    weight = (2 * scale * p * after).flatten(1).sum(1)  # 1 - sum p^2 would cancel, too
+    return Root((classes - 1) * (f[0].numel() // classes), weight, draw, columns)
 
 
 def _one_position_each(column: Tensor, dim: int) -> Iterator[Tensor]:
@@ -231,7 +234,7 @@ def _diagonal_root(h: Tensor) -> Root:
             column[:, j] = q.reshape(len(q), -1)[:, j]
             yield column.view(q.shape)
 
-    return Root(q[0].numel(), lambda signs: q * signs, columns)
+    return Root(q[0].numel(), h.flatten(1).sum(1), lambda signs: q * signs, columns)
 
 
 def _block_root(f: Tensor, hvp: Callable[[Tensor], Tensor], r: Tensor, hr: Tensor) -> Root:
@@ -256,7 +259,8 @@ def _block_root(f: Tensor, hvp: Callable[[Tensor], Tensor], r: Tensor, hr: Tenso
     def draw(signs: Tensor) -> Tensor:
         return (s @ signs.reshape(rows, width, 1)).view(f.shape)
 
-    return Root(width, draw, lambda: (s[:, :, j].reshape(f.shape) for j in range(width)))
+    weight = s.square().sum((1, 2))
+    return Root(width, weight, draw, lambda: (s[:, :, j].reshape(f.shape) for j in range(width)))
 
 
 def _not_convex() -> NotDescribedError:

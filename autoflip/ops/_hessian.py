@@ -5,7 +5,7 @@ The functions here are called with checked, contiguous tensors. Two results: the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ backend.register("conv_pull_back", "cpp", optional=True)
 # 0.80 ms at any density, the kernel 0.71 at 0.6 and 0.44 at 0.3)
 _MOST_ALIVE = 0.65
 
+_HOMES = {"cpp": "_C", "cuda": "_cuda"}
+
 Pair = tuple[int, int]
 Ints = Sequence[int]
 
@@ -32,18 +34,12 @@ def _pair(sizes: list[int]) -> Pair:
     return sizes[0], sizes[1]
 
 
-def _kernels(op: str, tensor: Tensor) -> Any:
-    """Return the C++ kernels when they serve ``op``; they are written for float32, the reference for the rest."""
-    if backend.serve(op, tensor.device) != "cpp" or tensor.dtype != torch.float32:
+def _extension(served: str, tensor: Tensor) -> Any:
+    """Return the kernels of ``served`` ("cpp" or "cuda"); None for other backends and for what they are not written
+    for: they are for float32, the reference does the rest."""
+    if served not in _HOMES or tensor.dtype != torch.float32:
         return None
-    return backend.extension("_C")[0]
-
-
-def _cuda(op: str, tensor: Tensor) -> Any:
-    """Return the CUDA kernels when they serve ``op``; they are written for float32, the reference for the rest."""
-    if backend.serve(op, tensor.device) != "cuda" or tensor.dtype != torch.float32:
-        return None
-    return backend.extension("_cuda")[0]
+    return backend.extension(_HOMES[served])[0]
 
 
 def cuda_rademacher(start: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -74,55 +70,58 @@ def _cuda_conv(kernels: Any, d: Tensor, x: Tensor, size: Pair, window: list[int]
     return out.sum(0)
 
 
-def _triton(op: str, tensor: Tensor) -> bool:
-    """Return whether Triton serves ``op``; its sums are float32, so float64 goes to the reference."""
-    return backend.serve(op, tensor.device) == "triton" and tensor.dtype != torch.float64
+def _triton(served: str, tensor: Tensor) -> bool:
+    """Return whether Triton serves; its sums are float32, so float64 goes to the reference."""
+    return served == "triton" and tensor.dtype != torch.float64
 
 
-def squared_matmul(d: Tensor, a: Tensor, squared: bool = False) -> tuple[Tensor, Tensor]:
+def squared_matmul(d: Tensor, a: Tensor, squared: bool = False) -> tuple[Tensor, int]:
     """See hessian.squared_matmul."""
     (n, o), k = d.shape, a.shape[1]
-    if _triton("squared_matmul", d) and not squared:
+    served = backend.serve("squared_matmul", d.device)
+    if _triton(served, d) and not squared:
         from autoflip.kernels import hessian
 
-        return hessian.squared_matmul(d, a), torch.tensor(2 * n * o * k)
-    if (gpu := _cuda("squared_matmul", d)) is not None and o < 32 * 65535:
+        return hessian.squared_matmul(d, a), 2 * n * o * k
+    kernels = _extension(served, d)
+    if kernels is not None and served == "cuda" and o < 32 * 65535:
         out = d.new_empty(o, k)
         with torch.cuda.device(d.device):
             stream = torch.cuda.current_stream().cuda_stream
-            gpu.squared_matmul(d.data_ptr(), a.data_ptr(), n, o, k, squared, out.data_ptr(), stream)
-        return out, torch.tensor(2 * n * o * k)
-    if (kernels := _kernels("squared_matmul", d)) is not None:
+            kernels.squared_matmul(d.data_ptr(), a.data_ptr(), n, o, k, squared, out.data_ptr(), stream)
+        return out, 2 * n * o * k
+    if kernels is not None and served == "cpp":
         out = d.new_empty(o, k)
         pointers = d.data_ptr(), a.data_ptr(), out.data_ptr()
         ran = kernels.squared_matmul(*pointers, n, o, k, squared, _MOST_ALIVE, torch.get_num_threads())
         if ran >= 0:
-            return out, torch.tensor(2 * ran)
-    return reference.squared_matmul(d, a, squared), torch.tensor(2 * n * o * k)
+            return out, 2 * ran
+    return reference.squared_matmul(d, a, squared), 2 * n * o * k
 
 
-def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, int]:
     """See hessian.sequence_squares."""
     full = 2 * len(d) * d[0].numel() * u.shape[2]
-    if _triton("sequence_squares", u):
+    served = backend.serve("sequence_squares", u.device)
+    if _triton(served, u):
         from autoflip.kernels import hessian
 
         one, (p, k) = (1, 1), u.shape[1:]
         image = u.transpose(1, 2).unsqueeze(3)  # positions are an image's rows
         out = hessian.conv_squares(torch.stack(d), image, (p, 1), one, one, (0, 0), one, 1, (p * k, 1, k, 0))
-        return out, torch.tensor(full)
-    if (gpu := _cuda("sequence_squares", u)) is not None:
+        return out, full
+    if (kernels := _extension(served, u)) is None:
+        return reference.sequence_squares(torch.stack(d), u), full
+    if served == "cuda":
         image, (p, k) = u.transpose(1, 2).unsqueeze(3), u.shape[1:]  # positions are an image's rows
         image = image.as_strided(image.shape, (p * k, 1, k, 0))
-        return _cuda_conv(gpu, torch.stack(d), image, (p, 1), [1, 1, 1, 1, 0, 0, 1, 1], 1), torch.tensor(full)
-    if (kernels := _kernels("sequence_squares", u)) is None:
-        return reference.sequence_squares(torch.stack(d), u), torch.tensor(full)
+        return _cuda_conv(kernels, torch.stack(d), image, (p, 1), [1, 1, 1, 1, 0, 0, 1, 1], 1), full
     out = u.new_empty(d[0].shape[1], u.shape[2])
     factors = [one.data_ptr() for one in d]
     ran = kernels.sequence_squares(
         factors, u.data_ptr(), out.data_ptr(), *d[0].shape, u.shape[2], torch.get_num_threads()
     )
-    return out, torch.tensor(2 * ran)
+    return out, 2 * ran
 
 
 def conv_squares(
@@ -134,31 +133,32 @@ def conv_squares(
     dilation: list[int],
     groups: int,
     at: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, int]:
     """See hessian.conv_squares."""
     columns = x.shape[1] // groups * kernel[0] * kernel[1]
     full = 2 * len(d) * d[0].numel() * columns
-    gpu = _cuda("conv_squares", x)
-    if gpu is not None or _triton("conv_squares", x):
+    served = backend.serve("conv_squares", x.device)
+    kernels = _extension(served, x)
+    if (kernels is not None and served == "cuda") or _triton(served, x):
         size = positions(x.shape[2:], kernel, stride, padding, dilation)
         rows = torch.stack(d).flatten(3)
         if at is not None:
             whole = rows.new_zeros(*rows.shape[:3], size[0] * size[1])
             rows = whole.scatter_add_(3, at.flatten(2).expand_as(rows), rows)
-        if gpu is not None:
-            return _cuda_conv(gpu, rows, x, size, [*kernel, *stride, *padding, *dilation], groups), torch.tensor(full)
+        if kernels is not None:
+            return _cuda_conv(kernels, rows, x, size, [*kernel, *stride, *padding, *dilation], groups), full
         from autoflip.kernels import hessian
 
         out = hessian.conv_squares(rows, x, size, kernel, stride, padding, dilation, groups, x.stride())
-        return out, torch.tensor(full)
-    if (kernels := _kernels("conv_squares", x)) is None:
+        return out, full
+    if kernels is None:
         shape = _pair(kernel), _pair(stride), _pair(padding), _pair(dilation), groups
         out = reference.conv_squares(torch.stack(d), x, *shape, at)
-        return out, torch.tensor(full)
+        return out, full
     out = x.new_empty(d[0].shape[1], columns)
     sizes = _sizes(d[0], x.shape[1:], kernel, stride, padding, dilation, groups)
     pointers = ([one.data_ptr() for one in d], x.data_ptr(), 0 if at is None else at.data_ptr(), out.data_ptr())
-    return out, torch.tensor(2 * kernels.conv_squares(*pointers, sizes, torch.get_num_threads()))
+    return out, 2 * kernels.conv_squares(*pointers, sizes, torch.get_num_threads())
 
 
 def conv_pull_back(
@@ -170,16 +170,16 @@ def conv_pull_back(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, int]:
     """See hessian.conv_pull_back."""
-    if (kernels := _kernels("conv_pull_back", weight)) is None:
+    if (kernels := _extension(backend.serve("conv_pull_back", weight.device), weight)) is None:
         shape = _pair(stride), _pair(padding), _pair(dilation), groups
         out = reference.conv_pull_back(torch.stack(d), weight, tuple(input_size), at, *shape)
-        return out, torch.tensor(2 * len(d) * d[0].numel() * weight[0].numel())
+        return out, 2 * len(d) * d[0].numel() * weight[0].numel()
     out = weight.new_empty(len(d), len(d[0]), *input_size)
     sizes = _sizes(d[0], input_size, weight.shape[2:], stride, padding, dilation, groups)
     pointers = ([one.data_ptr() for one in d], weight.data_ptr(), at.data_ptr(), out.data_ptr())
-    return out, torch.tensor(2 * kernels.conv_pull_back(*pointers, sizes, torch.get_num_threads()))
+    return out, 2 * kernels.conv_pull_back(*pointers, sizes, torch.get_num_threads())
 
 
 def positions(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Pair:
@@ -197,6 +197,16 @@ def _sizes(
     return (entries[0] * entries[1], n, o, groups, *input_size, *outputs, *kernel, *stride, *padding, *dilation)
 
 
+def _counted(op: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return ``op`` as torch registers it: results are tensors."""
+
+    def registered(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out, flops = op(*args, **kwargs)
+        return out, torch.tensor(flops)
+
+    return registered
+
+
 _lib = torch.library.Library("autoflip", "FRAGMENT")
 _lib.define("squared_matmul(Tensor d, Tensor a, bool squared=False) -> (Tensor, Tensor)")
 _lib.define("sequence_squares(Tensor[] d, Tensor u) -> (Tensor, Tensor)")
@@ -209,10 +219,8 @@ _lib.define(
     " int[] dilation, int groups) -> (Tensor, Tensor)"
 )
 for _device in ("CPU", "CUDA"):
-    _lib.impl("conv_pull_back", conv_pull_back, _device)
-    _lib.impl("squared_matmul", squared_matmul, _device)
-    _lib.impl("sequence_squares", sequence_squares, _device)
-    _lib.impl("conv_squares", conv_squares, _device)
+    for _op in (conv_pull_back, squared_matmul, sequence_squares, conv_squares):
+        _lib.impl(_op.__name__, _counted(_op), _device)
 
 
 @torch.library.register_fake("autoflip::squared_matmul", lib=_lib)

@@ -1,0 +1,58 @@
+"""How draws are dealt to the samples: to each by its share of the loss's curvature at the output.
+
+A trained network is sure of most samples, whose second derivative at the output is next to nothing, and a few carry
+the curvature. A sample's trace there, ``h_n = tr S_n S_n^T``, is known from the output alone. With ``M`` rows to deal,
+a sample is due ``m_n = M h_n / sum h`` of them, at most ``most``. It gets ``k_n``, the power of two below that,
+whose signs are orthogonal; one that is due less than one gets one with the chance ``m_n``, weighted with its inverse
+(systematic sampling, Madow 1949). Both leave the expected value as it is. What full samples leave is not dealt again:
+it would go to those that carry little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is looked at: M rows, a sample's next to each other.
+
+    Attributes:
+        samples: ``(M,)``, int64: the sample that each row is.
+        turns: ``(M,)``, int64: which of its sample's draws it is.
+        scale: ``(M,)``, float64: factor of the row's gradient at the output, ``k_n^-1/2`` or ``m_n^-1/2``.
+    """
+
+    samples: Tensor
+    turns: Tensor
+    scale: Tensor
+
+
+def effective(weight: Tensor) -> float:
+    """Return how many samples would carry the curvature if all carried alike: ``(sum h)^2 / sum h^2``."""
+    total = float(weight.sum())
+    return total * total / float(weight.square().sum()) if total > 0 else 0.0
+
+
+def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
+    """Deal rows out.
+
+    Args:
+        weight: ``(N,)``, float64 on the CPU, no entry below 0, some above: ``h_n``.
+        budget: ``M``; fewer rows are dealt where samples are full.
+        most: rows of one sample, a power of two.
+        chance: uniform in [0, 1): where the sampling begins.
+    """
+    w, order = weight.sort(descending=True)
+    due = (w * (budget / float(w.sum()))).clamp(max=most)
+    light = due < 1
+    place = ((due * light).cumsum(0) + chance).floor()  # a row for every whole number that is passed
+    passed = place.diff(prepend=place.new_zeros(1))
+    rows = torch.where(light, passed, due.clamp(min=1).log2().floor().exp2()).to(torch.int64)
+    scale = torch.where(light, due.clamp(min=torch.finfo(w.dtype).tiny), rows.clamp(min=1).to(w.dtype)).rsqrt()
+    ends = rows.cumsum(0)
+    turns = torch.arange(int(ends[-1])) - (ends - rows).repeat_interleave(rows)
+    return Rows(order.repeat_interleave(rows), turns, scale.repeat_interleave(rows))
