@@ -1,4 +1,4 @@
-"""Sections of a frame: bytes with their entropy stage, zstd's or our own, whichever is smaller (docs/wire_format.md)."""
+"""Sections of a frame: bytes with their entropy stage, zstd's or our own, whichever is smaller."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def length(buffer: Buffer) -> int:
 
 
 def section(
-    parts: Sequence[Buffer], entropy: str, level: int = 1, *, apart: bool = False, key: int = PLAIN
+    parts: Sequence[Buffer], entropy: str, level: int = 1, *, apart: bool = False, key: int = PLAIN, tries: int = 3
 ) -> list[Buffer]:
     """Return ``parts`` as one section: its entropy byte and length, then its bytes, packed where that pays.
 
@@ -53,12 +53,13 @@ def section(
         level: of zstd.
         apart: pack each part for itself: they are unlike each other.
         key: how our own coder is to order the byte before (:mod:`autoflip.ops.entropy`).
+        tries: ways of zstd that are tried, the cheapest first; 1: our own coder neither.
     """
     if entropy == "zstd" and apart and len(parts) > 1:
-        return _apart([section([part], entropy, level, key=key) for part in parts])
+        return _apart([section([part], entropy, level, key=key, tries=tries) for part in parts])
     size = sum(map(length, parts))
     if entropy == "zstd" and size:
-        stage, packed = _smallest(parts[0] if len(parts) == 1 else b"".join(parts), level, key)
+        stage, packed = _smallest(parts[0] if len(parts) == 1 else b"".join(parts), level, key, tries=tries)
         if length(packed) < 0.97 * size:
             return [bytes([stage]) + varint(length(packed)), packed]
     return [bytes([_STORED]) + varint(size), *parts]
@@ -69,10 +70,17 @@ def _apart(parts: list[list[Buffer]]) -> list[Buffer]:
     return [bytes([_APART]) + varint(sum(map(length, body))), *body]
 
 
-def plane_section(planes: Sequence[np.ndarray], entropy: str, level: int = 1) -> list[Buffer]:
-    """Return the byte planes of 2- or 4-byte floats, lowest first, as one section, packed apart."""
+def plane_section(
+    planes: Sequence[np.ndarray], entropy: str, level: int = 1, *, minor: bool = False
+) -> list[Buffer]:
+    """Return the byte planes of 2- or 4-byte floats, lowest first, as one section, packed apart.
+
+    ``minor``: they are a small part of their frame, not worth trying much.
+    """
     if entropy != "zstd" or not len(planes[0]):
         return section([plane.data for plane in planes], entropy, level)
+    if minor and level <= _CHEAP:
+        return section([plane.data for plane in planes], entropy, level, apart=True, tries=1)
     parts = [section([planes[-1].data], entropy, level, key=MAGNITUDE)]
     for i in range(len(planes) - 2, -1, -1):
         size = len(planes[i])
@@ -113,7 +121,9 @@ def packed_size(raw: Buffer, level: int, times: float) -> int:
     return int(times * size)
 
 
-def _smallest(raw: Buffer, level: int, key: int, beside: np.ndarray | None = None) -> tuple[int, Buffer]:
+def _smallest(
+    raw: Buffer, level: int, key: int, beside: np.ndarray | None = None, *, tries: int = 3
+) -> tuple[int, Buffer]:
     """Pack ``raw`` in that of some ways which suits it; return the stage and the bytes.
 
     Short repetitions are mostly chance among codes with many zeros (the CNN's of bench/real_deltas.py are 3 % smaller
@@ -122,6 +132,8 @@ def _smallest(raw: Buffer, level: int, key: int, beside: np.ndarray | None = Non
     """
     view = memoryview(raw)
     part: Buffer = view if len(view) <= _SMALL else _sample(view)
+    if tries == 1:
+        return _ZSTD, _squeeze(raw, level)
     tried = [(level, False)]
     if level <= _CHEAP:
         tried.append((level, True))

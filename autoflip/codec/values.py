@@ -37,6 +37,7 @@ INT = 4
 NAMES = ("fp32", "bf16", "int8", "int4", "int")
 Stream = Coded | np.ndarray  # an array of bytes for INT
 _PLANES = {FP32: 4, BF16: 2}
+_MANY = 1 << 19  # codes whose scales, a hundredth of them, are packed in one way only
 
 
 def rounding_key(seed: int, round: int, client: int, tensor: int) -> tuple[int, int]:
@@ -74,7 +75,8 @@ def write_values(coded: Sequence[Stream], entropy: str, level: int = 1) -> list[
             key = SIGNED if kind == INT8 else PLAIN
             out += section([c.streams[0].data for c in mine], entropy, level, key=key)
             scales = np.frombuffer(codes.split_planes(np.concatenate([c.scales for c in mine])), np.uint8)
-            out += plane_section(np.split(scales, 4), entropy, level)
+            minor = sum(c.count for c in mine) >= _MANY
+            out += plane_section(np.split(scales, 4), entropy, level, minor=minor)
     integers: list[Buffer] = [c.data for c in coded if not isinstance(c, Coded) and len(c)]
     return [*out, *section(integers, entropy, level)] if integers else out
 

@@ -31,7 +31,8 @@ def build(cxx, folder):
     objects = []
     levels = ["base", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["base"]
     sources = [(ROOT / f"csrc/cpu/delta_{level}.cpp", flags_of(level) if level != "base" else []) for level in levels]
-    for source, flags in [*sources, (ROOT / "csrc/cpu/ans.cpp", []), (HERE / "fuzz_delta.cpp", [])]:
+    plain = [ROOT / "csrc/cpu/ans.cpp", ROOT / "csrc/cpu/cpu.cpp", HERE / "fuzz_delta.cpp"]
+    for source, flags in [*sources, *((source, []) for source in plain)]:
         objects.append(str(folder / (source.stem + ".o")))
         sanitize = "-fsanitize=fuzzer-no-link,address,undefined"
         command = [cxx, *SAN, sanitize, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", objects[-1]]

@@ -1,6 +1,6 @@
 """Write the golden frames of format version 1.2; run once per version, never to make a test green.
 
-Version 1.0 wrote the v1_ files, without those named ranks, and 1.1 the v11_ ones; what 1.2 adds is in those named lanes.
+Version 1.0 wrote the v1_ files, without those named ranks, and 1.1 the v11_ ones; 1.2 added those named lanes.
 """
 
 import sys
