@@ -9,6 +9,7 @@ namespace autoflip {
 namespace {
 
 constexpr int kAnsScale = 1 << kAnsBits;
+constexpr uint32_t kLow = 1u << 16;  // states lie in [2^16, 2^32)
 
 inline uint8_t ans_key(uint8_t byte, int key) {
   return key == kSigned ? uint8_t(byte ^ 0x80) : key == kMagnitude ? uint8_t(byte << 1) : byte;
