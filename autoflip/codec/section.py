@@ -70,9 +70,7 @@ def _apart(parts: list[list[Buffer]]) -> list[Buffer]:
     return [bytes([_APART]) + varint(sum(map(length, body))), *body]
 
 
-def plane_section(
-    planes: Sequence[np.ndarray], entropy: str, level: int = 1, *, minor: bool = False
-) -> list[Buffer]:
+def plane_section(planes: Sequence[np.ndarray], entropy: str, level: int = 1, *, minor: bool = False) -> list[Buffer]:
     """Return the byte planes of 2- or 4-byte floats, lowest first, as one section, packed apart.
 
     ``minor``: they are a small part of their frame, not worth trying much.
