@@ -11,6 +11,7 @@ PYBIND11_MODULE(_C, m) {
       "instruction set that serves this process");
   autoflip::bind_masked_matmul(m);
   autoflip::bind_masked_conv(m);
+  autoflip::bind_ans(m);
   autoflip::bind_delta(m);
   autoflip::bind_hessian(m);
   autoflip::bind_recurrent(m);

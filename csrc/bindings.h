@@ -6,6 +6,7 @@ namespace autoflip {
 
 void bind_masked_matmul(pybind11::module_& m);
 void bind_masked_conv(pybind11::module_& m);
+void bind_ans(pybind11::module_& m);
 void bind_delta(pybind11::module_& m);
 void bind_hessian(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);

@@ -156,6 +156,15 @@ def golden_update():
     return {"w": w, "b": torch.arange(12) / 4, "steps": torch.tensor(7)}, MaskSet({"w": w > 0.2})
 
 
+def golden_walk(n=3000):
+    """A tensor whose neighbours are alike, of numbers that bf16 holds."""
+    i = torch.arange(n)
+    noise = i * 2654435761 % 2**32
+    noise = (noise ^ noise >> 15) * 2246822519 % 2**32 >> 16 & 31
+    steps = torch.cumsum(2 * noise - 31, 0) // 2
+    return {"w": ((steps % 256 - 128) / 64).view(10, -1)}
+
+
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 def test_golden_frames_decode_for_ever(path):
     update, masks = golden_update()
@@ -168,6 +177,14 @@ def test_golden_frames_decode_for_ever(path):
         base = {n: torch.full_like(t, 2) if "difference" in name else torch.zeros_like(t) for n, t in update.items()}
         got = codec.decode_patch(blob, base, base_id=b"golden base 0001")
         assert torch.equal(got["w"], update["w"].to(torch.bfloat16))
+    elif name.startswith("lanes"):
+        stages = [s["entropy"] for s in codec.inspect(blob)["sections"]]
+        assert ("parts apart" if name.endswith(("fp32", "bf16")) else "lanes") in stages
+        want = golden_walk(40_000 if name.endswith("long") else 3000)["w"]
+        # int8: less than a step of the largest value, 2, over 127
+        torch.testing.assert_close(
+            codec.decode(blob)["w"], want, rtol=0, atol=0 if name.endswith(("fp32", "bf16")) else 2 / 127
+        )
     else:
         shared = name.startswith(("shared", "ranks"))
         if name.startswith("ranks"):
@@ -184,4 +201,4 @@ def test_golden_frames_decode_for_ever(path):
 
 
 def test_golden_frames_are_there():
-    assert len(GOLDEN) == 9 + 14
+    assert len(GOLDEN) == 9 + 14 + 17

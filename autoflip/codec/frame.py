@@ -1,4 +1,4 @@
-"""The outer layer of a frame: header, checksum, inline schema, and sections with their entropy stage.
+"""The outer layer of a frame: header, checksum and inline schema.
 
 Layout: docs/wire_format.md. Order of checks: length, magic and version, checksum, flags and ids, schema,
 then whatever the kind of frame holds.
@@ -7,46 +7,33 @@ then whatever the kind of frame holds.
 from __future__ import annotations
 
 import struct
-import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 from autoflip.codec import arguments
-from autoflip.codec.reader import DecodeError, Reader, varint
+from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.schema import Limits, Schema
+from autoflip.codec.section import ENTROPIES, Buffer, length, read_section, section
 from autoflip.ops.delta_coding import crc32
 
 __all__ = [
-    "Buffer",
     "DELTA",
-    "ENTROPIES",
     "Frame",
     "MASKS",
     "PATCH",
     "check_base",
     "check_options",
-    "length",
     "open_frame",
-    "read_section",
     "seal",
-    "section",
-    "squeeze",
 ]
 
 _HEADER = struct.Struct("<4sBBHIBBHII16s16s16sQQII")
 assert _HEADER.size == 96
-_MAGIC, _MAJOR, _MINOR = b"AFD1", 1, 1
+_MAGIC, _MAJOR, _MINOR = b"AFD1", 1, 2
 DELTA, PATCH, MASKS = 1, 2, 3
 KINDS = {DELTA: "delta", PATCH: "patch", MASKS: "masks"}
 _ADD, XOR, _SET, DIFFERENCE = 1, 2, 3, 4
 INLINE_SCHEMA, MASKED, BASED = 1, 2, 4
-ENTROPIES = ("zstd", "none")  # what a writer may be asked for
 NO_ID = bytes(16)
-Buffer = bytes | memoryview
-_CHEAP, _THOROUGH = 6, 12  # levels of zstd: about 100 and 30 MB/s
-_TINY, _SMALL = 1 << 15, 1 << 17  # bytes that are packed in several ways, one of them thorough; of more a part tells
-_kept = threading.local()  # a thread's cheap compressors: making one costs as much as packing 10 kB
 
 
 @dataclass(frozen=True)
@@ -201,109 +188,3 @@ def _schema(reader: Reader, limits: Limits, flags: int, schema_id: bytes, local:
             "order differ. Do both sides hold the same model?"
         )
     return local if local is not None or not flags & INLINE_SCHEMA else sent
-
-
-def section(parts: Sequence[Buffer], entropy: str, level: int = 1, *, apart: bool = False) -> list[Buffer]:
-    """Return ``parts`` as one section: its entropy byte and length, then its bytes, packed by zstd where that pays.
-
-    Args:
-        parts: bytes in a row.
-        entropy: "zstd" or "none".
-        level: of zstd.
-        apart: pack each part for itself: they are unlike each other.
-    """
-    if entropy == "zstd" and apart and len(parts) > 1:
-        body = [piece for part in parts for piece in section([part], entropy, level)]
-        return [b"\2" + varint(sum(map(length, body))), *body]
-    size = sum(map(length, parts))
-    if entropy == "zstd" and size:
-        packed = _smallest(parts[0] if len(parts) == 1 else b"".join(parts), level)
-        if len(packed) < 0.97 * size:
-            return [b"\1" + varint(len(packed)), packed]
-    return [b"\0" + varint(size), *parts]
-
-
-def length(buffer: Buffer) -> int:
-    """Bytes of a buffer."""
-    return memoryview(buffer).nbytes
-
-
-def squeeze(raw: Buffer, level: int, *, plain: bool = False) -> bytes:
-    """Return one zstd frame that declares its content size; ``plain``: of ``raw`` without short repetitions."""
-    zstd, held, name = _zstd(), vars(_kept), f"{level}, {plain}"
-    packer = held.get(name)
-    if packer is None:
-        packer = zstd.ZstdCompressor(level=level)
-        if plain:
-            settings = zstd.ZstdCompressionParameters.from_level(level, hash_log=6, min_match=7)
-            packer = zstd.ZstdCompressor(compression_params=settings)
-        if level <= _CHEAP:
-            held[name] = packer
-    return packer.compress(raw)
-
-
-def _smallest(raw: Buffer, level: int) -> bytes:
-    """Pack ``raw`` in that of some cheap ways which suits it.
-
-    Short repetitions are mostly chance among codes with many zeros (the CNN's of bench/real_deltas.py are 3 % smaller
-    without), and all that there is to find among the MLP's, where higher levels find more (2 %).
-    """
-    if level > _CHEAP:
-        return squeeze(raw, level)
-    view = memoryview(raw)
-    part = view if len(view) <= _SMALL else view[len(view) // 2 :][: _SMALL // 4]
-    tried = [(squeeze(part, level), level, False), (squeeze(part, level, plain=True), level, True)]
-    if part is view:
-        thorough = _CHEAP if len(view) > _TINY else _THOROUGH
-        tried.append((squeeze(part, thorough), thorough, False))
-    packed, level, plain = min(tried, key=lambda way: len(way[0]))
-    return packed if part is view else squeeze(raw, level, plain=plain)
-
-
-def read_section(reader: Reader, bounds: Sequence[tuple[int, int]]) -> list[memoryview]:
-    """Read one section of parts between ``bounds`` (least, most) bytes unpacked.
-
-    Nothing is allocated before the sizes are sure. Returns the parts apart if they were packed so, else all of them
-    in one piece.
-    """
-    entropy = reader.take(1)[0]
-    stored = reader.take(reader.varint())
-    if entropy == 2 and len(bounds) > 1:
-        inner = Reader(stored, "a section")
-        parts = [_unpack(inner.take(1)[0], inner.take(inner.varint()), *bound) for bound in bounds]
-        inner.finish()
-        return parts
-    return [_unpack(entropy, stored, sum(b[0] for b in bounds), sum(b[1] for b in bounds))]
-
-
-def _unpack(entropy: int, stored: memoryview, least: int, most: int) -> memoryview:
-    if entropy == 0:
-        if not least <= len(stored) <= most:
-            raise DecodeError(f"a section has {len(stored)} bytes, wanted {least} to {most}; the frame is damaged")
-        return stored
-    if entropy != 1:
-        raise DecodeError(f"a section has entropy stage {entropy}, which this version does not know")
-    zstd = _zstd()
-    try:
-        # python-zstandard ignores max_output_size when the frame declares its size: compare that size first
-        size = zstd.get_frame_parameters(stored).content_size
-        if not least <= size <= most:
-            raise DecodeError(f"a section unpacks to {size} bytes, wanted {least} to {most}; the frame is damaged")
-        unpacker = zstd.ZstdDecompressor(max_window_size=max(1 << 10, min(1 << 27, 2 * most)))
-        raw = unpacker.decompress(stored, max_output_size=size, allow_extra_data=False)
-    except zstd.ZstdError as error:
-        raise DecodeError(f"a section is no zstd frame ({error}); the frame is damaged") from error
-    if len(raw) != size:
-        raise DecodeError(f"a section unpacked to {len(raw)} bytes, wanted {size}; the frame is damaged")
-    return memoryview(raw)
-
-
-def _zstd() -> ModuleType:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError(
-            "autoflip.codec packs with the zstandard library, which is missing; run: pip install zstandard "
-            '(or encode with entropy="none")'
-        ) from error
-    return zstandard

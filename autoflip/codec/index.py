@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
-from autoflip.codec.frame import Buffer, read_section, section, squeeze
 from autoflip.codec.reader import DecodeError, Reader
+from autoflip.codec.section import Buffer, packed_size, read_section, section
 from autoflip.ops import delta as ops
 from autoflip.ops import delta_coding as codes
 from autoflip.ops.delta import Pack
@@ -56,9 +56,9 @@ def choose(mask: Pack, entropy: str = "none", level: int = 1) -> tuple[int, int,
         best = min(best, (RICE, k, -(-bits // 8)), key=lambda b: b[2])
     if entropy == "none" or not mask.kept:
         return best
-    packed = [(BITMAP, 0, int(len(squeeze(_bitmap(part), level)) * mask.numel / part.numel))]
+    packed = [(BITMAP, 0, packed_size(_bitmap(part), level, mask.numel / part.numel))]
     if 4 * mask.kept <= mask.numel:  # a varint has a byte or more: at higher density packing it is work for nothing
-        packed.append((VARINT, 0, int(len(squeeze(codes.varint_encode(part), level)) * times)))
+        packed.append((VARINT, 0, packed_size(codes.varint_encode(part), level, times)))
     return min(best, *packed, key=lambda b: b[2])
 
 

@@ -11,6 +11,8 @@ from autoflip.codec.schema import NUMPY, Limits, Schema
 
 __all__ = ["inspect"]
 
+_STAGES = ("none", "zstd", "parts apart", "lanes")
+
 
 def inspect(
     blob: bytes,
@@ -71,7 +73,7 @@ def inspect(
     while reader.left:
         entropy, size = reader.take(1)[0], reader.varint()
         reader.take(size)
-        if entropy > 2:
+        if entropy >= len(_STAGES):
             raise DecodeError(f"a section has entropy stage {entropy}, which this version does not know")
-        out["sections"].append({"bytes": size, "entropy": ("none", "zstd", "zstd, parts apart")[entropy]})
+        out["sections"].append({"bytes": size, "entropy": _STAGES[entropy]})
     return out

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autoflip.codec.frame import Buffer, read_section, section
 from autoflip.codec.reader import DecodeError, Reader
+from autoflip.codec.section import PLAIN, SIGNED, Buffer, plane_section, read_planes, read_section, section
 from autoflip.ops import delta_coding as codes
 from autoflip.ops import delta_stream as streams
 from autoflip.ops.delta_stream import BF16, FP32, INT4, INT8, LEVELS, Coded
@@ -37,6 +37,7 @@ INT = 4
 NAMES = ("fp32", "bf16", "int8", "int4", "int")
 Stream = Coded | np.ndarray  # an array of bytes for INT
 _PLANES = {FP32: 4, BF16: 2}
+_MANY = 1 << 19  # codes whose scales, a hundredth of them, are packed in one way only
 
 
 def rounding_key(seed: int, round: int, client: int, tensor: int) -> tuple[int, int]:
@@ -62,22 +63,20 @@ def write_values(coded: Sequence[Stream], entropy: str, level: int = 1) -> list[
         level: of zstd.
     """
     out: list[Buffer] = []
-    planes: list[Buffer]
     floats = [c for c in coded if isinstance(c, Coded) and c.count]
     for kind in (FP32, BF16, INT8, INT4):
         mine = [c for c in floats if c.kind == kind]
         if not mine:
             continue
         if kind in _PLANES:  # like bytes of all tensors lie together
-            planes = [_joined([c.streams[i] for c in mine]).data for i in range(_PLANES[kind])]
-            out += section(planes, entropy, level, apart=True)
+            planes = [_joined([c.streams[i] for c in mine]) for i in range(_PLANES[kind])]
+            out += plane_section(planes, entropy, level)
         else:
-            out += section([c.streams[0].data for c in mine], entropy, level)
-            scales = codes.split_planes(np.concatenate([c.scales for c in mine]))
-            quarter = len(scales) // 4
-            out += section(
-                [scales[i : i + quarter] for i in range(0, len(scales), quarter)], entropy, level, apart=True
-            )
+            key = SIGNED if kind == INT8 else PLAIN
+            out += section([c.streams[0].data for c in mine], entropy, level, key=key)
+            scales = np.frombuffer(codes.split_planes(np.concatenate([c.scales for c in mine])), np.uint8)
+            minor = sum(c.count for c in mine) >= _MANY
+            out += plane_section(np.split(scales, 4), entropy, level, minor=minor)
     integers: list[Buffer] = [c.data for c in coded if not isinstance(c, Coded) and len(c)]
     return [*out, *section(integers, entropy, level)] if integers else out
 
@@ -107,7 +106,7 @@ def read_values(reader: Reader, wanted: Sequence[tuple[int, int]]) -> list[Strea
             (raw,) = read_section(reader, [(sum(counts), sum(counts))])
             parts: list[Stream] = [*_cut(np.frombuffer(raw, np.uint8), counts)]
         elif kind in _PLANES:
-            planes = [_cut(plane, counts) for plane in _planes(reader, sum(counts), _PLANES[kind])]
+            planes = [_cut(plane, counts) for plane in read_planes(reader, sum(counts), _PLANES[kind])]
             empty = np.empty(0, np.float32)
             parts = [Coded(kind, n, tuple(p[i] for p in planes), empty) for i, n in enumerate(counts)]
         else:
@@ -137,16 +136,9 @@ def _read_quantised(reader: Reader, kind: int, counts: list[int]) -> list[Coded]
     blocks = [-(-count // codes.BLOCK) for count in counts]
     (raw,) = read_section(reader, [(sum(sizes), sum(sizes))])
     parts = _cut(np.frombuffer(raw, np.uint8), sizes)
-    scales = codes.merge_planes(np.concatenate(_planes(reader, sum(blocks), 4)).data, np.dtype("<f4"))
+    scales = codes.merge_planes(np.concatenate(read_planes(reader, sum(blocks), 4)).data, np.dtype("<f4"))
     each = _cut(scales, blocks)
     return [Coded(kind, n, (part,), scale) for n, part, scale in zip(counts, parts, each, strict=True)]
-
-
-def _planes(reader: Reader, count: int, width: int) -> list[np.ndarray]:
-    parts = read_section(reader, [(count, count)] * width)
-    if len(parts) == 1:
-        parts = [parts[0][i * count : (i + 1) * count] for i in range(width)]
-    return [np.frombuffer(part, np.uint8) for part in parts]
 
 
 def _cut(array: np.ndarray, sizes: list[int]) -> list[np.ndarray]:

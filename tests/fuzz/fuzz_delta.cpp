@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/ans.h"
 #include "cpu/delta.h"
 
 using autoflip::DeltaCoding;
@@ -179,12 +180,36 @@ void hostile(Input in) {
   }
 }
 
+// The entropy stage: any bytes into its decoder, and any bytes through both.
+void lanes(Input in) {
+  const bool beside = in.number(2);
+  const int64_t n = in.number(3000) * (in.number(4) ? 1 : 16);
+  const int key = int(in.number(3));
+  Exact<uint8_t> raw(n), companion(n), out(n), coded(int64_t(in.left));
+  for (int64_t i = 0; i < n; ++i) {
+    raw.data[i] = in.left ? uint8_t(in.data[size_t(i * i / 7) % in.left] + i % 3) : uint8_t(i);
+    companion.data[i] = uint8_t(raw.data[i] / 3);
+  }
+  if (in.left) std::memcpy(coded.data, in.data, in.left);
+  const uint8_t* known = beside ? companion.data : nullptr;
+  autoflip::ans_decode(coded.data, coded.size, known, n, out.data);
+  if (!n) return;
+  Exact<uint8_t> room(n + n / 2 + autoflip::kAnsHeader + 64);
+  const int64_t start = autoflip::ans_encode(raw.data, n, known, key, room.data);
+  expect(start >= 0, "the room is enough");
+  Exact<uint8_t> part(room.size - start);
+  std::memcpy(part.data, room.data + start, size_t(part.size));
+  expect(!autoflip::ans_decode(part.data, part.size, known, n, out.data) && out.same(raw), "round trip");
+  if (in.left) part.data[in.data[0] % part.size] ^= uint8_t(1 + in.data[in.left - 1] % 255);
+  autoflip::ans_decode(part.data, part.size, known, n, out.data);
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!size) return 0;
   const Input in{data + 1, size - 1};
-  switch (data[0] % 4) {
+  switch (data[0] % 5) {
     case 0:
       decode_index(in, true);
       break;
@@ -194,8 +219,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 2:
       stream(in);
       break;
-    default:
+    case 3:
       hostile(in);
+      break;
+    default:
+      lanes(in);
   }
   return 0;
 }

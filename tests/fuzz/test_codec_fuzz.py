@@ -20,6 +20,7 @@ OTHER = MaskSet({"w": torch.rand(20, 30, generator=_G) < 0.2})
 PART = {n: t * (torch.rand(t.shape, generator=_G) < 0.2) for n, t in DELTA.items()}
 SCHEMA = codec.Schema.of(DELTA)
 BASE = codec.decode_patch(codec.encode_patch(DELTA))
+WALK = {"w": torch.randn(48, 64, generator=_G).cumsum(1) * 0.01}  # neighbours are alike
 COMB = {"w": torch.zeros(64, 256).index_fill_(1, torch.arange(0, 256, 40), 1.25)}
 
 
@@ -46,6 +47,7 @@ FRAMES = {
     "nearest": (codec.encode(SPARSE, values="bf16", rounding="nearest", level=19), codec.decode),
     "id-only": (codec.encode(DELTA, masks=MASKS, schema=SCHEMA), partial(codec.decode, masks=MASKS, schema=SCHEMA)),
     "explicit": (codec.encode(SPARSE, entropy="none"), codec.decode),
+    **{f"walk {v}": (codec.encode(WALK, values=v), codec.decode) for v in ("fp32", "bf16", "int8")},
     "comb": (codec.encode(COMB, values="int8"), codec.decode),
     "patch": (codec.encode_patch(DELTA, BASE, masks=MASKS), partial(codec.decode_patch, base=BASE, masks=MASKS)),
     "masks": (codec.encode_masks(MASKS), codec.decode_masks),

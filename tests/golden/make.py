@@ -1,6 +1,6 @@
-"""Write the golden frames of format version 1.1; run once per version, never to make a test green.
+"""Write the golden frames of format version 1.2; run once per version, never to make a test green.
 
-Version 1.0 wrote the v1_ files, without those named ranks.
+Version 1.0 wrote the v1_ files, without those named ranks, and 1.1 the v11_ ones; 1.2 added those named lanes.
 """
 
 import sys
@@ -12,7 +12,7 @@ from autoflip import MaskSet, codec
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from test_codec_hostile import golden_update  # noqa: E402
+from test_codec_hostile import golden_update, golden_walk  # noqa: E402
 
 update, masks = golden_update()
 frames = {f"shared_{v}": codec.encode(update, masks=masks, values=v, seed=1) for v in ("fp32", "bf16", "int8", "int4")}
@@ -26,6 +26,9 @@ frames["change"] = codec.encode_masks(masks, MaskSet({"w": update["w"] > 0.15}))
 part = update | {"w": torch.where(update["w"] > 0.4, update["w"], 0)}  # some of what the mask keeps
 for v in ("fp32", "bf16", "int8", "int4"):
     frames[f"ranks_{v}"] = codec.encode(part, masks=masks, values=v, seed=1)
+for v in ("fp32", "bf16", "int8"):
+    frames[f"lanes_{v}"] = codec.encode(golden_walk(), values=v, seed=1)
+frames["lanes_long"] = codec.encode(golden_walk(40_000), values="int8", seed=1)
 for name, blob in frames.items():
-    with open(HERE / f"v11_{name}.afd", "xb") as file:
+    with open(HERE / f"v12_{name}.afd", "xb") as file:
         file.write(blob)

@@ -1,0 +1,33 @@
+#include "bindings.h"
+#include "cpu/ans.h"
+
+namespace py = pybind11;
+
+namespace autoflip {
+namespace {
+
+int64_t bound(int64_t n) { return n + n / 2 + kAnsHeader + 64; }
+
+int64_t encode(uintptr_t raw, int64_t n, uintptr_t companion, int key, uintptr_t out) {
+  return ans_encode(at<uint8_t>(raw), n, at<uint8_t>(companion), key, at<uint8_t>(out));
+}
+
+int64_t estimate(uintptr_t raw, int64_t n, uintptr_t companion, int key) {
+  return ans_estimate(at<uint8_t>(raw), n, at<uint8_t>(companion), key);
+}
+
+int64_t decode(uintptr_t data, int64_t bytes, uintptr_t companion, int64_t n, uintptr_t out) {
+  return ans_decode(at<uint8_t>(data), bytes, at<uint8_t>(companion), n, at<uint8_t>(out));
+}
+
+}  // namespace
+
+void bind_ans(py::module_& m) {
+  using free_gil = py::call_guard<py::gil_scoped_release>;
+  m.def("ans_bound", bound);
+  m.def("ans_encode", encode, free_gil());
+  m.def("ans_estimate", estimate, free_gil());
+  m.def("ans_decode", decode, free_gil());
+}
+
+}  // namespace autoflip

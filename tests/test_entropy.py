@@ -1,0 +1,145 @@
+"""The entropy stage: what goes in comes out, the numpy decoder agrees, and no bytes harm it."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import instruction_sets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoflip.ops import backend, entropy, reference_entropy
+
+KEYS = (entropy.SIGNED, entropy.MAGNITUDE, entropy.PLAIN)
+needs_cpp = pytest.mark.skipif(backend.extension("_C")[0] is None, reason="writing needs the extension")
+
+
+def streams(n, seed=0):
+    """Return streams of ``n`` bytes: codes, one symbol, noise, gaps, neighbours alike; and what lies beside them."""
+    g = np.random.default_rng(seed)
+    walk = np.cumsum(g.normal(0, 4, n))
+    out = {
+        "codes": g.normal(0, 20, n).round().clip(-127, 127).astype(np.int8).view(np.uint8),
+        "one": np.full(n, 7, np.uint8),
+        "noise": g.integers(0, 256, n).astype(np.uint8),
+        "gaps": (g.geometric(0.3, n) % 256).astype(np.uint8),
+        "rare": np.where(g.random(n) < 0.999, 0, 255).astype(np.uint8),
+        "walk": walk.astype(np.int64).astype(np.uint8),
+    }
+    return {name: (x, (x // 3 + g.integers(0, 3, n)).astype(np.uint8)) for name, x in out.items()}
+
+
+@needs_cpp
+@pytest.mark.parametrize("n", [1, 3, 8, 9, 63, 255, 1000, 32767, 32768, 70001])
+@pytest.mark.parametrize("beside", [False, True])
+def test_round_trip_and_numpy_agrees(n, beside):
+    for i, (x, companion) in enumerate(streams(n).values()):
+        known, key = companion if beside else None, KEYS[i % 3]
+        blob = entropy.encode(x, key, known)
+        assert np.array_equal(entropy.decode(blob, n, known), x)
+        got, wrong = reference_entropy.decode(np.frombuffer(blob, np.uint8), n, known)
+        assert wrong == 0
+        assert np.array_equal(got, x)
+
+
+@needs_cpp
+def test_bytes_stay_near_the_entropy():
+    n = 200_000
+    held = streams(n)
+    for name in ("codes", "noise", "gaps"):  # nothing but their frequencies to know
+        counts = np.bincount(held[name][0], minlength=256)
+        p = counts[counts > 0] / n
+        ideal = -(p * np.log2(p)).sum() * n / 8
+        # 64 bytes of states, a table of 3 bits a symbol, half a per cent for levels and 12 bits of precision
+        assert len(entropy.encode(held[name][0], entropy.SIGNED)) < 1.005 * ideal + 64 + 96
+    # a step of standard deviation 4 has 4.05 bits; 16 classes of the byte before leave an uncertainty of some steps
+    assert len(entropy.encode(held["walk"][0], entropy.PLAIN)) < 0.85 * n
+    # what lies beside leaves at most 3 * 3 values
+    assert len(entropy.encode(held["noise"][0], entropy.PLAIN, held["noise"][1])) < 0.6 * n
+
+
+@needs_cpp
+def test_more_than_a_sample_shows():
+    x = np.zeros((1 << 22) + 5, np.uint8)
+    x[1_234_567] = 200  # of four million bytes a sample tells, which lacks this one
+    x[-1] = 3
+    assert np.array_equal(entropy.decode(entropy.encode(x, entropy.PLAIN), len(x)), x)
+
+
+@needs_cpp
+def test_estimate_is_near():
+    for x, companion in streams(60_000).values():
+        for known in (None, companion):
+            size = len(entropy.encode(x, entropy.PLAIN, known))
+            assert abs(entropy.estimate(x, entropy.PLAIN, known) - size) <= 0.02 * size + 64
+
+
+def both(blob, n, known=None):
+    """Decode hostile bytes by the extension and by numpy; they must agree."""
+    got, wrong = reference_entropy.decode(np.frombuffer(bytes(blob), np.uint8), n, known)
+    try:
+        ours = entropy.decode(bytes(blob), n, known)
+    except ValueError:
+        assert wrong
+    else:
+        assert not wrong
+        assert np.array_equal(ours, got)
+
+
+@given(st.binary(max_size=400), st.sampled_from([0, 1, 7, 8, 100, 3000]))
+def test_any_bytes_are_refused_or_decoded(blob, n):
+    both(blob, n)
+
+
+@needs_cpp
+@settings(max_examples=300)
+@given(st.data())
+def test_mutations_are_refused_or_decoded(data):
+    n = data.draw(st.sampled_from([50, 1000]))
+    x, companion = streams(n)[data.draw(st.sampled_from(["codes", "rare", "gaps"]))]
+    known = data.draw(st.sampled_from([None, companion]))
+    blob = bytearray(entropy.encode(x, entropy.SIGNED, known))
+    for _ in range(data.draw(st.integers(1, 4))):
+        blob[data.draw(st.integers(0, len(blob) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    both(blob[: data.draw(st.integers(0, len(blob)))] if data.draw(st.booleans()) else blob, n, known)
+
+
+@needs_cpp
+@pytest.mark.parametrize("change, message", [
+    (lambda b: b[:-1], "ends early|tail|does not end"),
+    (lambda b: b + b"\0", "tail"),
+    (lambda b: b"\x30" + b[1:], "table"),
+    (lambda b: b"\x02\x05\x05" + b[1:], "table"),
+    (lambda b: b[:1], "ends early"),
+    (lambda b: b"", "ends early"),
+])  # fmt: skip
+def test_damage_has_a_name(change, message):
+    blob = bytes(entropy.encode(streams(64)["codes"][0], entropy.SIGNED))
+    assert blob[0] == 0  # one class
+    with pytest.raises(ValueError, match=message):
+        entropy.decode(change(blob), 64)
+
+
+def digest():
+    """Return a hash of coded streams that fill vectors, and of short ones."""
+    found = hashlib.sha256()
+    for n in (1000, 40_003, 131_072):
+        for x, companion in streams(n).values():
+            for known in (None, companion):
+                blob = entropy.encode(x, entropy.SIGNED, known)
+                assert np.array_equal(entropy.decode(blob, n, known), x)
+                found.update(blob)
+    return found.hexdigest()
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", instruction_sets.LEVELS)
+def test_every_instruction_set_writes_the_same_bytes(isa):
+    script = f"import sys; sys.path[:0] = {sys.path!r}; import test_entropy; print(test_entropy.digest())"
+    env = {**os.environ, "AUTOFLIP_CPU": isa}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == digest()
