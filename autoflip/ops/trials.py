@@ -27,7 +27,7 @@ from autoflip.ops import backend
 
 __all__ = ["choose", "enabled", "file", "forget", "known", "machine", "near"]
 
-_VERSION = 2  # of the kernels that trials compare: raise it when one changes its speed
+_VERSION = 3  # of the kernels that trials compare: raise it when one changes its speed
 _GAIN = 0.95  # the way that needs no care is left only for one that is at least 5 % faster
 _chosen: dict[str, str] = {}
 
@@ -103,7 +103,7 @@ def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float) -> str:
     for way in ways.values():
         way()
     end = time.perf_counter() + seconds
-    while len(times[next(iter(ways))]) < 3 or (time.perf_counter() < end and len(times[next(iter(ways))]) < 25):
+    while len(times[next(iter(ways))]) < 3 or (time.perf_counter() < end and len(times[next(iter(ways))]) < 100):
         for name, way in ways.items():
             start = now()
             way()
