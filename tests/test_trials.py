@@ -34,7 +34,7 @@ def short():
 def test_the_faster_way_wins_and_the_first_keeps_a_tie(kept):
     assert trials.choose("a", {"dense": long, "sparse": short}) == "sparse"
     assert trials.choose("b", {"dense": short, "sparse": long}) == "dense"
-    # the same function twice lies within 5 % of itself in the middle of 100 pairs, or the trial tells nothing
+    # the same function twice lies within 5 % of itself in the middle of 25 pairs, or the trial tells nothing
     assert trials.choose("c", {"dense": long, "sparse": long}) == "dense"
     assert json.loads(kept.read_text())[trials.machine()] == {"a": "sparse", "b": "dense", "c": "dense"}
 

@@ -105,7 +105,7 @@ def letters(mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor], 
     if n_rows <= kernels.FEW:
         # a large weight is read as often as by the dense products, but the dense path also looks at it and masks dw
         candidates.insert(0 if mask.numel() >= LEAST_READ else 1, "fff")
-    return trials.choose(f"{key} whole", {path: partial(whole, path) for path in candidates})
+    return trials.choose(f"{key} whole", {path: partial(whole, path) for path in candidates}, seconds=0.05)
 
 
 def _rows_together(mask: Tensor, kept: int) -> float:

@@ -29,6 +29,7 @@ __all__ = ["choose", "enabled", "file", "forget", "known", "machine", "near"]
 
 _VERSION = 3  # of the kernels that trials compare: raise it when one changes its speed
 _GAIN = 0.95  # the way that needs no care is left only for one that is at least 5 % faster
+_BURST = 0.0005  # seconds that a way is timed for in a row
 _chosen: dict[str, str] = {}
 
 
@@ -100,14 +101,20 @@ def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float) -> str:
     # on one thread CPU time: what other processes take of a shared core is not ours
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
+    calls: dict[str, int] = {}
+    for name, way in ways.items():
         way()
+        start = now()
+        way()
+        # a short way several times in a row, as training does: in turns each would find the others' code in the caches
+        calls[name] = max(1, min(50, int(_BURST / max(now() - start, 1e-6))))
     end = time.perf_counter() + seconds
-    while len(times[next(iter(ways))]) < 3 or (time.perf_counter() < end and len(times[next(iter(ways))]) < 100):
+    while len(times[next(iter(ways))]) < 3 or (time.perf_counter() < end and len(times[next(iter(ways))]) < 25):
         for name, way in ways.items():
             start = now()
-            way()
-            times[name].append(now() - start)
+            for _ in range(calls[name]):
+                way()
+            times[name].append((now() - start) / calls[name])
     middle = {name: statistics.median(t) for name, t in times.items()}
     first = next(iter(ways))
     best = min(middle, key=lambda name: middle[name])
