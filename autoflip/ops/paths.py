@@ -24,6 +24,8 @@ __all__ = ["PATHS", "bucket", "chunk", "letters", "rule"]
 PATHS = ("auto", "sparse", "dense")
 # multiply-adds of the dense product below which :func:`rule` takes no sparse call
 LEAST_WORK = 400_000
+# seconds that a layer takes to check what it hands to a kernel, more than for the dense product (Zen 4)
+CHECKS = 8e-6
 # entries of a weight from which the kernels for few rows were never slower than the dense path (Zen 4, 1 thread)
 LEAST_READ = 1 << 15
 # step -> (least rows of x, density below which the kernel was at least 10 % faster than torch 2.13's dense float32
@@ -105,7 +107,9 @@ def letters(mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor], 
     if n_rows <= kernels.FEW:
         # a large weight is read as often as by the dense products, but the dense path also looks at it and masks dw
         candidates.insert(0 if mask.numel() >= LEAST_READ else 1, "fff")
-    return trials.choose(f"{key} whole", {path: partial(whole, path) for path in candidates}, seconds=0.05)
+    return trials.choose(
+        f"{key} whole", {path: partial(whole, path) for path in candidates}, seconds=0.05, least=CHECKS
+    )
 
 
 def _rows_together(mask: Tensor, kept: int) -> float:

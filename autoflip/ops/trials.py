@@ -80,24 +80,25 @@ def near(density: float) -> str:
     return f"{2 ** (round(math.log2(max(density, 1e-4)) * 4) / 4):.3g}"
 
 
-def choose(key: str, ways: Mapping[str, Callable[[], object]], *, seconds: float = 0.03) -> str:
+def choose(key: str, ways: Mapping[str, Callable[[], object]], *, seconds: float = 0.03, least: float = 0.0) -> str:
     """Return the name of the fastest of ``ways``, by what is remembered under ``key`` or else by a trial.
 
     Args:
         key: names the work: sizes, density, threads.
         ways: name -> function of no argument; the first is kept unless another takes less than 95 % of its time.
         seconds: about how long the trial may take.
+        least: seconds that another way must gain beyond that: what it costs its caller outside of the trial.
     """
     if not _chosen:
         _chosen.update(known())
     if _chosen.get(key) not in ways:
         # a counter of FLOPs must not see the trial, nor autograd
         with _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
-            _chosen[key] = _remember(key, _fastest(ways, seconds), ways)
+            _chosen[key] = _remember(key, _fastest(ways, seconds, least), ways)
     return _chosen[key]
 
 
-def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float) -> str:
+def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, least: float) -> str:
     # on one thread CPU time: what other processes take of a shared core is not ours
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -118,7 +119,7 @@ def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float) -> str:
     middle = {name: statistics.median(t) for name, t in times.items()}
     first = next(iter(ways))
     best = min(middle, key=lambda name: middle[name])
-    return best if middle[best] < _GAIN * middle[first] else first
+    return best if middle[best] < _GAIN * middle[first] - least else first
 
 
 def _remember(key: str, choice: str, ways: Container[str]) -> str:
