@@ -2,7 +2,8 @@
 
 Forward, dx and dw choose each for itself, per weight shape, batch size, density, shape of the mask's blocks and thread
 count: by a short trial that is remembered on disk (:mod:`autoflip.ops.trials`), or by :func:`rule` where trials are
-off. A last trial puts what was chosen, as a whole training step through autograd, against the dense path.
+off. A last trial puts what was chosen, as a whole training step through autograd, against the dense path and, for up to
+8 rows, against kernels that compute every product and read the weight through its mask.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def rule(n_rows: int, out_features: int, in_features: int, density: float, *, st
 
 
 def letters(mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor], *, timed: bool) -> str:
-    """Return one letter a step (forward, dx, dw) for the CPU kernel: s = sparse, d = dense.
+    """Return one letter a step (forward, dx, dw) for the CPU kernel: s = sparse, d = dense; or "fff", for few rows.
 
     Args:
         mask: ``(O, K)``, contiguous bool on the CPU.
