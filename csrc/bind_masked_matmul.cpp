@@ -29,12 +29,6 @@ py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk, bool
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
-// Whether AUTOFLIP_BACKEND leaves CPU tensors to this extension: os.environ takes ten times as long to ask.
-bool wanted() {
-  const char* wish = std::getenv("AUTOFLIP_BACKEND");
-  return !wish || !*wish || !std::strcmp(wish, "auto") || !std::strcmp(wish, "cpp");
-}
-
 void select(uintptr_t w, uintptr_t mask, int64_t n, uintptr_t out, int threads) {
   py::gil_scoped_release release;
   kernels().select(at<const float>(w), at<const uint8_t>(mask), n, at<float>(out),
@@ -85,8 +79,15 @@ bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, i
 
 }  // namespace
 
+// Whether AUTOFLIP_BACKEND leaves CPU tensors to this extension: os.environ takes ten times as long to ask.
+bool masked_matmul_wanted() {
+  const char* wish = std::getenv("AUTOFLIP_BACKEND");
+  return !wish || !*wish || !std::strcmp(wish, "auto") || !std::strcmp(wish, "cpp");
+}
+
 void bind_masked_matmul(py::module_& m) {
-  m.def("masked_matmul_wanted", wanted, "whether AUTOFLIP_BACKEND leaves CPU tensors to this extension");
+  m.def("masked_matmul_wanted", masked_matmul_wanted,
+        "whether AUTOFLIP_BACKEND leaves CPU tensors to this extension");
   m.def("masked_matmul_layout", layout, "the orders of mask (rows, cols) with this many columns a chunk");
   m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
   m.def("masked_matmul_is_clean", is_clean, "whether w is zero wherever mask is not set");

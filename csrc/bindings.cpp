@@ -10,6 +10,8 @@ PYBIND11_MODULE(_C, m) {
       "isa", [] { return autoflip::isa_name(autoflip::cpu_isa()); },
       "instruction set that serves this process");
   autoflip::bind_masked_matmul(m);
+  autoflip::bind_hook(m);
+  autoflip::bind_few(m);
   autoflip::bind_masked_conv(m);
   autoflip::bind_ans(m);
   autoflip::bind_delta(m);

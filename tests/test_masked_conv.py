@@ -125,6 +125,7 @@ def test_layer_takes_the_sparse_path_where_it_is_forced_and_falls_back_elsewhere
     pack = layer._conv_pack(layer.weight_mask)
     pack.path = "sparse"
     pack._parts.clear()
+    layer._unhook()  # the choice for x is remembered with it
     monkeypatch.setattr(F, "conv2d", None)  # torch's convolution must not run
     torch.testing.assert_close(layer(x), want)
     torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), want)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoflip.nn.masked import Masked, channels_last
-from autoflip.ops import ConvPack, conv_weight, masked_conv2d, version_of
+from autoflip.ops import ConvPack, conv_weight, masked_conv2d, traced, version_of
 
 __all__ = ["MaskedConv2d"]
 
@@ -42,8 +42,12 @@ class MaskedConv2d(Masked, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with the kept weights plus the bias."""
-        bias: Any = self.bias
-        weight, mask = self.weight, self._buffers.get("weight_mask")
+        mask = self._buffers.get("weight_mask")
+        # past nn.Module.__getattr__, a microsecond a step; a parametrized layer has no such parameter
+        found, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        weight: Any = self.weight if found is None else found
+        if mask is not None and self._stands_still(input, found, mask):
+            return self._conv_forward(input, weight, bias)
         if torch.compiler.is_compiling():
             return self._conv_forward(input, weight if mask is None else conv_weight(weight, mask), bias)
         known = self.__dict__.get("_pack")  # asked first: the rest of the way costs a small layer a percent or two
@@ -54,11 +58,19 @@ class MaskedConv2d(Masked, nn.Conv2d):
             pack = self._conv_pack(mask)
         else:
             pack = known[2]
+        if not traced() and (pack is None or self._all_dense(pack, input)) and self._stands(input, weight, mask):
+            return self._conv_forward(input, weight, bias)
         if channels_last(weight):  # torch's convolution keeps that layout; the sparse kernel has its own
             return self._conv_forward(input, self._effective("weight"), bias)
         if pack is None:
             return self._conv_forward(input, conv_weight(weight, mask), bias)
         return masked_conv2d(input, weight, bias, pack)
+
+    @staticmethod
+    def _all_dense(pack: ConvPack, input: Tensor) -> bool:
+        if input.dim() != 4 or input.dtype is not torch.float32:
+            return True
+        return pack.parts(len(input), input.shape[2], input.shape[3]) is None
 
     def _forget(self) -> None:
         super()._forget()

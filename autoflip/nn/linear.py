@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoflip.nn.masked import Masked
-from autoflip.ops import Pack, masked_linear, version_of
+from autoflip.ops import Pack, masked_linear, traced, version_of
 
 __all__ = ["MaskedLinear", "MaskedSelectingLinear", "SelectingLinear", "select"]
 
@@ -69,13 +69,22 @@ class MaskedLinear(Masked, nn.Linear):
         # past nn.Module.__getattr__, a microsecond a step; a parametrized layer has no such parameter
         found = self._parameters.get("weight")
         weight, bias = (self.weight, self.bias) if found is None else (found, self._parameters["bias"])
-        if mask is None:
+        if mask is None or self._stands_still(input, found, mask):
             return F.linear(input, weight, bias)
-        if not torch.compiler.is_compiling() and (
-            self._pack is None or self._pack.mask is not mask or self._packed_version != version_of(mask)
-        ):
-            self._repack()  # the module moved to another device, or someone wrote into the buffer
         pack = self._pack
+        if not torch.compiler.is_compiling():
+            if pack is None or pack.mask is not mask or self._packed_version != version_of(mask):
+                self._repack()  # the module moved to another device, or someone wrote into the buffer
+                pack = self._pack
+            assert pack is not None
+            if (
+                pack.density < 1
+                and not traced()
+                and weight.dtype is torch.float32
+                and pack.all_dense(input.shape[:-1].numel())
+                and self._stands(input, weight, mask)
+            ):
+                return F.linear(input, weight, bias)
         assert pack is not None
         if pack.density == 1:
             return F.linear(input, weight, bias)

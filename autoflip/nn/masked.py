@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.ops import masked_weight, version_of, zero_pruned
+from autoflip.ops import gradient_hook, looker, masked_weight, version_of, zero_pruned
+
+_compiling = torch.compiler.is_compiling
 
 __all__ = ["Masked", "channels_last", "rows"]
 
@@ -47,7 +49,8 @@ class Masked(nn.Module):
         # a copy of this layer alone must not carry the whole model; in a copy of the model its keeper's copy joins
         inherited = getattr(super(), "__getstate__", None)  # Python 3.10's object has none
         state = self.__dict__ if inherited is None else inherited()
-        return {key: value for key, value in state.items() if key != "_keeper"}
+        # handles of hooks and functions of the extension are of this layer alone
+        return {key: value for key, value in state.items() if key not in ("_keeper", "_hooked", "_still")}
 
     def masks(self) -> dict[str, Tensor]:
         """Return parameter name -> mask, for the parameters that have one."""
@@ -88,6 +91,8 @@ class Masked(nn.Module):
             # persistent=False: FL codebases average state_dict(); a bool mask must not be in it
             self.register_buffer(f"{name}_mask", own, persistent=False)
         self._zero()
+        if "weight" in masks:
+            self.__dict__["_own"] = self._parameters.get("weight")
         keeper = self.__dict__.get("_keeper")  # of sparsify: there may be something to keep now
         if keeper is not None:
             keeper.wake()
@@ -96,6 +101,8 @@ class Masked(nn.Module):
         for name in self.masks():
             delattr(self, f"{name}_mask")
         self.__dict__.pop("_whole", None)
+        self.__dict__.pop("_own", None)
+        self._unhook()
 
     def _forget(self) -> None:
         """Undo everything that a masked layer has and torch's layer has not."""
@@ -116,6 +123,45 @@ class Masked(nn.Module):
         if known is None or known[0] is not mask or known[1] != version_of(mask):
             known = whole[name] = (mask, version_of(mask), bool(mask.all()))
         return None if known[2] else mask
+
+    def _stands(self, input: Tensor, weight: Tensor, mask: Tensor) -> bool:
+        """Tell whether ``weight`` itself may be multiplied by: zero where it is pruned, its gradient masked by a hook.
+
+        Never true of a tensor that stands in for the layer's own parameter for a while (``functional_call``): a hook
+        would stay with it. From now on :meth:`_stands_still` is asked first for an ``input`` of this shape.
+        """
+        state = self.__dict__
+        look = looker(mask) if weight is state.get("_own") else None
+        if look is None or not look(weight):
+            return False
+        if weight.requires_grad:
+            hooked = state.get("_hooked")
+            if hooked is None or hooked[0] is not mask:
+                handle = weight.register_hook(gradient_hook(mask))
+                self._unhook()  # after: a graph may still wait for its gradient
+                state["_hooked"] = (mask, handle)
+            if not mask.is_inference():
+                state["_still"] = (weight, mask, mask._version, input.shape, look)
+        return True
+
+    def _stands_still(self, input: Tensor, weight: Tensor | None, mask: Tensor) -> bool:
+        """Tell whether :meth:`_stands` was true and nothing has changed since, in a third of the time."""
+        known = self.__dict__.get("_still")
+        return (
+            known is not None
+            and known[0] is weight
+            and known[1] is mask
+            and not _compiling()
+            and known[2] == mask._version
+            and known[3] == input.shape
+            and known[4](weight)
+        )
+
+    def _unhook(self) -> None:
+        self.__dict__.pop("_still", None)
+        hooked = self.__dict__.pop("_hooked", None)
+        if hooked is not None:
+            hooked[1].remove()
 
     def _effective(self, name: str) -> Tensor:
         """Return the parameter with zeros where it is pruned."""

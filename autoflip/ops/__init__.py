@@ -3,6 +3,11 @@
 # delta
 from autoflip.ops import delta as delta
 
+# masked_weight
+from autoflip.ops._masked_weight import gradient_hook as gradient_hook
+from autoflip.ops._masked_weight import looker as looker
+from autoflip.ops._masked_weight import traced as traced
+
 # grouped
 from autoflip.ops.grouped import GroupedPack as GroupedPack
 from autoflip.ops.grouped import grouped_linear as grouped_linear

@@ -21,6 +21,7 @@ backend.register("masked_matmul", "cpp", "cuda", "triton")
 
 TILE = 32  # of kernels/masked_matmul.py and csrc/cuda/masked_matmul.cu
 STEPS = ("forward", "dx", "dw")
+FEW = CPP.masked_few_most() if CPP is not None else 0  # rows of x for which a path may be "fff"; 0: none
 
 
 class Parts(NamedTuple):
@@ -31,7 +32,9 @@ class Parts(NamedTuple):
     chunk: int
     live: Tensor
     kept: int
-    path: str  # one letter a step (forward, dx, dw): s = sparse kernel, d = dense product
+    # one letter a step (forward, dx, dw): s = sparse kernel, d = dense product; or "fff": every product computed by the
+    # kernels for few rows, which read the weight through the mask; the layout is the mask in bits then
+    path: str
 
 
 def serves(a: Tensor, parts: Parts, step: str) -> str:
@@ -49,6 +52,11 @@ def make_layout(mask: Tensor, chunk: int, back: bool) -> Tensor:
     rows, cols = mask.shape
     layout = CPP.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk, back)
     return torch.frombuffer(bytearray(layout), dtype=torch.uint8)
+
+
+def make_bits(mask: Tensor) -> Tensor:
+    """Return what the kernels for few rows take of a contiguous 2-d CPU mask in the layout's place."""
+    return torch.frombuffer(bytearray(CPP.masked_few_bits(mask.data_ptr(), *mask.shape)), dtype=torch.uint8)
 
 
 def live_tiles(mask: Tensor) -> Tensor:
@@ -126,6 +134,20 @@ def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, part
     bias = None if bias is None else bias.contiguous()
     rows, cols = parts.mask.shape
     y = torch.empty(len(x), rows)
+    if parts.path[0] == "f":
+        CPP.masked_few_forward(
+            weight.data_ptr(),
+            parts.layout.data_ptr(),
+            x.data_ptr(),
+            len(x),
+            rows,
+            cols,
+            0 if bias is None else bias.data_ptr(),
+            relu,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
     CPP.masked_matmul_forward(
         x.data_ptr(),
         weight.data_ptr(),
@@ -159,6 +181,21 @@ def cpu_backward(
     rows, cols = parts.mask.shape
     out = torch.empty(len(dy), cols) if dx else None
     sums = torch.empty(rows) if db else None
+    if parts.path[0] == "f":
+        CPP.masked_few_backward(
+            0 if weight is None else weight.data_ptr(),
+            parts.layout.data_ptr(),
+            dy.data_ptr(),
+            0 if x is None else x.data_ptr(),
+            len(dy),
+            rows,
+            cols,
+            0 if out is None else out.data_ptr(),
+            0 if dw is None else dw.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out, dw, sums
     CPP.masked_matmul_backward(
         dy.data_ptr(),
         0 if x is None else x.data_ptr(),

@@ -56,7 +56,8 @@ _dw_op = _register(
 def _flops(step: str) -> Callable[..., int]:
     def count(a: Tensor, b: Tensor, *rest: Any, out_val: Any = None, **_: Any) -> int:
         parts = Parts(*rest[-6:])
-        return 2 * len(a) * (parts.mask.numel() if kernels.serves(a, parts, step) == "dense" else parts.kept)
+        all_of_them = parts.path[0] == "f" or kernels.serves(a, parts, step) == "dense"
+        return 2 * len(a) * (parts.mask.numel() if all_of_them else parts.kept)
 
     return count
 
@@ -159,7 +160,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: tuple[bool, Parts, Any]) -> Tensor:
         relu, parts, _ = ctx.job = job
         ctx.operand = None
-        if parts.path[0] == "s":
+        if parts.path[0] != "d":
             y = kernels.cpu_forward(x, weight, bias, relu, parts)
         else:
             ctx.operand = weights.operand(weight, parts.mask)
@@ -178,7 +179,7 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled() or not weights.kernel_here(dy):  # a second derivative is wanted, or a transform
             grad_x, grad_w = dx(dy, weight, parts) if need_x else None, dw(dy, x, parts) if need_w else None
             return grad_x, grad_w, dy.sum(0) if need_b else None, None
-        sparse_x, sparse_w = need_x and parts.path[1] == "s", need_w and parts.path[2] == "s"
+        sparse_x, sparse_w = need_x and parts.path[1] != "d", need_w and parts.path[2] != "d"
         grad_x = grad_w = grad_b = None
         if sparse_x or sparse_w:
             grad_w = new() if sparse_w else None

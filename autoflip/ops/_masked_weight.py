@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from autoflip.ops import backend
 
@@ -33,17 +36,65 @@ def has_memory(t: Tensor) -> bool:
     return type(t) in (Tensor, _PARAMETER) and not _depth()
 
 
+if CPP is not None:
+    _holders = getattr(torch._C, "_storage_Use_Count", lambda _: -1)
+    CPP.masked_meet(
+        {
+            "tensor": Tensor,
+            "parameter": _PARAMETER,
+            "float32": torch.float32,
+            "modes": _depth,
+            "tracing": _tracing,
+            "transforms": _stack,
+            "batched": _old_vmap,
+            "grad_enabled": torch.is_grad_enabled,
+            "storage_holders": _holders,
+        }
+    )
+
+
 def kernel_here(*tensors: Tensor) -> bool:
     """Tell whether the CPU extension may read the tensors: float32 on the CPU, addresses, no transform or trace."""
-    if CPP is None or _compiling() or _depth() or _tracing() or _stack() is not None or not CPP.masked_matmul_wanted():
-        return False
-    for t in tensors:
-        kind = type(t)
-        if (kind is not Tensor and kind is not _PARAMETER) or t.dtype is not torch.float32 or not t.is_cpu:
-            return False
-        if _old_vmap(t):
-            return False
-    return True
+    return CPP is not None and not _compiling() and CPP.masked_kernel_here(*tensors)
+
+
+def looker(mask: Tensor) -> Callable[[Tensor], bool] | None:
+    """Return a function that tells whether a weight is contiguous float32 on the CPU and zero wherever it is pruned.
+
+    None where the CPU extension cannot look. Not to be called where torch.compile is at work.
+    """
+    if CPP is None or not mask.is_cpu or not mask.is_contiguous():
+        return None
+    found: Callable[[Tensor], bool] = CPP.masked_look(mask.data_ptr(), mask.numel(), mask)
+    return found
+
+
+def gradient_hook(mask: Tensor) -> Callable[[Tensor], Tensor | None]:
+    """Return a hook for a parameter that sets its gradient to zero wherever ``mask`` is not set.
+
+    The gradient is written in place where autograd alone holds it and wants no derivative of it: what is returned in
+    its place costs a small layer's step a quarter.
+    """
+    otherwise = partial(_masked_gradient, mask)
+    if CPP is None or not mask.is_cpu or not mask.is_contiguous():
+        return otherwise
+    _count_holders()
+    hook: Callable[[Tensor], Tensor | None] = CPP.masked_hook(mask.data_ptr(), mask.numel(), otherwise)
+    return hook
+
+
+def _masked_gradient(mask: Tensor, gradient: Tensor) -> Tensor:
+    return select(gradient, mask if mask.device == gradient.device else mask.to(gradient.device))
+
+
+@cache
+def _count_holders() -> None:
+    """Show the extension gradients that autograd alone holds: how many references that is differs between torchs."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        weight = torch.zeros(2, 2, requires_grad=True)
+        weight.register_hook(CPP.masked_gradient_probe)
+        (2 * weight).sum().backward()
+        torch.nn.functional.linear(torch.zeros(1, 2), weight).sum().backward()  # a view: turned round
 
 
 class _Select(torch.autograd.Function):

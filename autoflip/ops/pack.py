@@ -81,6 +81,10 @@ class Pack:
             self._recent = (n_rows, threads, self.parts(n_rows))
         return self._recent[2]
 
+    def all_dense(self, n_rows: int) -> bool:
+        """Tell whether every step takes the dense product for this many rows on a CPU."""
+        return self.cpu_parts(n_rows).path == "ddd"
+
     def _make_parts(self, n_rows: int, *, timed: bool = True) -> kernels.Parts:
         server = backend.serve("masked_matmul", self.mask.device)
         nothing = torch.empty(0, dtype=torch.uint8, device=self.mask.device)
@@ -96,6 +100,8 @@ class Pack:
             return kernels.Parts(self.mask, nothing, chunk, self._live, self.kept, "sss")
         layout = lambda: self._layout(chunk, paths.back(n_rows))
         letters = "sss" if self.path == "sparse" else paths.letters(self.mask, self.kept, n_rows, layout, timed=timed)
+        if letters == "fff":
+            return kernels.Parts(self.mask, self._bits(), chunk, nothing, self.kept, letters)
         return kernels.Parts(self.mask, layout() if "s" in letters else nothing, chunk, nothing, self.kept, letters)
 
     def _layout(self, chunk: int, back: bool) -> Tensor:
@@ -103,10 +109,15 @@ class Pack:
             self._layouts[chunk, back] = kernels.make_layout(self.mask, chunk, back)
         return self._layouts[chunk, back]
 
+    def _bits(self) -> Tensor:
+        if (0, False) not in self._layouts:
+            self._layouts[0, False] = kernels.make_bits(self.mask)
+        return self._layouts[0, False]
+
     def new_gradient(self) -> Tensor:
         """Return float32 memory shaped like the mask that nobody else holds; what stands in it means nothing."""
         if not self._keeps:
-            return torch.empty(self._shape)
+            return torch.empty(*self._shape)
         own = self.__dict__.pop("_gradient", None)  # popped: another thread must not take it too
         if own is None or _holders(own) > _ALONE:
             own = torch.empty(self.mask.shape)

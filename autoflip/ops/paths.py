@@ -2,13 +2,14 @@
 
 Forward, dx and dw choose each for itself, per weight shape, batch size, density, shape of the mask's blocks and thread
 count: by a short trial that is remembered on disk (:mod:`autoflip.ops.trials`), or by :func:`rule` where trials are
-off. A last trial puts what was chosen, as a whole training step through autograd, against the dense path.
+off. A last trial puts what was chosen, as a whole training step through autograd, against the dense path and, for up to
+8 rows, against kernels that compute every product and read the weight through its mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ __all__ = ["PATHS", "bucket", "chunk", "letters", "rule"]
 PATHS = ("auto", "sparse", "dense")
 # multiply-adds of the dense product below which :func:`rule` takes no sparse call
 LEAST_WORK = 400_000
+# seconds that a layer takes to check what it hands to a kernel, more than for the dense product (Zen 4)
+CHECKS = 8e-6
+# entries of a weight from which the kernels for few rows were never slower than the dense path (Zen 4, 1 thread)
+LEAST_READ = 1 << 15
 # step -> (least rows of x, density below which the kernel was at least 10 % faster than torch 2.13's dense float32
 # product at every weight tried: 784x200, 2304x512 and 4096x4096, densities 0.7 to 0.01). "avx512": AMD EPYC (Zen 4),
 # 1 thread, CPU time, 2026-11-28. "avx2": an earlier kernel on an Intel Xeon (Sapphire Rapids) with
@@ -77,7 +82,7 @@ def rule(n_rows: int, out_features: int, in_features: int, density: float, *, st
 
 
 def letters(mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor], *, timed: bool) -> str:
-    """Return one letter a step (forward, dx, dw) for the CPU kernel: s = sparse, d = dense.
+    """Return one letter a step (forward, dx, dw) for the CPU kernel: s = sparse, d = dense; or "fff", for few rows.
 
     Args:
         mask: ``(O, K)``, contiguous bool on the CPU.
@@ -99,7 +104,13 @@ def letters(mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor], 
     ways, whole = _ways(mask, kept, n_rows, layout)
     found = "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
     # "sss" is one call back: the least of autograd's cost, which is most of a small layer's
-    return trials.choose(f"{key} whole", {path: partial(whole, path) for path in ("ddd", found, "sss")})
+    candidates = ["ddd", found, "sss"]
+    if n_rows <= kernels.FEW:
+        # a large weight is read as often as by the dense products, but the dense path also looks at it and masks dw
+        candidates.insert(0 if mask.numel() >= LEAST_READ else 1, "fff")
+    return trials.choose(
+        f"{key} whole", {path: partial(whole, path) for path in candidates}, seconds=0.05, least=CHECKS
+    )
 
 
 def _rows_together(mask: Tensor, kept: int) -> float:
@@ -119,6 +130,7 @@ def _ways(
     """Return step -> its two ways, and a training step along a path."""
     rows, cols = mask.shape
     made: dict[str, object] = {}
+    look = weights.looker(mask)
 
     def case() -> tuple[Tensor, Tensor, Tensor, kernels.Parts, Tensor]:
         if not made:
@@ -153,13 +165,32 @@ def _ways(
         x, dy, _, parts, out = case()
         return kernels.cpu_outer(dy, x, parts, out)
 
+    @cache
+    def leaves() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, _, w, *_ = case()
+        hooked = w.detach().requires_grad_()
+        hooked.register_hook(weights.gradient_hook(mask))
+        return x.detach().requires_grad_(), w.detach().requires_grad_(), hooked, w.new_zeros(rows).requires_grad_()
+
+    @cache
+    def parts_of(path: str) -> kernels.Parts:
+        parts = case()[3]._replace(path=path)
+        return parts._replace(layout=kernels.make_bits(mask)) if path == "fff" else parts
+
     def whole(path: str) -> object:
-        x, dy, w, parts, out = case()
+        dy = case()[1]
         with torch.enable_grad():
-            x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-            bias = w.new_zeros(rows, requires_grad=True)
-            y = steps.train(x, w, bias, parts._replace(path=path), lambda: torch.empty_like(out), False)
-            return torch.autograd.grad(y, (x, w, bias), dy)
+            x, w, hooked, bias = leaves()
+            x.grad = w.grad = hooked.grad = bias.grad = None
+            if path == "ddd":  # as the layers of autoflip.nn do it
+                assert look is not None
+                look(hooked)
+                y = F.linear(x, hooked, bias)
+            else:
+                weights.kernel_here(x, w, bias)
+                y = steps.train(x, w, bias, parts_of(path), lambda: torch.empty(rows, cols), False)
+            y.backward(dy)
+            return y
 
     return {
         "forward": {"dense": forward_dense, "sparse": forward},

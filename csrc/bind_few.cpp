@@ -1,0 +1,60 @@
+// Addresses in.
+#include <stdexcept>
+
+#include "bindings.h"
+#include "common/cpu.h"
+#include "cpu/masked_few.h"
+
+namespace py = pybind11;
+
+namespace autoflip {
+namespace {
+
+int useful_threads(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
+
+#if defined(__x86_64__)
+const MaskedFew& kernels() { return masked_few_avx512; }
+#else
+const MaskedFew& kernels() { throw std::logic_error("masked_few: no kernel for this CPU"); }
+#endif
+
+// the most samples that the kernels take; 0: there are none for this CPU
+int64_t most() { return cpu_isa() == Isa::avx512 ? kFewSamples : 0; }
+
+py::bytes bits(uintptr_t mask, int64_t rows, int64_t cols) {
+  std::vector<uint8_t> bytes;
+  {
+    py::gil_scoped_release release;
+    bytes = masked_few_bits(at<const uint8_t>(mask), rows, cols);
+  }
+  return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+void forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols, uintptr_t bias,
+             bool relu, uintptr_t y, int threads) {
+  py::gil_scoped_release release;
+  kernels().forward(at<const float>(w), at<const uint16_t>(bits), at<const float>(x), n, rows, cols,
+                    at<const float>(bias), relu, at<float>(y), useful_threads(rows * cols, threads));
+}
+
+void backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
+              uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
+  py::gil_scoped_release release;
+  kernels().backward(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), at<const float>(x), n,
+                     rows, cols, at<float>(dx), at<float>(dw), at<float>(db),
+                     useful_threads(rows * cols, threads));
+}
+
+}  // namespace
+
+void bind_few(py::module_& m) {
+  m.def("masked_few_most", most, "the most samples of the functions below; 0: not for this CPU");
+  m.def("masked_few_bits", bits, "a mask (rows, cols), 16 columns to a word, each row from a whole word on");
+  m.def("masked_few_forward", forward,
+        "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias), all products computed");
+  m.def("masked_few_backward", backward,
+        "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
+        "dy.sum(0); all products computed");
+}
+
+}  // namespace autoflip

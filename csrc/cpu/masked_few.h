@@ -1,0 +1,28 @@
+// A masked linear layer for a few samples: weights are read where they stand, all of them, and those that are
+// pruned become zeros on their way to a register. No order of the kept ones, no panels: with so few samples
+// to share them they would cost more than the multiply-adds that they save.
+//
+// bits: the mask, 16 columns to a word, row by row, each row from a whole word on; zeros past its end.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace autoflip {
+
+constexpr int64_t kFewSamples = 8;
+
+struct MaskedFew {
+  // y (n, rows) = x (n, cols) @ (w * mask).T, plus bias (rows) or null, then relu if asked; all row-major
+  void (*forward)(const float* w, const uint16_t* bits, const float* x, int64_t n, int64_t rows, int64_t cols,
+                  const float* bias, bool relu, float* y, int threads);
+  // dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = mask ? dy.T @ x : 0; db (rows) = dy's sum
+  // over samples; those that are null are left out
+  void (*backward)(const float* w, const uint16_t* bits, const float* dy, const float* x, int64_t n,
+                   int64_t rows, int64_t cols, float* dx, float* dw, float* db, int threads);
+};
+
+extern const MaskedFew masked_few_avx512;  // for other instruction sets there is none: they were not measured
+
+std::vector<uint8_t> masked_few_bits(const uint8_t* mask, int64_t rows, int64_t cols);
+
+}  // namespace autoflip
