@@ -7,6 +7,7 @@ off. A last trial puts what was chosen, as a whole training step through autogra
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -52,6 +53,12 @@ def chunk(n_rows: int, density: float) -> int:
     if n_rows <= 16 or density < 0.03:
         return 512
     return 256 if n_rows <= 32 or density < 0.07 else 128
+
+
+GROUPS_FROM = float(os.environ.get("GF", "0.15"))
+def groups(n_rows: int, density: float) -> bool:
+    """Return whether rows are walked four at a time, for the columns that they share, instead of one by one."""
+    return density >= GROUPS_FROM
 
 
 def back(n_rows: int) -> bool:
