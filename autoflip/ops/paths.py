@@ -7,7 +7,6 @@ off. A last trial puts what was chosen, as a whole training step through autogra
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -55,10 +54,12 @@ def chunk(n_rows: int, density: float) -> int:
     return 256 if n_rows <= 32 or density < 0.07 else 128
 
 
-GROUPS_FROM = float(os.environ.get("GF", "0.15"))
 def groups(n_rows: int, density: float) -> bool:
-    """Return whether rows are walked four at a time, for the columns that they share, instead of one by one."""
-    return density >= GROUPS_FROM
+    """Return whether rows are walked four at a time, for the columns that they share, instead of one by one.
+
+    Few lanes do too little with a column that is shared to pay for the smaller buckets.
+    """
+    return density >= (0.25 if n_rows <= 32 else 0.15)
 
 
 def back(n_rows: int) -> bool:
@@ -165,7 +166,8 @@ def _ways(
         with torch.enable_grad():
             x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
             bias = w.new_zeros(rows, requires_grad=True)
-            y = steps.train(x, w, bias, parts._replace(path=path), lambda: torch.empty_like(out), False)
+            # a Pack keeps the memory of a large gradient: fresh pages would hide what the ways differ by
+            y = steps.train(x, w, bias, parts._replace(path=path), out.detach, False)
             return torch.autograd.grad(y, (x, w, bias), dy)
 
     return {

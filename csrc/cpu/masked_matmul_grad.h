@@ -131,7 +131,7 @@ void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float*
                                        x + p.begin * lists.cols + col * p.width, i == 0, sums);
   }
   // what no cache will hold until it is read again need not pass through one
-  const bool past = lists.rows * lists.cols >= kPastCache;
+  const bool past = lists.rows * lists.cols >= kPackFrom;
   const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
   const uint16_t* bits = lists.bits + cell * lists.block * words;
   alignas(64) float empty[kMaxChunk] = {};
