@@ -18,13 +18,13 @@ const MaskedMatmul& kernels() { return pick(masked_matmul_base, masked_matmul_av
 
 int useful_threads(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
 
-py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk, bool back) {
+py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk, bool groups, bool back) {
   if (rows * cols > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument("masked_matmul: a mask of 2^31 entries or more has no layout");
   std::vector<uint8_t> bytes;
   {
     py::gil_scoped_release release;
-    bytes = masked_matmul_orders(at<const uint8_t>(mask), rows, cols, chunk, back);
+    bytes = masked_matmul_orders(at<const uint8_t>(mask), rows, cols, chunk, groups, back);
   }
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
@@ -41,27 +41,32 @@ bool is_clean(uintptr_t w, uintptr_t mask, int64_t n) {
 }
 
 void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t bias, int64_t n,
-             int64_t rows, int64_t cols, bool relu, uintptr_t y, int threads) {
+             int64_t rows, int64_t cols, bool relu, uintptr_t y, uintptr_t values, int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
   threads = useful_threads(n * cols, threads);
+  const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk);
   Scratch& scratch = thread_scratch();
-  k.forward(masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk), at<const float>(weight),
-            at<const float>(x), n, at<const float>(bias), relu, at<float>(y),
-            scratch.take(k.forward_scratch(n, rows, cols)), threads);
+  k.forward(orders, at<const float>(weight), at<const float>(x), n, at<const float>(bias), relu, at<float>(y),
+            at<float>(values), scratch.take(k.forward_scratch(orders, n)), threads);
   scratch.settle();
 }
 
-void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, int64_t n,
-              int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
+void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay, int64_t chunk,
+              int64_t n, int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
   threads = useful_threads(n * cols, threads);
+  const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk);
   Scratch& scratch = thread_scratch();
-  k.backward(masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk), at<const float>(weight),
-             at<const float>(dy), at<const float>(x), n, at<float>(dx), at<float>(dw), at<float>(db),
-             scratch.take(k.backward_scratch(n, rows, cols)), threads);
+  k.backward(orders, at<const float>(weight), at<const float>(values), at<const float>(dy),
+             at<const float>(x), n, at<float>(dx), at<float>(dw), at<float>(db),
+             scratch.take(k.backward_scratch(orders, n)), threads);
   scratch.settle();
+}
+
+bool packs(uintptr_t lay, int64_t rows, int64_t cols, int64_t chunk) {
+  return kernels().packs(masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk));
 }
 
 bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, int64_t cols, uintptr_t dw,
@@ -89,6 +94,7 @@ void bind_masked_matmul(py::module_& m) {
   m.def("masked_matmul_wanted", masked_matmul_wanted,
         "whether AUTOFLIP_BACKEND leaves CPU tensors to this extension");
   m.def("masked_matmul_layout", layout, "the orders of mask (rows, cols) with this many columns a chunk");
+  m.def("masked_matmul_packs", packs, "whether masked_matmul_forward copies the kept weights");
   m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
   m.def("masked_matmul_is_clean", is_clean, "whether w is zero wherever mask is not set");
   m.def("masked_matmul_forward", forward, "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");

@@ -37,16 +37,17 @@ struct Steps {
         product_threads(n * rows < kSerialElements ? 1 : threads),
         cell_threads(n * rows < kSerialElements ? 1 : threads) {
     const MaskedMatmul& k = products();
-    const int64_t inner = std::max(k.forward_scratch(n, rows, h), k.backward_scratch(n, rows, h));
+    const int64_t inner = std::max(k.forward_scratch(orders, n), k.backward_scratch(orders, n));
     place = thread_scratch().take(inner + 16 + n * rows);
     product = place + (inner + 15) / 16 * 16;
   }
   ~Steps() { thread_scratch().settle(); }
   void forward(const float* state, const float* bias) {
-    products().forward(orders, weight, state, n, bias, false, product, place, product_threads);
+    products().forward(orders, weight, state, n, bias, false, product, nullptr, place, product_threads);
   }
   void backward(const float* dgates, float* dstate) {
-    products().backward(orders, weight, dgates, nullptr, n, dstate, nullptr, nullptr, place, product_threads);
+    products().backward(orders, weight, nullptr, dgates, nullptr, n, dstate, nullptr, nullptr, place,
+                        product_threads);
   }
   int64_t rows, n, h;
   const float* weight;

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip import ops
 from autoflip.ops import Pack, backend, paths, reference
+from autoflip.ops import _masked_matmul as steps
 
 SHAPES = [(1, 1, 1), (33, 65, 257), (70, 9, 530), (300, 21, 40)]  # ragged in rows, groups, chunks and panels
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -73,18 +74,33 @@ def test_sparse_path_equals_float64_reference(N, O, K, density, activation):
 
 
 # several rounds of panels over a weight past the second-level cache whose rows lie a power of two apart; a gradient
-# that goes past every cache, of few rows and of many
-@pytest.mark.parametrize("N, O, K, density", [(300, 130, 2112, 0.3), (9, 2051, 2052, 0.1), (70, 2048, 2048, 0.02)])
+# that goes past every cache, of few rows and of many; weights whose kept entries are copied
+LARGE = [
+    (300, 130, 2112, 0.3),
+    (9, 2051, 2052, 0.1),
+    (70, 2048, 2048, 0.02),
+    (20, 1027, 1030, 0.22),
+    (130, 1027, 1030, 0.1),
+    (4, 17, 70001, 0.02),
+]
+
+
+@pytest.mark.parametrize("N, O, K, density", LARGE)
 def test_large_weights_equal_float64_reference(N, O, K, density):
     x, w, b, mask, dy = case(N, O, K, density)
+    mask[5] = False
+    mask[:, 17] = False
     x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
-    y = ops.masked_linear(x, w, b, Pack(mask, path="sparse"))
+    pack = Pack(mask, path="sparse")
+    y = ops.masked_linear(x, w, b, pack)
     y64 = reference.masked_matmul(x64, w64, mask) + b.detach().double()
     got = (y, *torch.autograd.grad(y, (x, w, b), dy))
     want = (y64, *torch.autograd.grad(y64, (x64, w64), dy.double()), dy.double().sum(0))
     for a, c, terms in zip(got, want, (K, O, N, N), strict=True):
         torch.testing.assert_close(a.double(), c, rtol=0, atol=tolerance(torch.float32, terms))
     assert not got[2][~mask].any()
+    # the step by itself has no copy of the kept weights from the forward product
+    assert torch.equal(steps.dx(dy, w, pack.parts(N)), got[1])
 
 
 @pytest.mark.parametrize("isa", instruction_sets.LEVELS)
@@ -97,8 +113,9 @@ def test_every_instruction_set_equals_float64_reference(isa):
     instruction_sets.rerun(__file__, isa, *names)
 
 
-def test_result_does_not_depend_on_the_thread_count():
-    x, w, b, mask, dy = case(200, 70, 600, 0.2)
+@pytest.mark.parametrize("N, O, K, density", [(200, 70, 600, 0.2), (200, 70, 600, 0.05), (40, 1030, 1040, 0.1)])
+def test_result_does_not_depend_on_the_thread_count(N, O, K, density):
+    x, w, b, mask, dy = case(N, O, K, density)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

@@ -47,10 +47,13 @@ def serves(a: Tensor, parts: Parts, step: str) -> str:
     return "dense" if name == "reference" else name
 
 
-def make_layout(mask: Tensor, chunk: int, back: bool) -> Tensor:
-    """Return the CPU kernel's layout (uint8) of a contiguous 2-d CPU mask; ``back``: with an order for dx alone."""
+def make_layout(mask: Tensor, chunk: int, groups: bool, back: bool) -> Tensor:
+    """Return the CPU kernel's layout (uint8) of a contiguous 2-d CPU mask.
+
+    ``groups``: rows are walked four at a time, else one by one; ``back``: with an order for dx alone.
+    """
     rows, cols = mask.shape
-    layout = CPP.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk, back)
+    layout = CPP.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk, groups, back)
     return torch.frombuffer(bytearray(layout), dtype=torch.uint8)
 
 
@@ -128,8 +131,18 @@ def dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
 # --- the CPU extension
 
 
-def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: Parts) -> Tensor:
-    """Return ``act(x @ (weight * mask).T + bias)``."""
+def new_values(parts: Parts) -> Tensor | None:
+    """Return room for the copy of the kept weights that forward makes and dx reads again; None where there is none."""
+    if parts.mask.numel() < 1 << 18 or "s" not in parts.path:  # smaller ones are read where they stand
+        return None
+    packs = CPP.masked_matmul_packs(parts.layout.data_ptr(), *parts.mask.shape, parts.chunk)
+    return torch.empty(parts.kept) if packs else None
+
+
+def cpu_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: Parts, values: Tensor | None = None
+) -> Tensor:
+    """Return ``act(x @ (weight * mask).T + bias)``; ``values`` is written: what :func:`new_values` returned."""
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     rows, cols = parts.mask.shape
@@ -159,6 +172,7 @@ def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, part
         cols,
         relu,
         y.data_ptr(),
+        0 if values is None else values.data_ptr(),
         torch.get_num_threads(),
     )
     return y
@@ -173,8 +187,12 @@ def cpu_backward(
     dx: bool = False,
     dw: Tensor | None = None,
     db: bool = False,
+    values: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (dx, dw, db); dx takes ``weight``, dw takes ``x``; ``dw`` is written, zeros where it is pruned."""
+    """Return (dx, dw, db); dx takes ``weight``, dw takes ``x``; ``dw`` is written, zeros where it is pruned.
+
+    ``values``: what :func:`cpu_forward` wrote there.
+    """
     dy = dy.contiguous()
     x = None if x is None or dw is None else x.contiguous()
     weight = None if weight is None or not dx else weight.contiguous()
@@ -200,6 +218,7 @@ def cpu_backward(
         dy.data_ptr(),
         0 if x is None else x.data_ptr(),
         0 if weight is None else weight.data_ptr(),
+        0 if values is None else values.data_ptr(),
         parts.layout.data_ptr(),
         parts.chunk,
         len(dy),

@@ -159,9 +159,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: tuple[bool, Parts, Any]) -> Tensor:
         relu, parts, _ = ctx.job = job
-        ctx.operand = None
+        ctx.operand = ctx.values = None
         if parts.path[0] != "d":
-            y = kernels.cpu_forward(x, weight, bias, relu, parts)
+            if parts.path[:2] == "ss" and ctx.needs_input_grad[0]:
+                ctx.values = kernels.new_values(parts)
+            y = kernels.cpu_forward(x, weight, bias, relu, parts, ctx.values)
         else:
             ctx.operand = weights.operand(weight, parts.mask)
             y = torch.nn.functional.linear(x, ctx.operand, bias)
@@ -183,7 +185,9 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_w = grad_b = None
         if sparse_x or sparse_w:
             grad_w = new() if sparse_w else None
-            grad_x, grad_w, grad_b = kernels.cpu_backward(dy, x, weight, parts, dx=sparse_x, dw=grad_w, db=need_b)
+            grad_x, grad_w, grad_b = kernels.cpu_backward(
+                dy, x, weight, parts, dx=sparse_x, dw=grad_w, db=need_b, values=ctx.values
+            )
         elif need_b:
             grad_b = dy.sum(0)
         if need_x and not sparse_x:

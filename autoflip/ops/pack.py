@@ -49,7 +49,7 @@ class Pack:
         self._forget()
 
     def _forget(self) -> None:
-        self._layouts: dict[tuple[int, bool], Tensor] = {}
+        self._layouts: dict[tuple[int, bool, bool], Tensor] = {}
         self._live: Tensor | None = None
         self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
         self._gradient: Tensor | None = None
@@ -98,16 +98,16 @@ class Pack:
             if self._live is None:
                 self._live = kernels.live_tiles(self.mask)
             return kernels.Parts(self.mask, nothing, chunk, self._live, self.kept, "sss")
-        layout = lambda: self._layout(chunk, paths.back(n_rows))
+        layout = lambda: self._layout(chunk, paths.groups(n_rows, self.density), paths.back(n_rows))
         letters = "sss" if self.path == "sparse" else paths.letters(self.mask, self.kept, n_rows, layout, timed=timed)
         if letters == "fff":
             return kernels.Parts(self.mask, self._bits(), chunk, nothing, self.kept, letters)
         return kernels.Parts(self.mask, layout() if "s" in letters else nothing, chunk, nothing, self.kept, letters)
 
-    def _layout(self, chunk: int, back: bool) -> Tensor:
-        if (chunk, back) not in self._layouts:
-            self._layouts[chunk, back] = kernels.make_layout(self.mask, chunk, back)
-        return self._layouts[chunk, back]
+    def _layout(self, *key: Any) -> Tensor:
+        if key not in self._layouts:
+            self._layouts[key] = kernels.make_layout(self.mask, *key)
+        return self._layouts[key]
 
     def _bits(self) -> Tensor:
         if (0, False) not in self._layouts:

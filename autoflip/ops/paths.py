@@ -59,6 +59,14 @@ def chunk(n_rows: int, density: float) -> int:
     return 256 if n_rows <= 32 or density < 0.07 else 128
 
 
+def groups(n_rows: int, density: float) -> bool:
+    """Return whether rows are walked four at a time, for the columns that they share, instead of one by one.
+
+    Few lanes do too little with a column that is shared to pay for the smaller buckets.
+    """
+    return density >= (0.25 if n_rows <= 32 else 0.15)
+
+
 def back(n_rows: int) -> bool:
     """Return whether dx walks an order of its own: with few lanes it adds up in memory, along the forward product's."""
     return n_rows > 32
@@ -188,7 +196,8 @@ def _ways(
                 y = F.linear(x, hooked, bias)
             else:
                 weights.kernel_here(x, w, bias)
-                y = steps.train(x, w, bias, parts_of(path), lambda: torch.empty(rows, cols), False)
+                # a Pack keeps the memory of a large gradient: fresh pages would hide what the ways differ by
+                y = steps.train(x, w, bias, parts_of(path), case()[4].detach, False)
             y.backward(dy)
             return y
 

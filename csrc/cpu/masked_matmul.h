@@ -14,10 +14,13 @@
 //   uint16 counts[blocks][chunks][groups][16]     columns of each of the 15 patterns; the last is 0: none,
 //                                                 1: single rows only, 2: any
 //   uint16 columns[]                              column - first column of the chunk, pattern by pattern
-// Lists, for the gradient in w: the kept columns of each row.
+// Lists, for the gradient in w, and for the products where few weights are kept: the kept columns of each
+// row.
 //   int32  first[blocks][chunks], end
-//   uint16 counts[blocks][chunks][rows of a block][1 + chunk / 16]  the count, then the row's mask, 16 to a
-//   word uint16 columns[]                                                and 16 zeros
+//   uint16 counts[blocks][chunks][rows of a block]
+//   uint16 columns[]                                     and 16 zeros
+//   uint16 bits[blocks][chunks][rows of a block][words]  the row's mask, 16 to a word; not in lists of
+//   columns int32  place[]                                         of the lists of columns only
 //
 // Panels: activations feature-major, [sample block][feature][lane], a sample is a SIMD lane. Blocks have
 // `lanes` samples, the last one as few vectors as hold the rest, padded with zeros.
@@ -59,31 +62,37 @@ struct Groups {
   int64_t rows, cols, block, chunk;
 };
 
-struct Lists {  // the fields of Groups
+struct Lists {
   const int32_t* first;
   const uint16_t* counts;
   const uint16_t* columns;
+  const uint16_t* bits;
   int64_t rows, cols, block, chunk;
 };
 
-// Three orders of one mask; `back` (the mask turned round: rows are columns) has no rows where the gradient
-// in x walks `groups`.
+// Orders of one mask: its groups or none, its lists, and for the gradient in x groups or lists of the mask
+// turned round (rows are columns) or none: it then walks along the forward product's. What is not there has
+// no rows. place[j]: where the j-th entry of `columns` stands in `lists`.
 struct Orders {
   Groups groups, back;
-  Lists lists;
+  Lists lists, columns;
+  const int32_t* place;
 };
 
 struct MaskedMatmul {
   // floats of scratch that forward and backward take
-  int64_t (*forward_scratch)(int64_t n, int64_t rows, int64_t cols);
-  int64_t (*backward_scratch)(int64_t n, int64_t rows, int64_t cols);
-  // y (n, rows) = x (n, cols) @ (w * mask).T, plus bias (rows) or null, then relu if asked; all row-major
+  int64_t (*forward_scratch)(const Orders& orders, int64_t n);
+  int64_t (*backward_scratch)(const Orders& orders, int64_t n);
+  // whether forward copies the kept weights
+  bool (*packs)(const Orders& orders);
+  // y (n, rows) = x (n, cols) @ (w * mask).T, plus bias (rows) or null, then relu if asked; all row-major.
+  // values: room for the copy of the kept weights, or null: it is made in scratch
   void (*forward)(const Orders& orders, const float* w, const float* x, int64_t n, const float* bias,
-                  bool relu, float* y, float* scratch, int threads);
+                  bool relu, float* y, float* values, float* scratch, int threads);
   // dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = mask ? dy.T @ x : 0; db (rows) = dy's sum
-  // over samples; those that are null are left out
-  void (*backward)(const Orders& orders, const float* w, const float* dy, const float* x, int64_t n,
-                   float* dx, float* dw, float* db, float* scratch, int threads);
+  // over samples; those that are null are left out. values: what forward wrote there, or null
+  void (*backward)(const Orders& orders, const float* w, const float* values, const float* dy, const float* x,
+                   int64_t n, float* dx, float* dw, float* db, float* scratch, int threads);
   // out[i] = mask[i] ? w[i] : 0, the weight of the dense path (torch.where takes 20 times as long)
   void (*select)(const float* w, const uint8_t* mask, int64_t n, float* out, int threads);
   // whether w is zero wherever the mask is not set; reads only
@@ -101,7 +110,7 @@ extern const MaskedMatmul masked_matmul_avx512;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t list_slots(int64_t chunk) { return 1 + ceil_div(chunk, 16); }  // of Lists' counts, a row
+inline int64_t words_of(int64_t chunk) { return ceil_div(chunk, 16); }  // of Lists' bits, a row
 
 // Rows of a block: equal shares, two of them at least where there is work for two threads.
 inline int64_t rows_of_block(int64_t rows) {

@@ -2,7 +2,8 @@
 #pragma once
 #include <cstddef>
 
-#include "cpu/masked_matmul_product.h"
+#include "cpu/masked_matmul_lists.h"
+#include "cpu/masked_matmul_outer.h"
 
 namespace autoflip {
 namespace {
@@ -60,10 +61,8 @@ constexpr int kWide = sizeof(vec) == 64 ? 16 : sizeof(vec) == 32 ? 8 : 4;  // co
 template <int V>
 void sample_cell(const Lists& lists, int64_t cell, int64_t rows, const float* dy, const float* x, bool first,
                  float* sums) {
-  const int64_t slots = list_slots(lists.chunk);
-  const uint16_t *count = lists.counts + cell * lists.block * slots,
-                 *column = lists.columns + lists.first[cell];
-  for (int64_t r = 0; r < rows; ++r, count += slots) {
+  const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
+  for (int64_t r = 0; r < rows; ++r, ++count) {
     vec d[V];
     unroll<0, V>([&](auto v) AF_LAMBDA { d[v.value] = load(dy + (r * V + v.value) * kVector); });
     // past the end of a row its next columns are sampled too, into room that nobody reads
@@ -84,12 +83,13 @@ constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cel
 constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>};
 #endif
 
-// to[j] = bit j of `bits` ? the next of `from` : 0; `column`: the numbers of the bits that are set
+// to[j] = bit j of `bits` ? the next of `from` : 0; `column`: the numbers of the bits that are set; `empty`:
+// n zeros, and zeros again afterwards
 AF_INLINE void spread_row(const float* from, const uint16_t* column, int64_t count, const uint16_t* bits,
-                          int64_t n, float* to, bool past) {
+                          int64_t n, float* to, bool past, float* empty) {
 #if defined(__AVX512F__)
-  if (past || count * 16 > n) {
-    past = past && reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
+  past = past && n % kVector == 0 && reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
+  if (count * 16 > n) {
     int64_t j = 0;
     for (; j + kVector <= n; j += kVector, ++bits) {
       const vec v = _mm512_maskz_expand_ps(__mmask16(*bits), load(from));
@@ -104,9 +104,16 @@ AF_INLINE void spread_row(const float* from, const uint16_t* column, int64_t cou
                             _mm512_maskz_expand_ps(__mmask16(*bits), load(from)));
     return;
   }
+  if (past) {
+    for (int64_t j = 0; j < count; ++j) empty[column[j]] = from[j];
+    for (int64_t j = 0; j < n; j += kVector) _mm512_stream_ps(to + j, load(empty + j));
+    for (int64_t j = 0; j < count; ++j) empty[column[j]] = 0;
+    return;
+  }
 #endif
   (void)past;
   (void)bits;
+  (void)empty;
   __builtin_memset(to, 0, std::size_t(n) * sizeof(float));
   for (int64_t j = 0; j < count; ++j) to[column[j]] = from[j];
 }
@@ -114,7 +121,7 @@ AF_INLINE void spread_row(const float* from, const uint16_t* column, int64_t cou
 // dw of one cell, all panels
 void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float* x, int64_t n, float* dw) {
   alignas(64) float sums[kRowBlock * kMaxChunk + 2 * kWide];
-  const int64_t chunks = ceil_div(lists.cols, lists.chunk), slots = list_slots(lists.chunk);
+  const int64_t chunks = ceil_div(lists.cols, lists.chunk), words = words_of(lists.chunk);
   const int64_t row = cell / chunks * lists.block, col = cell % chunks * lists.chunk;
   const int64_t rows = lists.rows - row < lists.block ? lists.rows - row : lists.block;
   const int64_t cols = lists.cols - col < lists.chunk ? lists.cols - col : lists.chunk;
@@ -124,13 +131,14 @@ void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float*
                                        x + p.begin * lists.cols + col * p.width, i == 0, sums);
   }
   // what no cache will hold until it is read again need not pass through one
-  const bool past = lists.rows * lists.cols >= kPastCache;
-  const uint16_t *count = lists.counts + cell * lists.block * slots,
-                 *column = lists.columns + lists.first[cell];
+  const bool past = lists.rows * lists.cols >= kPackFrom;
+  const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
+  const uint16_t* bits = lists.bits + cell * lists.block * words;
+  alignas(64) float empty[kMaxChunk] = {};
   const float* from = sums;
   if (n == 0) __builtin_memset(sums, 0, sizeof sums);
-  for (int64_t r = 0; r < rows; ++r, count += slots) {
-    spread_row(from, column, *count, count + 1, cols, dw + (row + r) * lists.cols + col, past);
+  for (int64_t r = 0; r < rows; ++r, ++count, bits += words) {
+    spread_row(from, column, *count, bits, cols, dw + (row + r) * lists.cols + col, past, empty);
     column += *count;
     from += ceil_div(*count, kWide) * kWide;
   }
@@ -152,118 +160,65 @@ void sum_samples(const float* dy, int64_t n, int64_t rows, float* db) {
     for (int64_t j = 0; j < rows; ++j) db[j] += dy[j];
 }
 
-void backward(const Orders& orders, const float* w, const float* dy, const float* x, int64_t n, float* dx,
-              float* dw, float* db, float* scratch, int threads) {
+// --- a whole step forward and back
+
+int64_t forward_scratch(const Orders& orders, int64_t n) {
+  return padded(n) * orders.lists.cols + (packs(orders) ? kept(orders) : 0);
+}
+// past the end of a row of a narrow chunk the gradient in w looks up columns of another chunk
+int64_t backward_scratch(const Orders& orders, int64_t n) {
+  return padded(n) * (orders.lists.rows + orders.lists.cols) + kMaxChunk * kLanes +
+         (packs(orders) ? 2 * kept(orders) : 0);
+}
+
+void forward(const Orders& orders, const float* w, const float* x, int64_t n, const float* bias, bool relu,
+             float* y, float* values, float* scratch, int threads) {
+  const Lists& lists = orders.lists;
+  to_panels(x, n, lists.cols, scratch, threads);
+  if (orders.groups.rows)
+    return product(orders.groups, {w, lists.cols, 1, false}, scratch, n, bias, relu, y, threads);
+  if (!packs(orders)) return product(lists, w, kRows, scratch, n, bias, relu, y, threads);
+  if (!values) values = scratch + padded(n) * lists.cols;
+  pack_values(lists, w, values, threads);
+  product(lists, values, kPacked, scratch, n, bias, relu, y, threads);
+}
+
+// dx from the panels of dy; `room`: 2 * kept floats where the weights are copied
+void gradient_in_x(const Orders& orders, const float* w, const float* values, const float* panels, int64_t n,
+                   float* dx, float* room, int threads) {
+  const Lists &lists = orders.lists, &back = orders.columns;
+  if (orders.back.rows)
+    return product(orders.back, {w, 1, lists.cols, false}, panels, n, nullptr, false, dx, threads);
+  if (orders.groups.rows) return product_back(orders.groups, w, panels, n, dx, threads);
+  if (!packs(orders)) {
+    if (back.rows) return product(back, w, kColumns, panels, n, nullptr, false, dx, threads);
+    return product_back(lists, w, kRows, panels, n, dx, threads);
+  }
+  if (!values) {
+    pack_values(lists, w, room, threads);
+    values = room;
+  }
+  if (!back.rows) return product_back(lists, values, kPacked, panels, n, dx, threads);
+  room += kept(orders);
+  turn_values(back, orders.place, values, room, threads);
+  product(back, room, kPacked, panels, n, nullptr, false, dx, threads);
+}
+
+void backward(const Orders& orders, const float* w, const float* values, const float* dy, const float* x,
+              int64_t n, float* dx, float* dw, float* db, float* scratch, int threads) {
   const Lists& lists = orders.lists;
   if (db) sum_samples(dy, n, lists.rows, db);
-  const int64_t cells = ceil_div(lists.rows, lists.block) * ceil_div(lists.cols, lists.chunk);
   to_panels(dy, n, lists.rows, scratch, threads);
-  if (dx && orders.back.rows)
-    product(orders.back, {w, 1, lists.cols, false}, scratch, n, nullptr, false, dx, threads);
-  else if (dx)
-    product_back(orders.groups, w, scratch, n, dx, threads);
-  if (!dw) return;
   float* x_panels = scratch + padded(n) * lists.rows;
+  if (dx)
+    gradient_in_x(orders, w, values, scratch, n, dx, x_panels + padded(n) * lists.cols + kMaxChunk * kLanes,
+                  threads);
+  if (!dw) return;
   to_panels(x, n, lists.cols, x_panels, threads);
+  const int64_t cells = ceil_div(lists.rows, lists.block) * ceil_div(lists.cols, lists.chunk);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < cells; ++t) sample_tile(lists, t, scratch, x_panels, n, dw);
 }
-
-// --- every product, masked where it is stored: with half as wide vectors and half as many registers a
-// vendor's product and a pass over its result are twice as fast
-
-#if defined(__AVX512F__)
-
-constexpr int kTileRows = 6;         // 6 x kVectors sums
-constexpr int64_t kOuterTiles = 16;  // tiles of columns whose x is packed at once: 1024 columns
-
-int64_t outer_scratch(int64_t n, int64_t rows) {
-  return n * (ceil_div(rows, kTileRows) * kTileRows + kOuterTiles * kLanes);
-}
-
-AF_INLINE void store_masked(float* to, vec v, const uint8_t* mask, int64_t live, bool past) {
-  if (live <= 0) return;
-  if (past && live >= kVector && reinterpret_cast<std::uintptr_t>(to) % 64 == 0) {
-    const __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
-    _mm512_stream_ps(to, _mm512_maskz_mov_ps(_mm_test_epi8_mask(m, m), v));
-    return;
-  }
-  const __mmask16 some = live >= kVector ? __mmask16(0xffff) : __mmask16((1u << live) - 1);
-  const __m128i m = _mm_maskz_loadu_epi8(some, mask);
-  _mm512_mask_storeu_ps(to, some, _mm512_maskz_mov_ps(_mm_test_epi8_mask(m, m), v));
-}
-
-// dw (up to 6 rows, up to kLanes columns) = dy tile (n, 6) transposed @ x tile (n, kLanes)
-void outer_tile(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t live,
-                int64_t cols, float* dw, bool past) {
-  vec sums[kTileRows][kVectors];
-  unroll<0, kTileRows * kVectors>([&](auto i)
-                                      AF_LAMBDA { sums[i.value / kVectors][i.value % kVectors] = vec{}; });
-  // the stores at the end miss the first-level cache, and would wait for each other
-  unroll<0, kTileRows * kVectors>([&](auto i) AF_LAMBDA {
-    if (!past && i.value / kVectors < rows)
-      __builtin_prefetch(dw + i.value / kVectors * cols + i.value % kVectors * kVector, 1, 3);
-  });
-  for (int64_t i = 0; i < n; ++i, dy += kTileRows, x += kLanes) {
-    vec xs[kVectors];
-    unroll<0, kVectors>([&](auto v) AF_LAMBDA { xs[v.value] = load(x + v.value * kVector); });
-    unroll<0, kTileRows>([&](auto r) AF_LAMBDA {
-      const vec d = broadcast(dy[r.value]);
-      unroll<0, kVectors>(
-          [&](auto v) AF_LAMBDA { sums[r.value][v.value] = fma(d, xs[v.value], sums[r.value][v.value]); });
-    });
-  }
-  unroll<0, kTileRows>([&](auto r) AF_LAMBDA {
-    if (r.value < rows)
-      unroll<0, kVectors>([&](auto v) AF_LAMBDA {
-        const int64_t at = r.value * cols + v.value * kVector;
-        store_masked(dw + at, sums[r.value][v.value], mask + at, live - v.value * kVector, past);
-      });
-  });
-}
-
-void outer(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,
-           float* dw, float* scratch, int threads) {
-  const int64_t row_tiles = ceil_div(rows, kTileRows), col_tiles = ceil_div(cols, kLanes);
-  const bool past = rows * cols >= kPastCache;
-  float* packed = scratch + row_tiles * kTileRows * n;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < row_tiles; ++t) {
-    const int64_t row = t * kTileRows, live = rows - row < kTileRows ? rows - row : kTileRows;
-    for (int64_t i = 0; i < n; ++i)
-      _mm512_mask_storeu_ps(scratch + (t * n + i) * kTileRows, (1u << kTileRows) - 1,
-                            _mm512_maskz_loadu_ps(__mmask16((1u << live) - 1), dy + i * rows + row));
-  }
-  for (int64_t first = 0; first < col_tiles; first += kOuterTiles) {
-    const int64_t tiles = col_tiles - first < kOuterTiles ? col_tiles - first : kOuterTiles;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t c = 0; c < tiles; ++c) {
-      const int64_t col = (first + c) * kLanes, live = cols - col < kLanes ? cols - col : kLanes;
-      for (int64_t i = 0; i < n; ++i) {
-        const float* from = x + i * cols + col;
-        float* to = packed + (c * n + i) * kLanes;
-        if (live == kLanes)
-          for (int64_t j = 0; j < kLanes; j += kVector) store(to + j, load(from + j));
-        else
-          for (int64_t j = 0; j < kLanes; ++j) to[j] = j < live ? from[j] : 0;
-      }
-    }
-    // along the rows of dw, so that its pages are met one after the other
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < row_tiles; ++t) {
-      for (int64_t c = 0; c < tiles; ++c) {
-        const int64_t row = t * kTileRows, col = (first + c) * kLanes;
-        outer_tile(scratch + row * n, packed + c * n * kLanes, mask + row * cols + col, n, rows - row,
-                   cols - col, cols, dw + row * cols + col, past);
-      }
-      if (past) _mm_sfence();
-    }
-  }
-}
-#else
-constexpr auto outer = nullptr;
-constexpr auto outer_scratch = nullptr;
-#endif
 
 }  // namespace
 }  // namespace autoflip

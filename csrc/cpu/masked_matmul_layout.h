@@ -26,9 +26,10 @@ std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int
 Layout masked_matmul_layout_at(const uint8_t* bytes, int64_t rows, int64_t cols, int64_t chunk,
                                int64_t block);
 
-// The orders of mask (rows, cols) that linear layers walk; `back`: the gradient in x has groups of its own.
+// The orders of mask (rows, cols) that linear layers walk. `groups`: products walk groups, else lists;
+// `back`: the gradient in x has an order of its own.
 std::vector<uint8_t> masked_matmul_orders(const uint8_t* mask, int64_t rows, int64_t cols, int64_t chunk,
-                                          bool back);
+                                          bool groups, bool back);
 // What masked_matmul_orders made of a mask of this shape.
 Orders masked_matmul_orders_at(const uint8_t* bytes, int64_t rows, int64_t cols, int64_t chunk);
 

@@ -177,6 +177,20 @@ constexpr decltype(&scatter_cell<1>) kScatterCell[] = {scatter_cell<1>, scatter_
 
 constexpr int64_t kPastCache = int64_t(1) << 22;  // floats: 16 MB
 
+AF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+AF_INLINE void start_sums(const float* bias, int64_t row, int64_t rows, int64_t width, float* sums) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t v = 0; v < width; v += kVector)
+      store(sums + r * width + v, broadcast(bias ? bias[row + r] : 0.0f));
+}
+
+AF_INLINE void finish_sums(float* sums, Panel p, int64_t rows, bool relu, float* out, int64_t stride) {
+  if (relu)
+    for (int64_t j = 0; j < rows * p.width; ++j) sums[j] = sums[j] < 0 ? 0 : sums[j];  // NaN stays NaN
+  transpose<false>(sums, p.width, rows, p.count, out, stride);
+}
+
 // Whether enough of a cell's weights is used, by `uses` panels, to fetch or copy them all.
 AF_INLINE bool busy(const Groups& g, int64_t cell, int64_t rows, int64_t cols, int64_t uses) {
   return named(g, cell) * uses * (g.rows * g.cols >= kPastCache ? 40 : 12) > rows * cols;
@@ -206,10 +220,7 @@ void product(const Groups& g, Weight w, const float* panels, int64_t n, const fl
       alignas(64) float sums[kRound][(kRowBlock + kGroup) * kLanes];
       alignas(64) float tile[(kRowBlock + 16) * kMaxChunk];
       const int64_t row = b * g.block, rows = g.rows - row < g.block ? g.rows - row : g.block;
-      for (int64_t i = first; i < end; ++i)
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t v = 0, width = panel(i, n).width; v < width; v += kVector)
-            store(sums[i - first] + r * width + v, broadcast(bias ? bias[row + r] : 0.0f));
+      for (int64_t i = first; i < end; ++i) start_sums(bias, row, rows, panel(i, n).width, sums[i - first]);
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t col = c * g.chunk, cols = g.cols - col < g.chunk ? g.cols - col : g.chunk;
         Weight here = {w.at + row * w.rows + col * w.columns, w.rows, w.columns, false};
@@ -225,10 +236,7 @@ void product(const Groups& g, Weight w, const float* panels, int64_t n, const fl
       }
       for (int64_t i = first; i < end; ++i) {
         const Panel p = panel(i, n);
-        float* sum = sums[i - first];
-        if (relu)
-          for (int64_t j = 0; j < rows * p.width; ++j) sum[j] = sum[j] < 0 ? 0 : sum[j];  // NaN stays NaN
-        transpose<false>(sum, p.width, rows, p.count, out + p.begin * g.rows + row, g.rows);
+        finish_sums(sums[i - first], p, rows, relu, out + p.begin * g.rows + row, g.rows);
       }
     }
   }
@@ -243,7 +251,7 @@ void product_back(const Groups& g, const float* w, const float* panels, int64_t 
     for (int64_t c = 0; c < chunks; ++c) {
       alignas(64) float sums[kMaxChunk * kLanes];
       const int64_t col = c * g.chunk, cols = g.cols - col < g.chunk ? g.cols - col : g.chunk;
-      for (int64_t j = 0; j < cols * p.width; j += kVector) store(sums + j, vec{});
+      start_sums(nullptr, 0, cols, p.width, sums);
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t row = b * g.block, rows = g.rows - row < g.block ? g.rows - row : g.block;
         const bool ask = g.rows * g.cols > kLarge && busy(g, b * chunks + c, rows, cols, 1);
@@ -251,21 +259,9 @@ void product_back(const Groups& g, const float* w, const float* panels, int64_t 
                                             {w + row * g.cols + col, g.cols, 1, ask},
                                             panels + p.begin * g.rows + row * p.width, sums);
       }
-      transpose<false>(sums, p.width, cols, p.count, dx + p.begin * g.cols + col, g.cols);
+      finish_sums(sums, p, cols, false, dx + p.begin * g.cols + col, g.cols);
     }
   }
-}
-
-int64_t forward_scratch(int64_t n, int64_t, int64_t cols) { return padded(n) * cols; }
-// past the end of a row of a narrow chunk the gradient in w looks up columns of another chunk
-int64_t backward_scratch(int64_t n, int64_t rows, int64_t cols) {
-  return padded(n) * (rows + cols) + kMaxChunk * kLanes;
-}
-
-void forward(const Orders& orders, const float* w, const float* x, int64_t n, const float* bias, bool relu,
-             float* y, float* scratch, int threads) {
-  to_panels(x, n, orders.groups.cols, scratch, threads);
-  product(orders.groups, {w, orders.groups.cols, 1, false}, scratch, n, bias, relu, y, threads);
 }
 
 }  // namespace

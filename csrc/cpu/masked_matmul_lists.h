@@ -1,0 +1,200 @@
+// The products of masked_matmul.h along the lists of each row: where few weights are kept, neighbouring rows
+// share too few columns for groups to gain by.
+//
+// The kept weights of a large weight are copied once a step, in the order of the lists: it is then read once,
+// from end to end, and what follows finds its weights side by side. Those of a small one are read where they
+// stand.
+#pragma once
+#include "cpu/masked_matmul_product.h"
+
+namespace autoflip {
+namespace {
+
+constexpr int64_t kPackFrom = int64_t(1) << 20;  // floats of a weight that is not found in the cache: 4 MB
+
+AF_INLINE int64_t kept(const Orders& o) {
+  return o.lists.first[ceil_div(o.lists.rows, o.lists.block) * ceil_div(o.lists.cols, o.lists.chunk)];
+}
+AF_INLINE bool packs(const Orders& o) { return !o.groups.rows && o.lists.rows * o.lists.cols >= kPackFrom; }
+
+// --- the kept weights, copied
+
+// values = the kept weights of all blocks of rows, cell by cell, row by row; read row by row, from end to
+// end. Lines asked for 8 KB ahead came from memory at 12 to 16 GB/s, 16 KB or none ahead at 8 to 15
+// (densities 0.05 and 0.1).
+void pack_values(const Lists& l, const float* w, float* values, int threads) {
+  constexpr int64_t kMost = 128, kAhead = 2048;  // chunks walked side by side; floats
+  const int64_t blocks = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && blocks > 1)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t row = b * l.block, rows = least(l.block, l.rows - row);
+    for (int64_t c0 = 0; c0 < chunks; c0 += kMost) {
+      const uint16_t *counts[kMost], *columns[kMost];
+      float* to[kMost];
+      const int64_t some = least(kMost, chunks - c0);
+      for (int64_t c = 0; c < some; ++c) {
+        const int64_t cell = b * chunks + c0 + c;
+        counts[c] = l.counts + cell * l.block;
+        columns[c] = l.columns + l.first[cell];
+        to[c] = values + l.first[cell];
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < some; ++c) {
+          const int64_t col = (c0 + c) * l.chunk, cols = least(l.chunk, l.cols - col), count = *counts[c]++;
+          const float* from = w + (row + r) * l.cols + col;
+          if (count * 24 > cols)  // most of its lines are wanted
+            for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(from + kAhead + j, 0, 3);
+          const uint16_t* column = columns[c];
+          float* out = to[c];
+          int64_t j = 0;
+          for (; j + 4 <= count; j += 4)
+            unroll<0, 4>([&](auto i) AF_LAMBDA { out[j + i.value] = from[column[j + i.value]]; });
+          for (; j < count; ++j) out[j] = from[column[j]];
+          columns[c] += count;
+          to[c] += count;
+        }
+    }
+  }
+}
+
+// --- one cell
+
+enum { kPacked, kRows, kColumns };  // weights side by side, in a row of the weight, in a column of it
+
+// sums[row][V vectors] += the weights * x at the lists of a cell; `stride`: floats between columns of the
+// weight
+template <int V, int From>
+void add_lists(const Lists& l, int64_t cell, int64_t rows, const float* w, int64_t stride, const float* x,
+               float* sums) {
+  constexpr int kOpen = V >= 4 ? 1 : V >= 2 ? 2 : 4;  // chains of sums: a multiply-add takes 4 cycles
+  const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
+  for (int64_t r = 0; r < rows; ++r, ++count, sums += V * kVector) {
+    const uint16_t* end = column + *count;
+    vec sum[kOpen][V];
+    unroll<0, V>([&](auto v) AF_LAMBDA {
+      sum[0][v.value] = load(sums + v.value * kVector);
+      unroll<1, kOpen>([&](auto s) AF_LAMBDA { sum[s.value][v.value] = vec{}; });
+    });
+    const auto add = [&](int64_t k, int64_t i, vec(&to)[V]) AF_LAMBDA {
+      const float* xk = x + k * (V * kVector);
+      const vec b = broadcast(w[From == kPacked ? i : From == kRows ? k : k * stride]);
+      unroll<0, V>([&](auto v)
+                       AF_LAMBDA { to[v.value] = fma(b, load(xk + v.value * kVector), to[v.value]); });
+    };
+    for (; end - column >= kOpen; column += kOpen) {
+      unroll<0, kOpen>([&](auto s) AF_LAMBDA { add(column[s.value], s.value, sum[s.value]); });
+      if constexpr (From == kPacked) w += kOpen;
+    }
+    if constexpr (kOpen > 1)
+      for (; column != end; ++column) {
+        add(*column, 0, sum[0]);
+        if constexpr (From == kPacked) ++w;
+      }
+    if constexpr (From == kRows) w += l.cols;
+    if constexpr (From == kColumns) ++w;
+    unroll<0, V>([&](auto v) AF_LAMBDA {
+      vec all = sum[0][v.value];
+      if constexpr (kOpen == 2) all = all + sum[1][v.value];
+      if constexpr (kOpen == 4) all = (all + sum[1][v.value]) + (sum[2][v.value] + sum[3][v.value]);
+      store(sums + v.value * kVector, all);
+    });
+  }
+}
+
+// sums[column][V vectors] += the weights * dy[row] at the lists of a cell
+template <int V, int From>
+void scatter_lists(const Lists& l, int64_t cell, int64_t rows, const float* w, const float* dy, float* sums) {
+  const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
+  for (int64_t r = 0; r < rows; ++r, ++count, dy += V * kVector) {
+    const uint16_t* end = column + *count;
+    vec d[V];
+    unroll<0, V>([&](auto v) AF_LAMBDA { d[v.value] = load(dy + v.value * kVector); });
+    for (; column != end; ++column) {
+      float* to = sums + *column * int64_t(V * kVector);
+      const vec b = broadcast(From == kPacked ? *w : w[*column]);
+      unroll<0, V>([&](auto v) AF_LAMBDA {
+        store(to + v.value * kVector, fma(b, d[v.value], load(to + v.value * kVector)));
+      });
+      if constexpr (From == kPacked) ++w;
+    }
+    if constexpr (From == kRows) w += l.cols;
+  }
+}
+
+#if defined(__AVX512F__)
+#define AF_WIDTHS(f, from) {f<1, from>, f<2, from>, f<3, from>, f<4, from>}
+#else
+#define AF_WIDTHS(f, from) {f<1, from>, f<2, from>}
+#endif
+constexpr decltype(&add_lists<1, kPacked>) kAddLists[3][kVectors] = {
+    AF_WIDTHS(add_lists, kPacked), AF_WIDTHS(add_lists, kRows), AF_WIDTHS(add_lists, kColumns)};
+constexpr decltype(&scatter_lists<1, kPacked>) kScatterLists[2][kVectors] = {
+    AF_WIDTHS(scatter_lists, kPacked), AF_WIDTHS(scatter_lists, kRows)};
+#undef AF_WIDTHS
+
+// --- all cells
+
+// out (n, l.rows) row-major = act(in @ weight.T + bias) for the `n` samples of panels[feature][lane]; `from`
+// tells where w's entries stand, `stride` how far apart those of two columns (kColumns) are
+void product(const Lists& l, const float* w, int from, const float* panels, int64_t n, const float* bias,
+             bool relu, float* out, int threads) {
+  const int64_t blocks = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
+  const int64_t count = ceil_div(n, kLanes), round = l.rows * l.cols > kLarge ? kRound : 1;
+  for (int64_t first = 0; first < count; first += round) {
+    const int64_t end = least(count, first + round);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && blocks > 1)
+    for (int64_t b = 0; b < blocks; ++b) {
+      alignas(64) float sums[kRound][kRowBlock * kLanes];
+      const int64_t row = b * l.block, rows = least(l.block, l.rows - row);
+      for (int64_t i = first; i < end; ++i) start_sums(bias, row, rows, panel(i, n).width, sums[i - first]);
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t cell = b * chunks + c, col = c * l.chunk;
+        const float* here = w + (from == kPacked ? l.first[cell]
+                                 : from == kRows ? row * l.cols + col
+                                                 : col * l.rows + row);
+        for (int64_t i = first; i < end; ++i) {
+          const Panel p = panel(i, n);
+          kAddLists[from][p.width / kVector - 1](l, cell, rows, here, l.rows,
+                                                 panels + p.begin * l.cols + col * p.width, sums[i - first]);
+        }
+      }
+      for (int64_t i = first; i < end; ++i) {
+        const Panel p = panel(i, n);
+        finish_sums(sums[i - first], p, rows, relu, out + p.begin * l.rows + row, l.rows);
+      }
+    }
+  }
+}
+
+// dx of all panels along the lists of the forward product: few lanes are added up in memory
+void product_back(const Lists& l, const float* w, int from, const float* panels, int64_t n, float* dx,
+                  int threads) {
+  const int64_t blocks = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
+  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
+    const Panel p = panel(i, n);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+      alignas(64) float sums[kMaxChunk * kLanes];
+      const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
+      start_sums(nullptr, 0, cols, p.width, sums);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t cell = b * chunks + c, row = b * l.block;
+        kScatterLists[from][p.width / kVector - 1](l, cell, least(l.block, l.rows - row),
+                                                   w + (from == kPacked ? l.first[cell] : row * l.cols + col),
+                                                   panels + p.begin * l.rows + row * p.width, sums);
+      }
+      finish_sums(sums, p, cols, false, dx + p.begin * l.cols + col, l.cols);
+    }
+  }
+}
+
+// turned = values in the order of the lists of columns
+void turn_values(const Lists& back, const int32_t* place, const float* values, float* turned, int threads) {
+  const int64_t cells = ceil_div(back.rows, back.block) * ceil_div(back.cols, back.chunk);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && cells > 1)
+  for (int64_t t = 0; t < cells; ++t)
+    for (int64_t j = back.first[t]; j < back.first[t + 1]; ++j) turned[j] = values[place[j]];
+}
+
+}  // namespace
+}  // namespace autoflip
