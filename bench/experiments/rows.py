@@ -13,9 +13,11 @@ _FEW = ["data.samples_per_client=200", "data.test_examples=2000"]
 
 def _images(name: str, model: str = "two-cnn") -> dict[str, list[str]]:
     data = [f"data.name={name}", f"model.name={model}", *_FEW]
+    # 20 clients of two classes would hold 40 of CIFAR-100's
+    few = ["data.classes=10"] if name == "cifar100" else []
     tail = "" if model == "two-cnn" else f"-{model}"
     return {
-        f"{name}-pathological{tail}": [*data, "data.partition=pathological"],
+        f"{name}-pathological{tail}": [*data, "data.partition=pathological", *few],
         f"{name}-dirichlet-0.1{tail}": [*data, "data.partition=dirichlet", "data.alpha=0.1"],
         f"{name}-dirichlet-1.0{tail}": [*data, "data.partition=dirichlet", "data.alpha=1.0"],
     }
