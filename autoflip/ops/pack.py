@@ -110,9 +110,10 @@ class Pack:
         return self._layouts[key]
 
     def _bits(self) -> Tensor:
-        if (0, False) not in self._layouts:
-            self._layouts[0, False] = kernels.make_bits(self.mask)
-        return self._layouts[0, False]
+        key = (0, False, False)  # no layout has chunks of 0 columns
+        if key not in self._layouts:
+            self._layouts[key] = kernels.make_bits(self.mask)
+        return self._layouts[key]
 
     def new_gradient(self) -> Tensor:
         """Return float32 memory shaped like the mask that nobody else holds; what stands in it means nothing."""
