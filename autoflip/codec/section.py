@@ -32,8 +32,8 @@ _CHEAP, _THOROUGH = 6, 12  # levels of zstd: about 100 and 30 MB/s
 _TINY, _SMALL = 1 << 15, 1 << 17  # bytes that are packed in several ways, one of them thorough; of more a part tells
 _LARGE = 1 << 20  # bytes of which both coders' sizes are compared, where the part speaks for ours
 _LEAST = 192  # bytes from which our own coder may win
-# of zstd's bytes, from which our own coder is taken: zstd is faster, which counts where there is much to pack (for half a
-# percent of a bf16 frame of 10 M weights our own coder took as long again, what a link of 8 Mbit/s gains by it)
+# of zstd's bytes, from which our own coder is taken: zstd is faster, which counts where there is much to pack (half a
+# percent of a bf16 frame of 10 M weights took as long again as the frame, and what a link of 8 Mbit/s gains by it)
 _WORTH, _WORTH_MUCH = 0.995, 0.98
 _NEAR = 1.03  # estimates of small parts are as good as that
 _kept = threading.local()  # a thread's cheap compressors: making one costs as much as packing 10 kB
