@@ -28,14 +28,13 @@ struct Sequence {
 
 // What the steps of one direction share: w (gates * h, h), masked, and a place for one step's products.
 struct Steps {
-  Steps(const Sequence& s, uintptr_t w, uintptr_t lay, int64_t chunk, int threads)
+  Steps(const Sequence& s, uintptr_t w, uintptr_t lay, int64_t chunk, int wanted)
       : rows(s.gates * s.h),
         n(s.n),
         h(s.h),
         weight(at<const float>(w)),
         orders(masked_matmul_orders_at(at<const uint8_t>(lay), rows, s.h, chunk)),
-        product_threads(n * rows < kSerialElements ? 1 : threads),
-        cell_threads(n * rows < kSerialElements ? 1 : threads) {
+        threads(n * rows < kSerialElements ? 1 : wanted) {
     const MaskedMatmul& k = products();
     const int64_t inner = std::max(k.forward_scratch(orders, n), k.backward_scratch(orders, n));
     place = thread_scratch().take(inner + 16 + n * rows);
@@ -43,16 +42,16 @@ struct Steps {
   }
   ~Steps() { thread_scratch().settle(); }
   void forward(const float* state, const float* bias) {
-    products().forward(orders, weight, state, n, bias, false, product, nullptr, place, product_threads);
+    products().forward(orders, weight, state, n, bias, false, product, nullptr, place, threads);
   }
   void backward(const float* dgates, float* dstate) {
     products().backward(orders, weight, nullptr, dgates, nullptr, n, dstate, nullptr, nullptr, place,
-                        product_threads);
+                        threads);
   }
   int64_t rows, n, h;
   const float* weight;
   Orders orders;
-  int product_threads, cell_threads;
+  int threads;
   float *place, *product;
 };
 
@@ -66,7 +65,7 @@ void lstm_forward(uintptr_t gates, uintptr_t w, uintptr_t lay, int64_t chunk, ui
     const int64_t t = s.time(i);
     step.forward(y + s.before(t), at<const float>(bias));
     cells().lstm_forward(at<float>(gates) + t * n * 4 * h, step.product, c + s.before(t), n, h,
-                         c + s.after(t), y + s.after(t), step.cell_threads);
+                         c + s.after(t), y + s.after(t), step.threads);
   }
 }
 
@@ -82,7 +81,7 @@ void lstm_backward(uintptr_t gates, uintptr_t w, uintptr_t lay, int64_t chunk, i
     float* d = at<float>(dgates) + t * n * 4 * h;
     cells().lstm_backward(at<const float>(gates) + t * n * 4 * h, c + s.before(t), c + s.after(t),
                           at<const float>(dy) + t * n * h, at<const float>(dh), n, h, at<float>(dc), d,
-                          step.cell_threads);
+                          step.threads);
     if (i || first) step.backward(d, at<float>(dh));
   }
 }
@@ -97,7 +96,7 @@ void gru_forward(uintptr_t gates, uintptr_t w, uintptr_t lay, int64_t chunk, uin
     const int64_t t = s.time(i);
     step.forward(y + s.before(t), at<const float>(bias));
     cells().gru_forward(at<float>(gates) + t * n * 3 * h, step.product, y + s.before(t), n, h,
-                        at<float>(candidates) + t * n * h, y + s.after(t), step.cell_threads);
+                        at<float>(candidates) + t * n * h, y + s.after(t), step.threads);
   }
 }
 
@@ -112,7 +111,7 @@ void gru_backward(uintptr_t gates, uintptr_t w, uintptr_t lay, int64_t chunk, in
     float *d = at<float>(dback) + t * n * 3 * h, *carried = at<float>(dh);
     cells().gru_backward(at<const float>(gates) + t * n * 3 * h, at<const float>(candidates) + t * n * h,
                          at<const float>(states) + s.before(t), at<const float>(dy) + t * n * h, n, h,
-                         carried, at<float>(dgates) + t * n * 3 * h, d, step.cell_threads);
+                         carried, at<float>(dgates) + t * n * 3 * h, d, step.threads);
     if (!i && !first) break;
     step.backward(d, step.product);
     for (int64_t j = 0; j < n * h; ++j) carried[j] += step.product[j];

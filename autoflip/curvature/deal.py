@@ -15,6 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# draws -> rows dealt, by samples of the batch
+_BUDGET = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
+# rows of one sample; two orthogonal draws err less than four independent ones
+_MOST, _MOST_FLAT = 4, 2
+# samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
+_MOST_ALIKE = 0.6
+_LEAST_SAMPLES = 32  # of fewer a draw each costs little more than the calls it makes
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -56,3 +64,27 @@ def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
     ends = rows.cumsum(0)
     turns = torch.arange(int(ends[-1])) - (ends - rows).repeat_interleave(rows)
     return Rows(order.repeat_interleave(rows), turns, scale.repeat_interleave(rows))
+
+
+def rows_for(weight: Tensor, draws: int, factors: int, *, flat: bool) -> Rows | None:
+    """Return the rows that ``draws`` a sample are worth, None where dealing saves nothing: every sample gets its draws.
+
+    That is where there are few samples, or all carry much alike, or many draws to average. Draws one number from
+    torch's generator where it deals.
+
+    Args:
+        weight: ``(N,)``: ``h_n``.
+        draws: wanted of every sample.
+        factors: columns of ``S_n``; as many orthogonal draws are exact.
+        flat: whether all layers are dense, so that a sample's rows share a pass.
+    """
+    h = weight.detach().double().cpu()
+    if draws not in _BUDGET or len(h) < _LEAST_SAMPLES or effective(h) > _MOST_ALIKE * len(h):
+        return None
+    most = min(_MOST_FLAT if flat else _MOST, power_from(draws) * (1 if flat else 2), power_from(factors))
+    return deal(h, _BUDGET[draws] * len(h), most, float(torch.rand(())))
+
+
+def power_from(count: int) -> int:
+    """Return the power of two from ``count`` up."""
+    return 1 << (count - 1).bit_length()

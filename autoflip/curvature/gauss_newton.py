@@ -5,7 +5,7 @@
 gives ``sum_n (J_n^T S_n r_n)^2``, whose mean it is; signs are fresh for each sample, so samples do not mix. Draws
 come in blocks whose signs are orthogonal (Hadamard): a block of as many draws as there are factors is exact, and one of
 four loses 60 times less than four independent draws on a trained network (bench_hessian.py). Up to four draws are
-dealt to the samples by what they carry (:mod:`deal`): a trained CNN's diagonal errs 5 % instead of 29 % at 0.8 instead
+dealt to the samples by what they carry (:mod:`deal`): a trained CNN's diagonal errs 6 % instead of 29 % at 0.83 instead
 of 0.96 of a gradient's time.
 
 What four draws cost at least, in gradients of three products a layer: 1/3 forward, then 2/3 a draw, where the squares
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from autoflip import ops
-from autoflip.curvature.deal import Rows, deal, effective
+from autoflip.curvature.deal import Rows, power_from, rows_for
 from autoflip.curvature.graph import Graph, inspect
 from autoflip.curvature.layers import Layer, watch
 from autoflip.curvature.problem import Problem
@@ -40,13 +40,6 @@ Diagonal = dict[str, Tensor]
 # exact costs a backward pass a factor, and a product of the size of the forward pass's for layers that see maps
 _MAX_FACTORS, _MAX_MAPS = 16, 6
 _MAX_BLOCK_BITS = 6  # a block of 64 draws is exact for up to 64 factors
-# draws -> rows dealt, by samples of the batch
-_BUDGET = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
-# rows of one sample; two orthogonal draws err less than four independent ones
-_MOST, _MOST_FLAT = 4, 2
-# samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
-_MOST_ALIKE = 0.6
-_LEAST_SAMPLES = 32  # of fewer a draw each costs little more than the calls it makes
 
 
 class MixedError(ValueError):
@@ -111,18 +104,16 @@ class GaussNewton:
         """Deal ``draws`` to the samples by their curvature, and run the model on those rows; this object is used up.
 
         A model of dense layers only is not run again: its squares skip what is zero, and are most of its cost.
-        Every sample stays a row, looked at ``draws`` times, where there are few samples or all carry much alike, where
-        there are many draws to average, and where the model does not say the same about a sample whatever else is in
-        the batch (dropout, batch statistics, parameters of unknown layers).
+        Every sample stays a row, looked at ``draws`` times, where dealing saves nothing (:func:`deal.rows_for`), and
+        where the model does not say the same about a sample whatever else is in the batch (dropout, batch statistics,
+        parameters of unknown layers).
         """
-        if draws not in _BUDGET or self.segments or len(self.shape) != 2 or self.shape[0] != self.problem.samples:
+        if self.segments or len(self.shape) != 2 or self.shape[0] != self.problem.samples:
             return self
-        weight = self.root.weight.detach().double().cpu()
-        if len(weight) < _LEAST_SAMPLES or effective(weight) > _MOST_ALIKE * len(weight):
+        flat = _flat(self.ran)
+        rows = rows_for(self.root.weight, draws, self.root.factors, flat=flat)
+        if rows is None:
             return self
-        budget, chance, flat = _BUDGET[draws] * len(weight), float(torch.rand(())), _flat(self.ran)
-        most = min(_MOST_FLAT if flat else _MOST, _up(draws) * (1 if flat else 2), _up(self.root.factors))
-        rows = deal(weight, budget, most, chance)
         if flat:
             self.rows = None if self.rest or self.graph.coupled else rows
             return self
@@ -135,11 +126,8 @@ class GaussNewton:
             return GaussNewton.of(self.problem, self.seed, self.chunk)
         gn = replace(self, output=output, ran=ran, rows=rows)
         alike = output.shape[0] == len(at) and _close(output.detach(), whole[at])
-        return (
-            gn
-            if alike and not gn.rest and not gn.graph.coupled
-            else GaussNewton.of(self.problem, self.seed, self.chunk)
-        )
+        apart = alike and not gn.rest and not gn.graph.coupled
+        return gn if apart else GaussNewton.of(self.problem, self.seed, self.chunk)
 
     @cached_property
     def graph(self) -> Graph:
@@ -218,7 +206,7 @@ class GaussNewton:
         most = int(rows.turns.max()) + 1
         turns, samples = rows.turns.to(self.output.device), rows.samples.to(self.output.device)
         scale = rows.scale.to(self.root.weight)
-        draws = [self.root.draw(self._signs(i, _up(most))) for i in range(most)]
+        draws = [self.root.draw(self._signs(i, power_from(most))) for i in range(most)]
         if not _flat(self.ran):
             self._chunks(1)
             self._backward(torch.stack(draws)[turns, samples] * scale.unsqueeze(1), [])
@@ -299,11 +287,6 @@ def _forward(problem: Problem, chunk: int) -> tuple[Tensor, list[Layer]]:
     modules, samples = problem.modules, problem.samples
     with watch(modules, samples, chunk) as ran, unrolled(modules, samples, chunk, ran):
         return problem.output(), ran
-
-
-def _up(count: int) -> int:
-    """Return the power of two from ``count`` up."""
-    return 1 << (count - 1).bit_length()
 
 
 def _flat(ran: Sequence[Layer]) -> bool:

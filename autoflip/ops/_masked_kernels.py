@@ -131,6 +131,10 @@ def dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
 # --- the CPU extension
 
 
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def new_values(parts: Parts) -> Tensor | None:
     """Return room for the copy of the kept weights that forward makes and dx reads again; None where there is none."""
     if parts.mask.numel() < 1 << 18 or "s" not in parts.path:  # smaller ones are read where they stand
@@ -147,34 +151,12 @@ def cpu_forward(
     bias = None if bias is None else bias.contiguous()
     rows, cols = parts.mask.shape
     y = torch.empty(len(x), rows)
+    layout, sizes, threads = parts.layout.data_ptr(), (len(x), rows, cols), torch.get_num_threads()
     if parts.path[0] == "f":
-        CPP.masked_few_forward(
-            weight.data_ptr(),
-            parts.layout.data_ptr(),
-            x.data_ptr(),
-            len(x),
-            rows,
-            cols,
-            0 if bias is None else bias.data_ptr(),
-            relu,
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return y
-    CPP.masked_matmul_forward(
-        x.data_ptr(),
-        weight.data_ptr(),
-        parts.layout.data_ptr(),
-        parts.chunk,
-        0 if bias is None else bias.data_ptr(),
-        len(x),
-        rows,
-        cols,
-        relu,
-        y.data_ptr(),
-        0 if values is None else values.data_ptr(),
-        torch.get_num_threads(),
-    )
+        CPP.masked_few_forward(weight.data_ptr(), layout, x.data_ptr(), *sizes, _at(bias), relu, y.data_ptr(), threads)
+    else:
+        sources = x.data_ptr(), weight.data_ptr(), layout, parts.chunk, _at(bias)
+        CPP.masked_matmul_forward(*sources, *sizes, relu, y.data_ptr(), _at(values), threads)
     return y
 
 
@@ -199,36 +181,13 @@ def cpu_backward(
     rows, cols = parts.mask.shape
     out = torch.empty(len(dy), cols) if dx else None
     sums = torch.empty(rows) if db else None
+    results = _at(out), _at(dw), _at(sums), torch.get_num_threads()
+    sizes, layout = (len(dy), rows, cols), parts.layout.data_ptr()
     if parts.path[0] == "f":
-        CPP.masked_few_backward(
-            0 if weight is None else weight.data_ptr(),
-            parts.layout.data_ptr(),
-            dy.data_ptr(),
-            0 if x is None else x.data_ptr(),
-            len(dy),
-            rows,
-            cols,
-            0 if out is None else out.data_ptr(),
-            0 if dw is None else dw.data_ptr(),
-            0 if sums is None else sums.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return out, dw, sums
-    CPP.masked_matmul_backward(
-        dy.data_ptr(),
-        0 if x is None else x.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if values is None else values.data_ptr(),
-        parts.layout.data_ptr(),
-        parts.chunk,
-        len(dy),
-        rows,
-        cols,
-        0 if out is None else out.data_ptr(),
-        0 if dw is None else dw.data_ptr(),
-        0 if sums is None else sums.data_ptr(),
-        torch.get_num_threads(),
-    )
+        CPP.masked_few_backward(_at(weight), layout, dy.data_ptr(), _at(x), *sizes, *results)
+    else:
+        sources = dy.data_ptr(), _at(x), _at(weight), _at(values)
+        CPP.masked_matmul_backward(*sources, layout, parts.chunk, *sizes, *results)
     return out, dw, sums
 
 
