@@ -20,19 +20,20 @@ namespace {
 struct Torch {
   PyObject *tensor, *parameter, *float32;            // types, dtype
   PyObject *modes, *tracing, *transforms, *batched;  // what of torch is at work on tensors
-  PyObject *grad_enabled, *storage_holders;
+  PyObject* grad_enabled;
 } torch;
 struct Names {
-  PyObject *dtype, *is_cpu, *is_contiguous, *numel, *data_ptr, *use_count, *untyped_storage, *cdata, *base;
+  PyObject *dtype, *is_cpu, *is_contiguous, *numel, *data_ptr, *use_count, *base;
 } names;
 
-// Holders of a gradient as a hook sees them: references to the Python object, to the tensor, to its memory;
-// and where it is a view, references to what it is a view of.
+// Holders of a gradient as a hook sees them: references to the Python object and to the tensor, and where it
+// is a view, to what it is a view of. AccumulateGrad asks less (references to the tensor) before it makes a
+// gradient the parameter's own; who else holds the memory would cost as much as all other questions.
 struct Holders {
-  long objects, tensors, storages, base_objects, base_tensors;
+  long objects, tensors, base_objects, base_tensors;
   bool operator==(const Holders& o) const {
-    return objects == o.objects && tensors == o.tensors && storages == o.storages &&
-           base_objects == o.base_objects && base_tensors == o.base_tensors;
+    return objects == o.objects && tensors == o.tensors && base_objects == o.base_objects &&
+           base_tensors == o.base_tensors;
   }
 } alone[2];  // of one that nobody but the engine has: no view, and a view; zeros until they are known
 
@@ -121,7 +122,7 @@ PyObject* look(PyObject* capsule, PyObject* weight) {
 }
 
 Holders holders(PyObject* g) {
-  Holders found{long(Py_REFCNT(g)), number(method(g, names.use_count)), -1, -1, -1};
+  Holders found{long(Py_REFCNT(g)), number(method(g, names.use_count)), -1, -1};
   if (PyObject* base = PyObject_GetAttr(g, names.base)) {
     if (base != Py_None) {
       found.base_objects = long(Py_REFCNT(base));
@@ -129,11 +130,6 @@ Holders holders(PyObject* g) {
     }
     Py_DECREF(base);
   }
-  PyObject* storage = method(g, names.untyped_storage);
-  PyObject* data = storage ? PyObject_GetAttr(storage, names.cdata) : nullptr;
-  if (data) found.storages = number(PyObject_CallOneArg(torch.storage_holders, data));
-  Py_XDECREF(data);
-  Py_XDECREF(storage);
   if (PyErr_Occurred()) PyErr_Clear();
   return found;
 }
@@ -184,7 +180,7 @@ PyObject* hook(PyObject* capsule, PyObject* g) {
 
 PyObject* probe(PyObject*, PyObject* g) {
   const Holders found = holders(g);
-  if (found.tensors > 0 && found.storages > 0) alone[found.base_objects > 0] = found;
+  if (found.tensors > 0) alone[found.base_objects > 0] = found;
   Py_RETURN_NONE;
 }
 
@@ -211,13 +207,11 @@ py::object make_hook(uintptr_t mask, int64_t entries, py::object otherwise) {
 
 void meet(py::dict given) {
   const auto take = [&](const char* name) { return py::object(given[name]).release().ptr(); };
-  torch = {take("tensor"),  take("parameter"),    take("float32"),
-           take("modes"),   take("tracing"),      take("transforms"),
-           take("batched"), take("grad_enabled"), take("storage_holders")};
+  torch = {take("tensor"),  take("parameter"),  take("float32"), take("modes"),
+           take("tracing"), take("transforms"), take("batched"), take("grad_enabled")};
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
-  names = {name("dtype"),           name("is_cpu"),   name("is_contiguous"),
-           name("numel"),           name("data_ptr"), name("_use_count"),
-           name("untyped_storage"), name("_cdata"),   name("_base")};
+  names = {name("dtype"),    name("is_cpu"),     name("is_contiguous"), name("numel"),
+           name("data_ptr"), name("_use_count"), name("_base")};
 }
 
 }  // namespace

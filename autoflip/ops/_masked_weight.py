@@ -37,7 +37,6 @@ def has_memory(t: Tensor) -> bool:
 
 
 if CPP is not None:
-    _holders = getattr(torch._C, "_storage_Use_Count", lambda _: -1)
     CPP.masked_meet(
         {
             "tensor": Tensor,
@@ -48,7 +47,6 @@ if CPP is not None:
             "transforms": _stack,
             "batched": _old_vmap,
             "grad_enabled": torch.is_grad_enabled,
-            "storage_holders": _holders,
         }
     )
 
