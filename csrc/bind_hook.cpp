@@ -20,10 +20,10 @@ namespace {
 struct Torch {
   PyObject *tensor, *parameter, *float32;            // types, dtype
   PyObject *modes, *tracing, *transforms, *batched;  // what of torch is at work on tensors
-  PyObject* grad_enabled;
+  PyObject *grad_enabled, *autocast;
 } torch;
 struct Names {
-  PyObject *dtype, *is_cpu, *is_contiguous, *numel, *data_ptr, *use_count, *base;
+  PyObject *dtype, *is_cpu, *is_contiguous, *numel, *data_ptr, *use_count, *base, *version, *shape, *cpu;
 } names;
 
 // Holders of a gradient as a hook sees them: references to the Python object and to the tensor, and where it
@@ -83,6 +83,31 @@ PyObject* kernel_here(PyObject*, PyObject* const* tensors, Py_ssize_t n) {
   return PyBool_FromLong(here);
 }
 
+bool counts(PyObject* t, long entries) { return number(method(t, names.numel)) == entries; }
+
+bool same(PyObject* answer, PyObject* wanted) {
+  const int found = answer ? PyObject_RichCompareBool(answer, wanted, Py_EQ) : -1;
+  Py_XDECREF(answer);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return found == 1;
+}
+
+// Whether a linear layer may go the way it went before: what it knows, then x, weight, bias (or None) and
+// mask of now. It knows weight, bias, mask, the mask's version, x's shape, the weight's and the bias's
+// entries.
+PyObject* linear_again(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  PyObject* known = args[0];
+  if (n != 5 || !PyTuple_Check(known) || PyTuple_GET_SIZE(known) < 7) Py_RETURN_FALSE;
+  const auto at = [&](int i) { return PyTuple_GET_ITEM(known, i); };
+  PyObject *x = args[1], *weight = args[2], *bias = args[3], *mask = args[4];
+  return PyBool_FromLong(at(0) == weight && at(1) == bias && at(2) == mask &&
+                         same(PyObject_GetAttr(mask, names.version), at(3)) && quiet() && ordinary(x) &&
+                         same(PyObject_GetAttr(x, names.shape), at(4)) && ordinary(weight) &&
+                         counts(weight, PyLong_AsLong(at(5))) &&
+                         (bias == Py_None || (ordinary(bias) && counts(bias, PyLong_AsLong(at(6))))) &&
+                         is(PyObject_CallOneArg(torch.autocast, names.cpu), Py_False));
+}
+
 // --- looks: whether a weight is zero wherever it is pruned
 
 struct Look {
@@ -107,7 +132,7 @@ PyObject* look(PyObject* capsule, PyObject* weight) {
   const float* w = static_cast<const float*>(address(method(weight, names.data_ptr)));
   if (w != look.weight || !w) {
     if (!ordinary(weight) || !is(method(weight, names.is_contiguous), Py_True) ||
-        number(method(weight, names.numel)) != look.entries)
+        !counts(weight, look.entries))
       Py_RETURN_FALSE;
     look.weight = w;
   }
@@ -189,6 +214,9 @@ PyMethodDef probe_def = {"masked_gradient_probe", probe, METH_O, nullptr};
 PyMethodDef here_def = {"masked_kernel_here",
                         reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kernel_here)),
                         METH_FASTCALL, nullptr};
+PyMethodDef again_def = {"masked_linear_again",
+                         reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_again)),
+                         METH_FASTCALL, nullptr};
 PyMethodDef look_def = {"masked_look", look, METH_O, nullptr};
 
 py::object bound(PyMethodDef& def, void* state, void (*free)(PyObject*)) {
@@ -207,11 +235,11 @@ py::object make_hook(uintptr_t mask, int64_t entries, py::object otherwise) {
 
 void meet(py::dict given) {
   const auto take = [&](const char* name) { return py::object(given[name]).release().ptr(); };
-  torch = {take("tensor"),  take("parameter"),  take("float32"), take("modes"),
-           take("tracing"), take("transforms"), take("batched"), take("grad_enabled")};
+  torch = {take("tensor"),     take("parameter"), take("float32"),      take("modes"),   take("tracing"),
+           take("transforms"), take("batched"),   take("grad_enabled"), take("autocast")};
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
-  names = {name("dtype"),    name("is_cpu"),     name("is_contiguous"), name("numel"),
-           name("data_ptr"), name("_use_count"), name("_base")};
+  names = {name("dtype"),      name("is_cpu"), name("is_contiguous"), name("numel"), name("data_ptr"),
+           name("_use_count"), name("_base"),  name("_version"),      name("shape"), name("cpu")};
 }
 
 }  // namespace
@@ -221,6 +249,7 @@ void bind_hook(py::module_& m) {
     m.add_object(def.ml_name, py::reinterpret_steal<py::object>(PyCFunction_New(&def, nullptr)));
   };
   add(here_def);
+  add(again_def);
   add(probe_def);
   m.def("masked_hook", make_hook,
         "a hook that sets a float32 gradient to zero wherever the mask (address, entries) is not set; what "

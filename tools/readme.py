@@ -91,6 +91,8 @@ def methods() -> str:
         "clients, server and the simulation's own counting), on a busy machine. Files: "
         "`bench/results/method-*.json`, made by `bench/experiments`.",
     ]
+    if others := table.variants(results):
+        lines += ["", "Variants over all rows and seeds that were run both ways, against the method itself:", "", others]
     for path in sorted(results.glob("study-*.json")):
         row = path.stem.removeprefix("study-")
         about = f"`bench/experiments/study.py {row}`; seconds of clients where both runs tell them apart, else of all"

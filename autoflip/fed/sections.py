@@ -79,7 +79,7 @@ class Explore:
     fraction: float = 0.25  # share of the clients that explore
     epochs: int = 1
     signal: str = "fisher"  # what ranks a weight, see explore.SIGNALS
-    agreement: float = 0.5  # exponent of the clients' agreement in a weight's score; 0: it does not count
+    agreement: float = 0.0  # exponent of the clients' agreement in a weight's score; 0: it does not count
 
 
 @dataclass(frozen=True)

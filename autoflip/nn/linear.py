@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoflip.nn.masked import Masked
-from autoflip.ops import Pack, masked_linear, traced, version_of
+from autoflip.ops import Pack, again, linear_job, linear_step, masked_linear, traced, version_of
+
+_compiling, _threads = torch.compiler.is_compiling, torch.get_num_threads
 
 __all__ = ["MaskedLinear", "MaskedSelectingLinear", "SelectingLinear", "select"]
 
@@ -51,8 +53,10 @@ class MaskedLinear(Masked, nn.Linear):
         super()._forget()
         self.__dict__.pop("_pack", None)
         self.__dict__.pop("_packed_version", None)
+        self.__dict__.pop("_again", None)
 
     def _repack(self) -> None:
+        self.__dict__.pop("_again", None)
         mask = self._buffers.get("weight_mask")
         self._pack = None if mask is None else Pack(mask)
         self._packed_version = 0 if mask is None else version_of(mask)
@@ -71,24 +75,36 @@ class MaskedLinear(Masked, nn.Linear):
         weight, bias = (self.weight, self.bias) if found is None else (found, self._parameters["bias"])
         if mask is None or self._stands_still(input, found, mask):
             return F.linear(input, weight, bias)
+        known = self.__dict__.get("_again")
+        if known is not None and known[7] == _threads() and not _compiling() and again(known, input, found, bias, mask):
+            return linear_step(input, weight, bias, known[8])
         pack = self._pack
         if not torch.compiler.is_compiling():
             if pack is None or pack.mask is not mask or self._packed_version != version_of(mask):
                 self._repack()  # the module moved to another device, or someone wrote into the buffer
                 pack = self._pack
             assert pack is not None
-            if (
-                pack.density < 1
-                and not traced()
-                and weight.dtype is torch.float32
-                and pack.all_dense(input.shape[:-1].numel())
-                and self._stands(input, weight, mask)
-            ):
-                return F.linear(input, weight, bias)
+            if pack.density < 1 and weight.dtype is torch.float32 and not traced():
+                if pack.all_dense(input.shape[:-1].numel()):
+                    if self._stands(input, weight, mask):
+                        return F.linear(input, weight, bias)
+                elif weight is found:
+                    return self._step(input, weight, bias, pack)
         assert pack is not None
         if pack.density == 1:
             return F.linear(input, weight, bias)
         return masked_linear(input, weight, bias, pack)
+
+    def _step(self, input: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack) -> Tensor:
+        """Multiply by the kernels, and note what must not change for the next call to go straight to them."""
+        job = linear_job(input, weight, bias, pack)
+        if job is None:
+            return masked_linear(input, weight, bias, pack)
+        mask, entries = pack.mask, 0 if bias is None else bias.numel()
+        if not mask.is_inference():
+            known = (weight, bias, mask, mask._version, input.shape, weight.numel(), entries, _threads(), job)
+            self.__dict__["_again"] = known
+        return linear_step(input, weight, bias, job)
 
 
 class _Selecting(nn.Module):

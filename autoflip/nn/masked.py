@@ -50,7 +50,7 @@ class Masked(nn.Module):
         inherited = getattr(super(), "__getstate__", None)  # Python 3.10's object has none
         state = self.__dict__ if inherited is None else inherited()
         # handles of hooks and functions of the extension are of this layer alone
-        return {key: value for key, value in state.items() if key not in ("_keeper", "_hooked", "_still")}
+        return {key: value for key, value in state.items() if key not in ("_keeper", "_hooked", "_still", "_again")}
 
     def masks(self) -> dict[str, Tensor]:
         """Return parameter name -> mask, for the parameters that have one."""

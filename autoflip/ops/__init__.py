@@ -4,6 +4,7 @@
 from autoflip.ops import delta as delta
 
 # masked_weight
+from autoflip.ops._masked_weight import again as again
 from autoflip.ops._masked_weight import gradient_hook as gradient_hook
 from autoflip.ops._masked_weight import looker as looker
 from autoflip.ops._masked_weight import traced as traced
@@ -26,6 +27,8 @@ from autoflip.ops.masked_conv import masked_conv2d as masked_conv2d
 
 # masked_matmul
 from autoflip.ops.masked_matmul import Pack as Pack
+from autoflip.ops.masked_matmul import linear_job as linear_job
+from autoflip.ops.masked_matmul import linear_step as linear_step
 from autoflip.ops.masked_matmul import masked_linear as masked_linear
 from autoflip.ops.masked_matmul import masked_matmul as masked_matmul
 from autoflip.ops.masked_matmul import masked_weight as masked_weight

@@ -155,9 +155,13 @@ def _relu_backward(dy: Tensor, y: Tensor) -> Tensor:
 # --- the way that training on a CPU takes: one call forward, one back
 
 
+# relu, parts, and what returns a tensor for the weight's gradient, (O, K), whatever stands in it
+Job = tuple[bool, Parts, Callable[[], Tensor]]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: tuple[bool, Parts, Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
         relu, parts, _ = ctx.job = job
         ctx.operand = ctx.values = None
         if parts.path[0] != "d":
@@ -201,18 +205,16 @@ class _Linear(torch.autograd.Function):
 _apply_linear = super(torch.autograd.Function, _Linear).apply  # type: ignore[misc]
 
 
-def train(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, new: Callable[[], Tensor], relu: bool
-) -> Tensor:
-    """Do what :func:`linear` does where ``weights.kernel_here(x)`` and the weight is float32 on the CPU.
-
-    ``new`` returns a tensor for the weight's gradient, (O, K), whatever stands in it.
-    """
+def train(x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
+    """Do what :func:`linear` does where ``weights.kernel_here`` of all tensors, in fewer steps."""
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _apply_linear(x, weight, bias, (relu, parts, new))
-    return kernels.linear_kernel(x, weight, bias, relu, *parts)
+        return _apply_linear(x, weight, bias, job)
+    relu, parts, _ = job
+    if parts.path[0] == "d":
+        return kernels.linear_kernel(x, weight, bias, relu, *parts)
+    return kernels.cpu_forward(x, weight, bias, relu, parts)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, *, relu: bool = False) -> Tensor:

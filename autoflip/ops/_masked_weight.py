@@ -47,6 +47,7 @@ if CPP is not None:
             "transforms": _stack,
             "batched": _old_vmap,
             "grad_enabled": torch.is_grad_enabled,
+            "autocast": torch.is_autocast_enabled,
         }
     )
 
@@ -54,6 +55,10 @@ if CPP is not None:
 def kernel_here(*tensors: Tensor) -> bool:
     """Tell whether the CPU extension may read the tensors: float32 on the CPU, addresses, no transform or trace."""
     return CPP is not None and not _compiling() and CPP.masked_kernel_here(*tensors)
+
+
+# whether a layer's step may go the way that it went before; asked only of what went it before
+again: Any = None if CPP is None else CPP.masked_linear_again
 
 
 def looker(mask: Tensor) -> Callable[[Tensor], bool] | None:

@@ -43,15 +43,9 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
         return F.gelu(masked_linear(x, weight, bias, pack))
     if activation not in (None, "relu"):
         raise ValueError(f"masked_linear: activation={activation!r}; wanted None, 'relu' or 'gelu'")
-    if (
-        x.dim() == 2
-        and (weights.kernel_here(x, weight) if bias is None else weights.kernel_here(x, weight, bias))
-        and weight.shape == pack.mask.shape
-        and x.shape[1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        return steps.train(x, weight, bias, pack.cpu_parts(len(x)), pack.new_gradient, activation == "relu")
+    job = linear_job(x, weight, bias, pack, relu=activation == "relu")
+    if job is not None:
+        return steps.train(x, weight, bias, job)
     if torch.is_autocast_enabled(x.device.type) or weights.traced():
         y = F.linear(x, torch.where(pack.mask, weight, 0), bias)
         return y.relu() if activation else y
@@ -60,6 +54,22 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
         rows = x.reshape(x.shape[:-1].numel(), weight.shape[1])
         return masked_linear(rows, weight, bias, pack, activation).reshape(*x.shape[:-1], weight.shape[0])
     return steps.linear(x, weight, bias, pack.parts(len(x)), relu=activation == "relu")
+
+
+def linear_job(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, *, relu: bool = False) -> steps.Job | None:
+    """Return what :func:`linear_step` takes, where the CPU extension serves these tensors; else None."""
+    here = (
+        x.dim() == 2
+        and (weights.kernel_here(x, weight) if bias is None else weights.kernel_here(x, weight, bias))
+        and weight.shape == pack.mask.shape
+        and x.shape[1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and not torch.is_autocast_enabled("cpu")
+    )
+    return (relu, pack.cpu_parts(x.shape[0]), pack.new_gradient) if here else None
+
+
+linear_step = steps.train
 
 
 def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:

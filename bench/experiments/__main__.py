@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import ALL_METHODS_ON, EVERYWHERE, ROWS, SCALED
-from table import client_seconds, cpu_seconds, same, table, told
+from table import client_seconds, cpu_seconds, same, table, told, variants
 
 from autoflip import fed
 from autoflip.fed.sections import METHOD_NAMES
@@ -102,6 +102,8 @@ def main() -> None:
                     flush=True,
                 )
     print(table(RESULTS, chosen.rows))
+    if others := variants(RESULTS):
+        print(f"\nvariants against the method itself, same rows and seeds\n\n{others}")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def table(folder: Path, rows: list[str] | None = None) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (row, method), runs in found.items():
-        if rows and row not in rows:
+        if (rows and row not in rows) or "+" in method:
             continue
         is_dense, dense = method == "fedavg", found.get((row, "fedavg"), {})
         entry = against(runs, dense)
@@ -126,3 +126,50 @@ def table(folder: Path, rows: list[str] | None = None) -> str:
             f"| {_share(entry['whole']['seconds'], 2, mark)} |"
         )
     return "\n".join(lines)
+
+
+def paired(folder: Path, variant: str, method: str) -> dict | None:
+    """Return how ``method+variant`` differs from ``method`` over all rows and seeds that both have.
+
+    Returns:
+        None where there are fewer than two pairs; else ``pairs``, and (mean, standard error) of ``final`` and ``last``
+        (difference of accuracy at the end, and of the mean of the last five evaluations), ``flops`` and ``bytes``
+        (ratios of the whole runs).
+    """
+    found, seen = load(folder), []
+    for (row, name), runs in found.items():
+        if name != f"{method}+{variant}":
+            continue
+        for seed, run in runs.items():
+            if other := found.get((row, method), {}).get(seed):
+                mine, theirs = run["curve"], other["curve"]
+                last = [statistics.mean(curve["accuracy"][-5:]) for curve in (mine, theirs)]
+                seen.append(
+                    {
+                        "final": mine["accuracy"][-1] - theirs["accuracy"][-1],
+                        "last": last[0] - last[1],
+                        "flops": mine["flops"][-1] / theirs["flops"][-1],
+                        "bytes": mine["bytes"][-1] / theirs["bytes"][-1],
+                    }
+                )
+    if len(seen) < 2:
+        return None
+    columns = {key: [entry[key] for entry in seen] for key in seen[0]}
+    spread = {k: (statistics.mean(v), statistics.stdev(v) / len(v) ** 0.5) for k, v in columns.items()}
+    return {"pairs": len(seen), **spread}
+
+
+def variants(folder: Path) -> str:
+    """Return the table of all tagged variants against the method they vary, in Markdown; empty if there are none."""
+    names = sorted({name for _, name in load(folder) if "+" in name})
+    lines = [
+        "| variant | runs | final accuracy | last five evaluations | FLOPs | bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        method, _, variant = name.partition("+")
+        if entry := paired(folder, variant, method):
+            points = [f"{100 * entry[k][0]:+.2f} ± {100 * entry[k][1]:.2f}" for k in ("final", "last")]
+            ratios = [f"{entry[k][0]:.3f}x ± {entry[k][1]:.3f}" for k in ("flops", "bytes")]
+            lines.append(f"| {name} | {entry['pairs']} | {' | '.join([*points, *ratios])} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
