@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import layer_marks
 import layer_peers
+import limits
 from layer_marks import DENSITIES, NEVER_SLOWER
 from timing import fma_peak, interleaved, keep_memory, machine, quartiles
 
@@ -145,6 +146,10 @@ def measure(section: str, case: dict, peak: float | None) -> dict:
                 why[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
     if section == "threads":
         return {**case, **threads(problem)}
+    if section in ("linear", "conv", "blocks"):
+        nothing = limits.Nothing(problem.weight, problem.bias, tuple(problem.dy.shape))
+        others["nothing"] = layer_peers.through_autograd(nothing, problem.x, problem.dy)
+        others["memory"] = limits.memory(problem.mask)
     pairs, seconds = (7, 0.002) if section == "peers" else (15, 0.003)
     dense = problem.dense()
     found, base = interleaved(dense, others, pairs, seconds, limit=10)

@@ -4,6 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
+import limits
+
 NEVER_SLOWER = 1.05
 RESULTS = Path(__file__).parent / "results" / "layers-cpu.json"
 RECURRENT = RESULTS.with_name("recurrent-cpu.json")
@@ -53,6 +55,24 @@ def marks_table(content: dict) -> list[str]:
             value = measured.get(name, {}).get(density)
             miss = "" if value is None or value <= marks[i] else "*"
             cells.append("-" if value is None else f"{value:.2f}{miss} / {marks[i]:.2f}")
+        lines.append(f"| {density:g} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def floors_table(content: dict) -> list[str]:
+    """Return the lines of a table of what the machine leaves to reach (bench/limits.py), where it was measured."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for name in ("linear", "conv", "blocks"):
+        for case in content["sections"].get(name, {}).get("cases", []):
+            where, least = column(case), limits.floor(case)
+            if where and least is not None:
+                found.setdefault(where, {}).setdefault(case["density"], []).append(least)
+    if not found:
+        return []
+    lines = ["| floor at density | " + " | ".join(MARKS) + " |", "|---|" + "---|" * len(MARKS)]
+    for density in DENSITIES:
+        values = [found.get(name, {}).get(density) for name in MARKS]
+        cells = [f"{statistics.geometric_mean(v):.2f}" if v else "-" for v in values]
         lines.append(f"| {density:g} | " + " | ".join(cells) + " |")
     return lines
 
@@ -181,6 +201,7 @@ def report(content: dict) -> list[str]:
     parts = [
         [machine_line(content), "training step over torch's dense one, median of paired ratios; lower is better"],
         ["geometric means over shapes / mark; * = missed", *marks_table(content)],
+        floors_table(content),
         *(shapes_table(content, section) for section in ("linear", "conv", "blocks")),
         peers_table(content),
         never_slower(content),

@@ -92,7 +92,12 @@ def methods() -> str:
         "`bench/results/method-*.json`, made by `bench/experiments`.",
     ]
     if others := table.variants(results):
-        lines += ["", "Variants over all rows and seeds that were run both ways, against the method itself:", "", others]
+        lines += [
+            "",
+            "Variants over all rows and seeds that were run both ways, against the method itself:",
+            "",
+            others,
+        ]
     for path in sorted(results.glob("study-*.json")):
         row = path.stem.removeprefix("study-")
         about = f"`bench/experiments/study.py {row}`; seconds of clients where both runs tell them apart, else of all"
@@ -114,6 +119,15 @@ def layers() -> str:
         "",
         f"{layer_marks.machine_line(content)}. `bench/results/layers-cpu.json`, made by `bench/bench_layers.py`.",
     ]
+    if floors := layer_marks.floors_table(content):
+        lines += [
+            "",
+            "What the machine leaves to reach in these steps: one through autograd that computes nothing, and then the "
+            "kept multiply-adds at peak rate or moving the weight once (its kept lines read, its dense gradient "
+            "written), whichever takes longer. `bench/limits.py`.",
+            "",
+            *floors,
+        ]
     if recurrent := layer_marks.recurrent_table():
         lines += [
             "",

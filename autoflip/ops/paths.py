@@ -26,7 +26,7 @@ PATHS = ("auto", "sparse", "dense")
 # multiply-adds of the dense product below which :func:`rule` takes no sparse call
 LEAST_WORK = 400_000
 # seconds that a layer takes to check what it hands to a kernel, more than for the dense product (Zen 4)
-CHECKS = 8e-6
+CHECKS = 3e-6
 # entries of a weight from which the kernels for few rows were never slower than the dense path (Zen 4, 1 thread)
 LEAST_READ = 1 << 15
 # step -> (least rows of x, density below which the kernel was at least 10 % faster than torch 2.13's dense float32
