@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def write_values(coded: Sequence[Stream], entropy: str, level: int = 1) -> list[
             out += section([c.streams[0].data for c in mine], entropy, level, key=key)
             scales = np.frombuffer(codes.split_planes(np.concatenate([c.scales for c in mine])), np.uint8)
             minor = sum(c.count for c in mine) >= _MANY
-            out += plane_section(np.split(scales, 4), entropy, level, minor=minor)
+            out += plane_section([*scales.reshape(4, -1)], entropy, level, minor=minor)
     integers: list[Buffer] = [c.data for c in coded if not isinstance(c, Coded) and len(c)]
     return [*out, *section(integers, entropy, level)] if integers else out
 
@@ -142,7 +143,8 @@ def _read_quantised(reader: Reader, kind: int, counts: list[int]) -> list[Coded]
 
 
 def _cut(array: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
-    return np.split(array, np.cumsum(sizes)[:-1])
+    ends = [0, *accumulate(sizes)]
+    return [array[start:end] for start, end in pairwise(ends)]
 
 
 def from_words(words: np.ndarray) -> Coded:
