@@ -46,10 +46,11 @@ _REPEATS, _UNSEEN = 0.99, 1.02
 
 
 class _Kept(threading.local):
-    """A thread's compressors: making one costs as much as packing 10 kB."""
+    """What a thread packs and unpacks little with: making one costs as much as packing 10 kB."""
 
     def __init__(self) -> None:
         self.packers: dict[tuple[int, bool], Any] = {}
+        self.unpacker: Any = None
 
 
 _kept = _Kept()
@@ -246,13 +247,21 @@ def _unpack(stage: int, stored: memoryview, least: int, most: int, beside: np.nd
         # python-zstandard ignores max_output_size when the frame declares its size: compare that size first
         size = zstd.get_frame_parameters(stored).content_size
         _check_size(size, least, most)
-        unpacker = zstd.ZstdDecompressor(max_window_size=max(1 << 10, min(1 << 27, 2 * most)))
-        raw = unpacker.decompress(stored, max_output_size=size, allow_extra_data=False)
+        raw = _unpacker(most).decompress(stored, max_output_size=size, allow_extra_data=False)
     except zstd.ZstdError as error:
         raise DecodeError(f"a section is no zstd frame ({error}); the frame is damaged") from error
     if len(raw) != size:
         raise DecodeError(f"a section unpacked to {len(raw)} bytes, wanted {size}; the frame is damaged")
     return memoryview(raw)
+
+
+def _unpacker(most: int) -> Any:
+    """Return what unpacks to ``most`` bytes, and refuses windows that are of no use for so few."""
+    if most > _SMALL:
+        return _zstd().ZstdDecompressor(max_window_size=min(1 << 27, 2 * most))
+    if _kept.unpacker is None:
+        _kept.unpacker = _zstd().ZstdDecompressor(max_window_size=2 * _SMALL)
+    return _kept.unpacker
 
 
 def _check_size(size: int, least: int, most: int) -> None:

@@ -96,8 +96,8 @@ def read_values(reader: Reader, wanted: Sequence[tuple[int, int]]) -> list[Strea
     Returns:
         One stream each; bf16 words are not yet checked for NaN, all else is valid.
     """
-    none = np.empty(0, np.uint8)
-    out: list[Stream] = [none if kind == INT else streams.new_streams(kind, 0) for kind, _ in wanted]
+    none = np.empty(0, np.uint8)  # what the others are is read below
+    out: list[Stream] = [none if kind == INT or count else streams.new_streams(kind, 0) for kind, count in wanted]
     for kind in range(5):
         mine = [(i, count) for i, (codec, count) in enumerate(wanted) if codec == kind and count]
         if not mine:

@@ -6,6 +6,7 @@ Floats exist in a cache-sized scratch only; the numbers of the kinds are those o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import numpy as np
@@ -215,11 +216,9 @@ def accumulate(coded: Coded, mask: Pack | None, out: Tensor, weight: float) -> N
 
 def valid(coded: Coded) -> bool:
     """Tell whether streams of hostile origin hold only what :func:`code` writes: finite values, codes in range."""
-    scales = coded.scales.view(np.uint32)
-    if coded.kind in LEVELS:
-        largest = np.float32(coding.largest_scale(LEVELS[coded.kind])).view(np.uint32)
-        if not bool((scales <= largest).all()):  # negative ones and NaN lie above, as unsigned numbers
-            return False
+    # negative scales and NaN lie above, as unsigned numbers
+    if coded.kind in LEVELS and int(coded.scales.view(np.uint32).max(initial=0)) > _largest_word(coded.kind):
+        return False
     if ext := cpp():
         return ext.delta_valid(coded.kind, coded.places(ext)[0], coded.count)
     if coded.kind in _PLANES:
@@ -230,6 +229,11 @@ def valid(coded: Coded) -> bool:
         return not bool((codes == 0x80).any())
     past = coded.count % 2 and codes[-1] >> 4
     return not (bool(((codes & 15) == 8).any()) or bool((codes >> 4 == 8).any()) or past)
+
+
+@cache
+def _largest_word(kind: int) -> int:
+    return int(np.float32(coding.largest_scale(LEVELS[kind])).view(np.uint32))
 
 
 def _check(coded: Coded, mask: Pack | None) -> None:
