@@ -8,12 +8,8 @@ namespace {
 
 int64_t bound(int64_t n) { return n + n / 2 + kAnsHeader + 64; }
 
-int64_t encode(uintptr_t raw, int64_t n, uintptr_t companion, int key, uintptr_t out) {
-  return ans_encode(at<uint8_t>(raw), n, at<uint8_t>(companion), key, at<uint8_t>(out));
-}
-
-int64_t estimate(uintptr_t raw, int64_t n, uintptr_t companion, int key) {
-  return ans_estimate(at<uint8_t>(raw), n, at<uint8_t>(companion), key);
+int64_t encode(uintptr_t raw, int64_t n, uintptr_t companion, int key, int64_t limit, uintptr_t out) {
+  return ans_encode(at<uint8_t>(raw), n, at<uint8_t>(companion), key, limit, at<uint8_t>(out));
 }
 
 int64_t decode(uintptr_t data, int64_t bytes, uintptr_t companion, int64_t n, uintptr_t out) {
@@ -26,7 +22,6 @@ void bind_ans(py::module_& m) {
   using free_gil = py::call_guard<py::gil_scoped_release>;
   m.def("ans_bound", bound);
   m.def("ans_encode", encode, free_gil());
-  m.def("ans_estimate", estimate, free_gil());
   m.def("ans_decode", decode, free_gil());
 }
 

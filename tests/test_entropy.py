@@ -77,6 +77,19 @@ def test_estimate_is_near():
             assert abs(entropy.estimate(x, entropy.PLAIN, known) - size) <= 0.02 * size + 64
 
 
+@needs_cpp
+@pytest.mark.parametrize("n", [1, 300, 60_000])
+def test_a_limit_withholds_the_bytes_alone(n):
+    for x, companion in streams(n).values():
+        for known in (None, companion):
+            told = entropy.estimate(x, entropy.PLAIN, known)
+            assert entropy.encode_below(x, entropy.PLAIN, told, known) == (told, None)
+            size, coded = entropy.encode_below(x, entropy.PLAIN, told + 1, known)
+            assert size == len(coded)
+            assert bytes(coded) == bytes(entropy.encode(x, entropy.PLAIN, known))
+    assert entropy.encode_below(b"", entropy.PLAIN, 1) == (None, None)
+
+
 def both(blob, n, known=None):
     """Decode hostile bytes by the extension and by numpy; they must agree."""
     got, wrong = reference_entropy.decode(np.frombuffer(bytes(blob), np.uint8), n, known)

@@ -94,6 +94,8 @@ def read_sets(reader: Reader, wanted: list[tuple[int, int, int, int]]) -> list[P
     Returns:
         One Pack a set, in order.
     """
+    if not wanted:
+        return []
     masks: list[Pack] = [ops.pack(torch.ones(0, dtype=torch.bool))] * len(wanted)
     for coding in (BITMAP, RICE, VARINT):
         mine = [(i, *w[1:]) for i, w in enumerate(wanted) if w[0] == coding]

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ NUMPY: dict[int, np.dtype[Any]] = {
 }
 _MAX_DIMS = 32
 _MAX_NAME = 4096
+_SMALL = 1 << 15  # bytes of a schema that is kept for the next frame: clients of a model all send the same one
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Schema:
                     f"a frame holds at most {_MAX_DIMS} and {_MAX_NAME}"
                 )
             entries.append(Entry(name, tuple(tensor.shape), kind))
-        return cls(tuple(entries))
+        return _shared(tuple(entries))
 
     def __repr__(self) -> str:
         entries = sum(e.numel for e in self.entries)
@@ -127,13 +128,17 @@ class Schema:
         """Name -> shape, in order."""
         return {entry.name: torch.Size(entry.shape) for entry in self.entries}
 
-    @property
+    @cached_property
     def dense_bytes(self) -> int:
         """Bytes of all tensors that decoding makes."""
         return sum(e.dense_bytes for e in self.entries)
 
     def to_bytes(self) -> bytes:
         """Return the wire form: count, then per tensor name length, name, kind, dimensions, sizes."""
+        return self._wire
+
+    @cached_property
+    def _wire(self) -> bytes:
         out = bytearray(varint(len(self.entries)))
         for entry in self.entries:
             name = entry.name.encode()
@@ -149,6 +154,10 @@ class Schema:
         Raises:
             DecodeError: it is malformed or asks for more than ``limits``.
         """
+        return _parse(bytes(raw), limits) if len(raw) <= _SMALL else cls._read(raw, limits)
+
+    @classmethod
+    def _read(cls, raw: bytes | memoryview, limits: Limits) -> Schema:
         reader = Reader(raw, "schema")
         count = reader.varint()
         if count > limits.max_tensors:
@@ -196,3 +205,13 @@ class Schema:
                 )
         extra = [name for name in tensors if name not in {e.name for e in self.entries}]
         raise ValueError(f"{what}: {extra[:4]} are not in the schema; make it with Schema.of(tensors) from all tensors")
+
+
+@lru_cache(maxsize=32)
+def _shared(entries: tuple[Entry, ...]) -> Schema:
+    return Schema(entries)
+
+
+@lru_cache(maxsize=32)
+def _parse(raw: bytes, limits: Limits) -> Schema:
+    return Schema._read(raw, limits)

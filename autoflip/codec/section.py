@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -29,14 +30,30 @@ ENTROPIES = ("zstd", "none")  # what a writer may be asked for
 Buffer = bytes | memoryview
 _STORED, _ZSTD, _APART, _FOLLOWS, _BESIDE = range(5)  # entropy stages
 _CHEAP, _THOROUGH = 6, 12  # levels of zstd: about 100 and 30 MB/s
-_TINY, _SMALL = 1 << 15, 1 << 17  # bytes that are packed in several ways, one of them thorough; of more a part tells
+_FEW = 16  # bytes that stay as they are: a zstd frame has 9 beside what it holds, our own coder's 32
+_LITTLE = 1 << 9  # bytes that are packed thoroughly and in no other way: that takes 5 to 20 us
+_TINY, _SMALL = 1 << 15, 1 << 17  # bytes that may be packed thoroughly, and of which a part does not tell
+_NOISY = 1 << 14  # bytes of which a quarter tells whether they are noise
 _LARGE = 1 << 20  # bytes of which both coders' sizes are compared, where the part speaks for ours
-_LEAST = 192  # bytes from which our own coder may win
+_PAYS = 0.97  # of the bytes, under which they are packed
 # of zstd's bytes, from which our own coder is taken: zstd is faster, which counts where there is much to pack (half a
 # percent of a bf16 frame of 10 M weights took as long again as the frame, and what a link of 8 Mbit/s gains by it)
 _WORTH, _WORTH_MUCH = 0.995, 0.98
-_NEAR = 1.03  # estimates of small parts are as good as that
-_kept = threading.local()  # a thread's cheap compressors: making one costs as much as packing 10 kB
+_NEAR = 1.03  # estimates are as good as that
+# a thorough search is for what our own coder does not see: where the quick one found repetitions that pay, or is
+# smaller than ours would be
+_REPEATS, _UNSEEN = 0.99, 1.02
+
+
+class _Kept(threading.local):
+    """What a thread packs and unpacks little with: making one costs as much as packing 10 kB."""
+
+    def __init__(self) -> None:
+        self.packers: dict[tuple[int, bool], Any] = {}
+        self.unpacker: Any = None
+
+
+_kept = _Kept()
 
 
 def length(buffer: Buffer) -> int:
@@ -62,7 +79,7 @@ def section(
     size = sum(map(length, parts))
     if entropy == "zstd" and size:
         stage, packed = _smallest(parts[0] if len(parts) == 1 else b"".join(parts), level, key, tries=tries)
-        if length(packed) < 0.97 * size:
+        if length(packed) < _PAYS * size:
             return [bytes([stage]) + varint(length(packed)), packed]
     return [bytes([_STORED]) + varint(size), *parts]
 
@@ -84,8 +101,9 @@ def plane_section(planes: Sequence[np.ndarray], entropy: str, level: int = 1, *,
     parts = [section([planes[-1].data], entropy, level, key=MAGNITUDE)]
     for i in range(len(planes) - 2, -1, -1):
         size = len(planes[i])
-        stage, packed = _smallest(planes[i].data, level, *_beside(planes, i))
-        stored = length(packed) >= 0.97 * size
+        known = (PLAIN, None) if _little(size, level) else _beside(planes, i)
+        stage, packed = _smallest(planes[i].data, level, *known)
+        stored = length(packed) >= _PAYS * size
         kept: Buffer = planes[i].data if stored else packed
         parts.append([bytes([_STORED if stored else stage]) + varint(length(kept)), kept])
     return _apart(parts[::-1])
@@ -100,25 +118,30 @@ def _beside(planes: Sequence[np.ndarray], i: int) -> tuple[int, np.ndarray]:
 
 def _squeeze(raw: Buffer, level: int, *, plain: bool = False) -> bytes:
     """Return one zstd frame that declares its content size; ``plain``: of ``raw`` without short repetitions."""
-    zstd, held, name = _zstd(), vars(_kept), f"{level}, {plain}"
-    packer = held.get(name)
+    keep = level <= _CHEAP or length(raw) <= _TINY  # high levels hold on to megabytes for more
+    packer = _kept.packers.get((level, plain)) if keep else None
     if packer is None:
+        zstd = _zstd()
         packer = zstd.ZstdCompressor(level=level)
         if plain:
             settings = zstd.ZstdCompressionParameters.from_level(level, hash_log=6, min_match=7)
             packer = zstd.ZstdCompressor(compression_params=settings)
-        if level <= _CHEAP:
-            held[name] = packer
+        if keep:
+            _kept.packers[level, plain] = packer
     return packer.compress(raw)
 
 
 def packed_size(raw: Buffer, level: int, times: float) -> int:
     """Return about how many bytes ``times`` as much as ``raw``, and like it, would take after the entropy stage."""
     size = len(_squeeze(raw, level))
-    own = ans.estimate(raw, PLAIN) if length(raw) >= _LEAST else None
-    if own is not None and own < _NEAR * size:
-        size = min(size, len(ans.encode(raw, PLAIN)))
-    return int(times * size)
+    own = None
+    if length(raw) >= _LITTLE:  # what a sample of more bytes tells is 2 % off, too much to choose by
+        own, _ = ans.encode_below(raw, PLAIN, 0 if length(raw) <= ans.SAMPLE else int(_NEAR * size))
+    return int(times * (size if own is None else min(size, own)))
+
+
+def _little(size: int, level: int) -> bool:
+    return size < _LITTLE and level <= _CHEAP
 
 
 def _smallest(
@@ -131,25 +154,36 @@ def _smallest(
     what neighbours tell of each other: 2 to 7 % on codes, a quarter on the low bytes of float32.
     """
     view = memoryview(raw)
-    part: Buffer = view if len(view) <= _SMALL else _sample(view)
-    if tries == 1:
-        return _ZSTD, _squeeze(raw, level)
-    tried = [(level, False)]
-    if level <= _CHEAP:
-        tried.append((level, True))
-        if part is view:
-            tried.append((_CHEAP if len(view) > _TINY else _THOROUGH, False))
-    packed, best = min(((_squeeze(part, *way[:1], plain=way[1]), way) for way in tried), key=lambda p: len(p[0]))
-    expected = len(packed) * len(view) / max(1, len(part))
-    own = ans.estimate(raw, key, beside) if len(view) >= _LEAST else None
-    if own is not None and own < (_NEAR if part is view else _WORTH_MUCH) * expected:
-        coded = varint(len(view)) + bytes(ans.encode(raw, key, beside))
-        if part is not view and len(view) <= _LARGE:  # zstd finds far repetitions, which a sample does not have
-            part, packed = view, _squeeze(raw, best[0], plain=best[1])
-            expected = len(packed)
-        if len(coded) < (_WORTH if len(view) <= _SMALL else _WORTH_MUCH) * expected:
-            return _FOLLOWS if beside is None else _BESIDE, coded
-    return _ZSTD, packed if part is view else _squeeze(raw, best[0], plain=best[1])
+    if len(view) < _FEW:
+        return _STORED, raw
+    if tries == 1 or _little(len(view), level):
+        return _ZSTD, _squeeze(raw, level if tries == 1 else _THOROUGH)
+    whole = len(view) <= _SMALL
+    part: Buffer = view if whole else _sample(view)
+    packed = {plain: _squeeze(part, level, plain=plain) for plain in ((False, True) if level <= _CHEAP else (False,))}
+    plain, best = min(packed.items(), key=lambda item: len(item[1]))
+    expected, worth = len(best) * len(view) / len(part), _WORTH if whole else _WORTH_MUCH
+    if whole and len(view) > _NOISY and len(best) >= len(view):  # zstd found nothing: does a quarter show anything?
+        quarter = len(view) // 4
+        seen = ans.estimate(view[:quarter], key, None if beside is None else beside[:quarter])
+        if seen is not None and seen > _WORTH_MUCH * quarter:
+            return _STORED, raw
+    own, coded = ans.encode_below(raw, key, int(min(worth * expected, _PAYS * len(view))), beside)
+    if coded is not None:
+        if not whole and len(view) <= _LARGE:  # zstd finds far repetitions, which a sample does not have
+            part, best = view, _squeeze(raw, level, plain=plain)
+            expected = len(best)
+        head = varint(len(view))
+        if len(head) + len(coded) < worth * expected:
+            return _FOLLOWS if beside is None else _BESIDE, head + coded
+    elif (
+        whole
+        and level <= _CHEAP
+        and expected < _PAYS * len(view)
+        and (own is None or own > _UNSEEN * expected or len(packed[False]) < _REPEATS * len(packed[True]))
+    ):
+        best = min(best, _squeeze(raw, _CHEAP if len(view) > _TINY else _THOROUGH), key=len)
+    return _ZSTD, best if part is view else _squeeze(raw, level, plain=plain)
 
 
 def _sample(view: memoryview) -> bytes:
@@ -213,13 +247,21 @@ def _unpack(stage: int, stored: memoryview, least: int, most: int, beside: np.nd
         # python-zstandard ignores max_output_size when the frame declares its size: compare that size first
         size = zstd.get_frame_parameters(stored).content_size
         _check_size(size, least, most)
-        unpacker = zstd.ZstdDecompressor(max_window_size=max(1 << 10, min(1 << 27, 2 * most)))
-        raw = unpacker.decompress(stored, max_output_size=size, allow_extra_data=False)
+        raw = _unpacker(most).decompress(stored, max_output_size=size, allow_extra_data=False)
     except zstd.ZstdError as error:
         raise DecodeError(f"a section is no zstd frame ({error}); the frame is damaged") from error
     if len(raw) != size:
         raise DecodeError(f"a section unpacked to {len(raw)} bytes, wanted {size}; the frame is damaged")
     return memoryview(raw)
+
+
+def _unpacker(most: int) -> Any:
+    """Return what unpacks to ``most`` bytes, and refuses windows that are of no use for so few."""
+    if most > _SMALL:
+        return _zstd().ZstdDecompressor(max_window_size=min(1 << 27, 2 * most))
+    if _kept.unpacker is None:
+        _kept.unpacker = _zstd().ZstdDecompressor(max_window_size=2 * _SMALL)
+    return _kept.unpacker
 
 
 def _check_size(size: int, least: int, most: int) -> None:

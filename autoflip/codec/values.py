@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def write_values(coded: Sequence[Stream], entropy: str, level: int = 1) -> list[
             out += section([c.streams[0].data for c in mine], entropy, level, key=key)
             scales = np.frombuffer(codes.split_planes(np.concatenate([c.scales for c in mine])), np.uint8)
             minor = sum(c.count for c in mine) >= _MANY
-            out += plane_section(np.split(scales, 4), entropy, level, minor=minor)
+            out += plane_section([*scales.reshape(4, -1)], entropy, level, minor=minor)
     integers: list[Buffer] = [c.data for c in coded if not isinstance(c, Coded) and len(c)]
     return [*out, *section(integers, entropy, level)] if integers else out
 
@@ -95,8 +96,8 @@ def read_values(reader: Reader, wanted: Sequence[tuple[int, int]]) -> list[Strea
     Returns:
         One stream each; bf16 words are not yet checked for NaN, all else is valid.
     """
-    none = np.empty(0, np.uint8)
-    out: list[Stream] = [none if kind == INT else streams.new_streams(kind, 0) for kind, _ in wanted]
+    none = np.empty(0, np.uint8)  # what the others are is read below
+    out: list[Stream] = [none if kind == INT or count else streams.new_streams(kind, 0) for kind, count in wanted]
     for kind in range(5):
         mine = [(i, count) for i, (codec, count) in enumerate(wanted) if codec == kind and count]
         if not mine:
@@ -142,7 +143,8 @@ def _read_quantised(reader: Reader, kind: int, counts: list[int]) -> list[Coded]
 
 
 def _cut(array: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
-    return np.split(array, np.cumsum(sizes)[:-1])
+    ends = [0, *accumulate(sizes)]
+    return [array[start:end] for start, end in pairwise(ends)]
 
 
 def from_words(words: np.ndarray) -> Coded:

@@ -102,13 +102,13 @@ def serve(op: str, device: torch.device) -> str:
     Raises:
         BackendError: ``AUTOFLIP_BACKEND`` names a backend that does not exist or cannot serve this op here.
     """
-    if error := wish_error():
-        raise BackendError(error)
     return _serve(op, device.type, wish())
 
 
 @cache
 def _serve(op: str, device_type: str, wished: str) -> str:
+    if error := wish_error():
+        raise BackendError(error)
     served = _SERVED[op]
     if wished != "auto":
         reason = unavailable(wished, device_type)

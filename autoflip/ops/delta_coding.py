@@ -6,6 +6,7 @@ Stochastic rounding draws ``u[i]`` from ``(key, i)`` alone, so every backend and
 from __future__ import annotations
 
 import zlib
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ _INDEX_ERRORS = {
 }
 
 
+@cache
 def largest_scale(levels: int) -> float:
     """Return the largest float32 ``s`` for which ``levels * s`` is finite."""
     top = np.finfo(np.float32).max

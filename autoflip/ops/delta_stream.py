@@ -6,6 +6,8 @@ Floats exist in a cache-sized scratch only; the numbers of the kinds are those o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -53,12 +55,10 @@ class Coded:
     streams: tuple[Array, ...]
     scales: Array
 
-    @property
-    def places(self) -> tuple[tuple[int, int, int, int], int]:
+    def places(self, ext: ModuleType) -> tuple[tuple[int, int, int, int], int]:
         """Addresses of the streams and of the scales, as the extension takes them."""
-        first, *rest = (s.ctypes.data for s in self.streams)
-        second, third, fourth = (*rest, 0, 0, 0)[:3]
-        return (first, second, third, fourth), self.scales.ctypes.data
+        first, second, third, fourth = (*map(ext.address, self.streams), 0, 0, 0)[:4]
+        return (first, second, third, fourth), ext.address(self.scales)
 
 
 def new_streams(kind: int, count: int) -> Coded:
@@ -103,7 +103,7 @@ def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor 
     out = new_streams(kind, x.numel() if mask is None else mask.kept)
     where = (0, 0) if mask is None else (mask.words.data_ptr(), mask.offsets.data_ptr())
     largest = coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0
-    places = (x.data_ptr(), 0 if base is None else base.data_ptr(), *where, x.numel(), kind, *out.places)
+    places = (x.data_ptr(), 0 if base is None else base.data_ptr(), *where, x.numel(), kind, *out.places(ext))
     return out, ext.delta_encode(*places, largest, *coding.words_of(key), torch.get_num_threads())
 
 
@@ -135,7 +135,7 @@ def _code_values(values: Array, kind: int, key: coding.Key) -> Coded:
         values = np.ascontiguousarray(values, np.float32)
         out = new_streams(kind, len(values))
         largest = coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0
-        places = (values.ctypes.data, 0, 0, 0, len(values), kind, *out.places)
+        places = (values.ctypes.data, 0, 0, 0, len(values), kind, *out.places(ext))
         ext.delta_encode(*places, largest, *coding.words_of(key), torch.get_num_threads())
         return out
     none = np.empty(0, np.float32)
@@ -181,7 +181,7 @@ def decode(coded: Coded, mask: Pack | None, out: Tensor | None = None) -> Tensor
         raise ValueError(f"decode: out is {out.dtype} {tuple(out.shape)}, wanted contiguous float32 of {numel} entries")
     if ext := cpp(out.device):
         where = (0, 0) if mask is None or mask.whole else (mask.words.data_ptr(), mask.offsets.data_ptr())
-        ext.delta_decode(coded.kind, *coded.places, *where, numel, out.data_ptr(), torch.get_num_threads())
+        ext.delta_decode(coded.kind, *coded.places(ext), *where, numel, out.data_ptr(), torch.get_num_threads())
         return out
     values = _values(coded)
     flat = torch.from_numpy(values) if mask is None else expand(values, mask)
@@ -200,7 +200,7 @@ def accumulate(coded: Coded, mask: Pack | None, out: Tensor, weight: float) -> N
     _check(coded, mask)
     if out.dtype is torch.float32 and out.is_contiguous() and (ext := cpp(out.device)):
         where = (0, 0) if mask is None or mask.whole else (mask.words.data_ptr(), mask.offsets.data_ptr())
-        places = (*coded.places, *where, out.numel(), weight, out.data_ptr(), torch.get_num_threads())
+        places = (*coded.places(ext), *where, out.numel(), weight, out.data_ptr(), torch.get_num_threads())
         ext.delta_decode_add(coded.kind, *places)
         return
     server = gpu_server(out.device)
@@ -216,13 +216,11 @@ def accumulate(coded: Coded, mask: Pack | None, out: Tensor, weight: float) -> N
 
 def valid(coded: Coded) -> bool:
     """Tell whether streams of hostile origin hold only what :func:`code` writes: finite values, codes in range."""
-    scales = coded.scales.view(np.uint32)
-    if coded.kind in LEVELS:
-        largest = np.float32(coding.largest_scale(LEVELS[coded.kind])).view(np.uint32)
-        if not bool((scales <= largest).all()):  # negative ones and NaN lie above, as unsigned numbers
-            return False
+    # negative scales and NaN lie above, as unsigned numbers
+    if coded.kind in LEVELS and int(coded.scales.view(np.uint32).max(initial=0)) > _largest_word(coded.kind):
+        return False
     if ext := cpp():
-        return ext.delta_valid(coded.kind, coded.places[0], coded.count)
+        return ext.delta_valid(coded.kind, coded.places(ext)[0], coded.count)
     if coded.kind in _PLANES:
         high, low = coded.streams[-1], coded.streams[-2]
         return not bool((((high & 0x7F) == 0x7F) & (low >= 0x80)).any())
@@ -231,6 +229,11 @@ def valid(coded: Coded) -> bool:
         return not bool((codes == 0x80).any())
     past = coded.count % 2 and codes[-1] >> 4
     return not (bool(((codes & 15) == 8).any()) or bool((codes >> 4 == 8).any()) or past)
+
+
+@cache
+def _largest_word(kind: int) -> int:
+    return int(np.float32(coding.largest_scale(LEVELS[kind])).view(np.uint32))
 
 
 def _check(coded: Coded, mask: Pack | None) -> None:

@@ -5,15 +5,20 @@ The coded part is specified in docs/wire_format.md.
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 
 from autoflip.ops import reference_entropy as reference
 from autoflip.ops.delta import Array, cpp
 
-__all__ = ["MAGNITUDE", "PLAIN", "SIGNED", "decode", "encode", "estimate"]
+__all__ = ["MAGNITUDE", "PLAIN", "SAMPLE", "SIGNED", "decode", "encode", "encode_below", "estimate"]
 
 # the order in which classes cut bytes: as int8, without the sign of a float's top byte, as they are
 SIGNED, MAGNITUDE, PLAIN = range(3)
+SAMPLE = 1 << 16  # bytes that an estimate counts, of more as many
+_ANY = (1 << 63) - 1
 Bytes = bytes | memoryview | Array
 _ERRORS = {
     -1: "ends early",
@@ -25,11 +30,7 @@ _ERRORS = {
 
 def estimate(raw: Bytes, key: int, companion: Bytes | None = None) -> int | None:
     """Return about how many bytes :func:`encode` needs, from a sample; None where the extension does not serve."""
-    ext, data = cpp(), np.frombuffer(raw, np.uint8)
-    if ext is None or not len(data):
-        return None
-    known, _keep = _address(companion, len(data))
-    return int(ext.ans_estimate(data.ctypes.data, len(data), known, key))
+    return encode_below(raw, key, 0, companion)[0]
 
 
 def encode(raw: Bytes, key: int, companion: Bytes | None = None) -> memoryview:
@@ -40,13 +41,28 @@ def encode(raw: Bytes, key: int, companion: Bytes | None = None) -> memoryview:
         key: SIGNED, MAGNITUDE or PLAIN: the order of what is known, which classes cut.
         companion: as many bytes, which the reader knows; None = the byte before is what is known.
     """
-    ext, data = cpp(), np.frombuffer(raw, np.uint8)
-    assert ext is not None
-    assert len(data)
-    known, _keep = _address(companion, len(data))
-    out = np.empty(ext.ans_bound(len(data)), np.uint8)
-    start = ext.ans_encode(data.ctypes.data, len(data), known, key, out.ctypes.data)
-    return out[start:].data
+    coded = encode_below(raw, key, _ANY, companion)[1]
+    assert coded is not None
+    return coded
+
+
+def encode_below(
+    raw: Bytes, key: int, limit: int, companion: Bytes | None = None
+) -> tuple[int | None, memoryview | None]:
+    """Return how many bytes :func:`encode` needs, and its bytes where a sample tells of fewer than ``limit``.
+
+    Where it does not, the first is what the sample tells, the second None. Both are None where the extension does not
+    serve, and for no bytes.
+    """
+    ext, n = cpp(), _length(raw)
+    if ext is None or not n:
+        return None, None
+    at, known = ext.address(raw), _address(ext, companion, n)
+    if not limit:
+        return -ext.ans_encode(at, n, known, key, 0, 0), None
+    out = np.empty(ext.ans_bound(n), np.uint8)
+    start = ext.ans_encode(at, n, known, key, limit, ext.address(out))
+    return (-start, None) if start < 0 else (len(out) - start, out[start:].data)
 
 
 def decode(data: Bytes, n: int, companion: Bytes | None = None) -> Array:
@@ -55,12 +71,12 @@ def decode(data: Bytes, n: int, companion: Bytes | None = None) -> Array:
     Raises:
         ValueError: the bytes are no coded part of ``n`` bytes.
     """
-    part = np.frombuffer(data, np.uint8)
     if ext := cpp():
-        known, _keep = _address(companion, n)
         out = np.empty(n, np.uint8)
-        wrong = ext.ans_decode(part.ctypes.data, len(part), known, n, out.ctypes.data)
+        size = _length(data)
+        wrong = ext.ans_decode(ext.address(data), size, _address(ext, companion, n), n, ext.address(out))
     else:
+        part = np.frombuffer(data, np.uint8)
         held = None if companion is None else np.frombuffer(companion, np.uint8)
         out, wrong = reference.decode(part, n, held)
     if wrong:
@@ -68,10 +84,13 @@ def decode(data: Bytes, n: int, companion: Bytes | None = None) -> Array:
     return out
 
 
-def _address(companion: Bytes | None, n: int) -> tuple[int, Array | None]:
-    """Return where the companion lies, and what keeps it there."""
+def _length(held: Any) -> int:
+    return memoryview(held).nbytes
+
+
+def _address(ext: ModuleType, companion: Bytes | None, n: int) -> int:
+    """Return where the companion lies, which its holder keeps there."""
     if companion is None:
-        return 0, None
-    held = np.frombuffer(companion, np.uint8)
-    assert len(held) == n
-    return held.ctypes.data, held
+        return 0
+    assert _length(companion) == n
+    return int(ext.address(companion))

@@ -19,12 +19,11 @@ enum AnsKey : int { kSigned = 0, kMagnitude = 1, kPlain = 2 };
 
 enum AnsError : int64_t { kAnsShort = -1, kAnsTable = -2, kAnsTail = -3, kAnsState = -4 };
 
-// Bytes that ans_encode would write, as a sample tells.
-int64_t ans_estimate(const uint8_t* raw, int64_t n, const uint8_t* companion, int key);
-
 // Codes n bytes into `out`, which has room for n + n / 2 + kAnsHeader + 64 bytes; companion (n bytes) or
-// null: the byte before. Returns where in `out` the coded part starts; it ends with the room.
-int64_t ans_encode(const uint8_t* raw, int64_t n, const uint8_t* companion, int key, uint8_t* out);
+// null: the byte before. Returns where in `out` the coded part starts; it ends with the room. Where a sample
+// tells of `limit` bytes or more, `out` is left alone, and what it tells is returned below zero.
+int64_t ans_encode(const uint8_t* raw, int64_t n, const uint8_t* companion, int key, int64_t limit,
+                   uint8_t* out);
 
 // The other way, from hostile bytes into n; returns 0 or an AnsError.
 int64_t ans_decode(const uint8_t* data, int64_t bytes, const uint8_t* companion, int64_t n, uint8_t* out);

@@ -184,12 +184,11 @@ uint8_t* encode_rows(const uint8_t* raw, int64_t n, const uint8_t* companion, co
 
 }  // namespace
 
-int64_t ans_estimate(const uint8_t* raw, int64_t n, const uint8_t* companion, int key) {
-  return int64_t(plan(raw, n, companion, key).bits / 8) + 4 * (n < kAnsLong ? kAnsFew : kAnsMany);
-}
-
-int64_t ans_encode(const uint8_t* raw, int64_t n, const uint8_t* companion, int key, uint8_t* out) {
+int64_t ans_encode(const uint8_t* raw, int64_t n, const uint8_t* companion, int key, int64_t limit,
+                   uint8_t* out) {
   Plan how = plan(raw, n, companion, key);
+  const int64_t size = int64_t(how.bits / 8) + 4 * (n < kAnsLong ? kAnsFew : kAnsMany);
+  if (size >= limit) return -size;
   count(raw, n, companion, key, how);
   const uint8_t flip = ans_flip(key);
   std::vector<uint8_t> head(static_cast<size_t>(kAnsHeader));

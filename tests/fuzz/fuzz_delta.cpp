@@ -195,7 +195,7 @@ void lanes(Input in) {
   autoflip::ans_decode(coded.data, coded.size, known, n, out.data);
   if (!n) return;
   Exact<uint8_t> room(n + n / 2 + autoflip::kAnsHeader + 64);
-  const int64_t start = autoflip::ans_encode(raw.data, n, known, key, room.data);
+  const int64_t start = autoflip::ans_encode(raw.data, n, known, key, INT64_MAX, room.data);
   expect(start >= 0, "the room is enough");
   Exact<uint8_t> part(room.size - start);
   std::memcpy(part.data, room.data + start, size_t(part.size));

@@ -1,0 +1,76 @@
+"""Sections: bytes of every size and kind return, and cost no more than their head where nothing packs them."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from autoflip.codec.reader import DecodeError, Reader, varint
+from autoflip.codec.section import plane_section, read_planes, read_section, section
+from autoflip.ops.delta import cpp
+from autoflip.ops.entropy import SIGNED
+
+# below and from where a section is packed at all, in several ways, by a quarter, thoroughly no more, and by a sample
+SIZES = [0, 1, 15, 16, 511, 512, (1 << 14) + 1, (1 << 15) + 1, (1 << 17) + 1]
+
+
+def kinds(n):
+    """Return noise, one symbol, codes and a repetition: name -> n bytes."""
+    g = np.random.default_rng(n)
+    codes = g.normal(0, 6, n).round().clip(-127, 127).astype(np.int8).view(np.uint8)
+    repeated = np.resize(g.integers(0, 256, 100).astype(np.uint8), n)
+    return {"noise": g.integers(0, 256, n).astype(np.uint8), "one": np.full(n, 7, np.uint8), "codes": codes} | {
+        "repeated": repeated
+    }
+
+
+@pytest.mark.parametrize("level", [1, 9])
+@pytest.mark.parametrize("n", SIZES)
+def test_sections_return_and_pack_what_packs(n, level):
+    sizes = {}
+    for name, raw in kinds(n).items():
+        blob = b"".join(section([raw.tobytes()], "zstd", level, key=SIGNED))
+        reader = Reader(blob, "test")
+        assert bytes(read_section(reader, [(n, n)])[0]) == raw.tobytes()
+        reader.finish()
+        sizes[name] = len(blob)
+        assert len(blob) <= n + 1 + len(varint(n))
+    if n >= 512:
+        assert sizes["one"] < 64
+        assert sizes["repeated"] < n / 3
+    if n > 1 << 14 and (cpp() or level == 1):  # 4.63 bits a code; zstd's high levels see repetitions in them
+        assert sizes["codes"] < 0.6 * n
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_planes_that_tell_of_each_other_return(n):
+    g = np.random.default_rng(n)
+    top = g.integers(0, 256, n).astype(np.uint8)
+    low = top + g.integers(0, 4, n).astype(np.uint8)  # each of them is noise to who does not know the other
+    blob = b"".join(plane_section([low, top], "zstd"))
+    if n > 1 << 14 and cpp():  # one of 16 classes, 8 bytes and their negatives, leaves log2(2 * 11) = 4.5 bits
+        assert len(blob) < 1.6 * n
+    got = read_planes(Reader(blob, "test"), n, 2)
+    assert np.array_equal(got[0], low)
+    assert np.array_equal(got[1], top)
+
+
+def test_threads_pack_for_themselves_and_a_damaged_section_harms_no_later_one():
+    raw = kinds(300)["codes"].tobytes()
+    blob = b"".join(section([raw], "zstd"))
+    found = []
+
+    def work():
+        for _ in range(50):
+            assert b"".join(section([raw], "zstd")) == blob
+            with pytest.raises(DecodeError, match="damaged"):
+                read_section(Reader(blob[:-3] + bytes(b ^ 255 for b in blob[-3:]), "test"), [(300, 300)])
+            assert bytes(read_section(Reader(blob, "test"), [(300, 300)])[0]) == raw
+        found.append(True)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 3
