@@ -27,8 +27,8 @@ def test_a_file_that_is_older_than_a_key_stands_where_the_key_has_its_default():
     assert not table.same({**stored, "prune": {"gone": 1}}, config)
     other = {**stored, "explore": {**stored["explore"], "agreement": 0.5}}
     assert not table.same(other, config)
-    dense = fed.Config.load(overrides=["fed.method=fedavg", "data.root=somewhere"])
-    assert table.same({**other, "fed": {**other["fed"], "method": "fedavg"}}, dense)
+    dense = fed.Config.load(overrides=["fed.method=fedavg", "fed.against=none", "data.root=somewhere"])
+    assert table.same({**other, "fed": {**other["fed"], "method": "fedavg", "against": "none"}}, dense)
 
 
 def test_seconds_are_the_clients_only_where_all_files_tell_them_apart():
