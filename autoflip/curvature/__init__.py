@@ -25,14 +25,15 @@ general way that is right but costs more: see ``curvature.gauss_newton``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from autoflip.curvature import hutchinson, sketch
-from autoflip.curvature.gauss_newton import GaussNewton, MixedError
+from autoflip.curvature.arguments import FACTORS, METHODS, blocks_of, check_per, checked, matrix_of
+from autoflip.curvature.clients import client_diagonals, client_traces
+from autoflip.curvature.gauss_newton import GaussNewton
 from autoflip.curvature.problem import LossFn, Problem
 from autoflip.curvature.products import Products
 from autoflip.curvature.results import Diagonal, Trace, mean_of, trace_of
@@ -44,18 +45,15 @@ __all__ = [
     "NotDescribedError",
     "Trace",
     "client_diagonals",
+    "client_traces",
     "hessian_diagonal",
     "hessian_trace",
     "hvp",
 ]
 
-METHODS = ("auto", "ggn-mc", "ggn-exact", "hutchinson", "hutch++", "xtrace")
 # one draw ranks weights well, but its trace can be 20 % off on a trained model with few samples
 _TRACE_DRAWS = 16
 _DIAGONAL_DRAWS = 4
-_FACTORS = 5  # held at once: the nine of ten classes are squared in two goes, of as many rows as registers hold
-# draws with orthogonal signs: their errors cancel; the spread of the blocks is what the standard error comes from
-_TRACE_BLOCK = 4
 
 
 def hessian_diagonal(
@@ -103,7 +101,7 @@ def hessian_diagonal(
         >>> hessian_diagonal(layer, nn.functional.mse_loss, batch)["weight"]
         tensor([[2., 8.]])
     """
-    problem = _checked(model, loss_fn, batch, num_probes, method, chunk)
+    problem = checked(model, loss_fn, batch, num_probes, method, chunk)
     with problem.undisturbed(seed):
         gn = _gauss_newton(problem, seed, chunk, method)
         if gn is None:
@@ -111,69 +109,10 @@ def hessian_diagonal(
             return Diagonal(mean_of(_hessian_draws(problem, name, num_probes, seed, chunk)), name, "hessian")
         note = _against_exact(gn) if method == "auto" else ""
         if method == "ggn-exact" or (method == "auto" and not note):
-            return Diagonal(gn.exact()[0], "ggn-exact", _matrix(gn))
+            return Diagonal(gn.exact()[0], "ggn-exact", matrix_of(gn))
         count = max(num_probes, _DIAGONAL_DRAWS) if method == "auto" else num_probes
         gn = gn.dealt(count)
-        return Diagonal(gn.mean(count)[0], "ggn-mc", _matrix(gn), note)
-
-
-def client_diagonals(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    num_probes: int = 1,
-    seed: int = 0,
-    method: str = "ggn-mc",
-    *,
-    chunk: int | None = None,
-    samples: int = 256,
-) -> list[Diagonal]:
-    """Return many clients' Gauss-Newton diagonals at one model, several clients a pass.
-
-    Each is that of the client's own loss, as :func:`hessian_diagonal` gives it (draws differ, since signs go by place).
-    Small batches share the price of a pass; large ones gain nothing from it on a CPU. Models whose parameters do
-    not all belong to known layers, or that mix samples, are looked at client by client.
-
-    Args:
-        model: as for :func:`hessian_diagonal`, like the next.
-        loss_fn: scalar loss, of each client by itself.
-        batches: one ``(inputs, target)`` a client; inputs alike but for the number of samples.
-        num_probes: draws for "ggn-mc".
-        seed: of the draws.
-        method: "ggn-mc" or "ggn-exact".
-        chunk: factors held at once (None: 5); bounds the peak memory, as does the next.
-        samples: most samples in a pass; a client with more has one of its own.
-
-    Raises:
-        NotDescribedError: Gauss-Newton does not describe this loss.
-        ValueError: model, loss, a batch or arguments do not fit; the message says which.
-    """
-    if method not in ("ggn-mc", "ggn-exact"):
-        raise ValueError(f"client_diagonals: method={method!r}; wanted 'ggn-mc' or 'ggn-exact'")
-    out: list[Diagonal] = []
-    for group in _groups([_checked(model, loss_fn, batch, num_probes, method, chunk) for batch in batches], samples):
-        inputs, target = (torch.cat([getattr(one, what) for one in group]) for what in ("inputs", "target"))
-        problem = replace(group[0], inputs=inputs, target=target)
-        try:
-            with problem.undisturbed(seed):
-                gn = GaussNewton.of(problem, seed, chunk or _FACTORS, [one.samples for one in group])
-                found = gn.exact() if method == "ggn-exact" else gn.mean(num_probes)
-            out += [Diagonal(one, method, _matrix(gn)) for one in found]
-        except MixedError:
-            pairs = [(one.inputs, one.target) for one in group]
-            out += [hessian_diagonal(model, loss_fn, pair, num_probes, seed, method, chunk=chunk) for pair in pairs]
-    return out
-
-
-def _groups(problems: list[Problem], samples: int) -> Iterator[list[Problem]]:
-    group: list[Problem] = []
-    for one in problems:
-        if group and sum(other.samples for other in group) + one.samples > samples:
-            yield group
-            group = []
-        group.append(one)
-    if group:
-        yield group
+        return Diagonal(gn.mean(count)[0], "ggn-mc", matrix_of(gn), note)
 
 
 def hessian_trace(
@@ -205,12 +144,11 @@ def hessian_trace(
         NotDescribedError: a Gauss-Newton method was asked for, and the loss has none.
         ValueError: model, loss, batch or arguments do not fit; the message says which.
     """
-    if per not in ("parameter", "channel"):
-        raise ValueError(f"hessian_trace: per={per!r}; wanted 'parameter' or 'channel'")
-    problem = _checked(model, loss_fn, batch, num_probes, method, chunk)
+    check_per("hessian_trace", per)
+    problem = checked(model, loss_fn, batch, num_probes, method, chunk)
     with problem.undisturbed(seed):
         gn = _gauss_newton(problem, seed, chunk, method)
-        matrix = "hessian" if gn is None else _matrix(gn)
+        matrix = "hessian" if gn is None else matrix_of(gn)
         if gn is None or (method == "auto" and matrix == "ggn"):
             name = "hutchinson" if method == "auto" else method
             if name == "hutchinson" and per == "parameter":
@@ -220,8 +158,7 @@ def hessian_trace(
         if method == "ggn-exact" or (method == "auto" and not note):
             return trace_of(iter(gn.exact()), per, "ggn-exact", matrix)
         count = max(num_probes, _TRACE_DRAWS) if method == "auto" else num_probes
-        size = _TRACE_BLOCK if count >= 2 * _TRACE_BLOCK else 1
-        return trace_of(gn.blocks(-(-count // size), size), per, "ggn-mc", matrix, note)
+        return trace_of((block[0] for block in gn.blocks(*blocks_of(count))), per, "ggn-mc", matrix, note)
 
 
 def hvp(
@@ -274,25 +211,11 @@ def hvp(
         return Products(problem, names, chunk)({name: v.detach() for name, v in vectors.items()})
 
 
-def _checked(
-    model: nn.Module, loss_fn: LossFn, batch: tuple[Tensor, Tensor], num_probes: int, method: str, chunk: int | None
-) -> Problem:
-    if method not in METHODS:
-        raise ValueError(f"curvature: there is no method {method!r}; there are {', '.join(METHODS)}")
-    if not all(isinstance(count, int) and count >= 1 for count in (num_probes, 1 if chunk is None else chunk)):
-        raise ValueError(f"curvature: num_probes={num_probes!r}, chunk={chunk!r}; both must be whole and at least 1")
-    if num_probes < sketch.LEAST.get(method, 1):
-        raise ValueError(
-            f"curvature: {method} with num_probes={num_probes}; it needs at least {sketch.LEAST[method]} products"
-        )
-    return Problem.of(model, loss_fn, batch)
-
-
 def _gauss_newton(problem: Problem, seed: int, chunk: int | None, method: str) -> GaussNewton | None:
     if method in ("hutchinson", *sketch.LEAST):
         return None
     try:
-        return GaussNewton.of(problem, seed, chunk or _FACTORS)
+        return GaussNewton.of(problem, seed, chunk or FACTORS)
     except NotDescribedError:
         if method != "auto":
             raise
@@ -305,10 +228,6 @@ def _hessian_draws(
     if method == "hutchinson":
         return hutchinson.draws(problem, count, seed, chunk)
     return sketch.draws(problem, method, count, seed, chunk)
-
-
-def _matrix(gn: GaussNewton) -> str:
-    return "ggn" if gn.graph.curved else "hessian"
 
 
 def _against_exact(gn: GaussNewton) -> str:

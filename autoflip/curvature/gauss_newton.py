@@ -188,10 +188,10 @@ class GaussNewton:
                 self._backward(alone, self.rest, total, layers=False)
         return self._collect(total)
 
-    def blocks(self, count: int, size: int) -> Iterator[Diagonal]:
-        """Yield the means of ``count`` independent blocks of ``size`` draws, one backward pass a draw."""
+    def blocks(self, count: int, size: int) -> Iterator[list[Diagonal]]:
+        """Yield the means of ``count`` independent blocks of ``size`` draws, one a client; a backward pass a draw."""
         for i in range(count):
-            yield self._mean(range(i * size, (i + 1) * size), size)[0]
+            yield self._mean(range(i * size, (i + 1) * size), size)
 
     def mean(self, count: int) -> list[Diagonal]:
         """Return the mean of ``count`` draws, one a client; a layer squares several at once.

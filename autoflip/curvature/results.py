@@ -71,24 +71,45 @@ def mean_of(draws: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: value / count for name, value in total.items()}
 
 
+class Tally:
+    """Sums of estimates of a diagonal as they come; what they leave is a trace, their spread its standard error.
+
+    Args:
+        per: "parameter", or "channel" to keep the sums over each parameter's first axis as well.
+    """
+
+    def __init__(self, per: str) -> None:
+        self.per = per
+        self.totals: list[dict[str, float]] = []
+        self.channels: dict[str, Tensor] = {}
+
+    def add(self, draw: Mapping[str, Tensor]) -> None:
+        """Take one estimate in."""
+        rows = {n: d.reshape(len(d) if d.dim() else 1, -1).sum(1, dtype=torch.float64) for n, d in draw.items()}
+        self.totals.append({name: float(row.sum()) for name, row in rows.items()})
+        if self.per == "channel":
+            known = self.channels
+            self.channels = {name: known[name] + row if known else row for name, row in rows.items()}
+
+    def trace(self, method: str, matrix: str, note: str = "") -> Trace:
+        """Return the mean of what came, and its standard error."""
+        totals, count = self.totals, len(self.totals)
+        by_parameter = {name: math.fsum(t[name] for t in totals) / count for name in totals[0]}
+        sums = [math.fsum(t.values()) for t in totals]
+        total = math.fsum(sums) / count
+        if method == "ggn-exact":
+            stderr = 0.0
+        elif count == 1:
+            stderr = math.inf
+        else:
+            stderr = math.sqrt(math.fsum((s - total) ** 2 for s in sums) / (count - 1) / count)
+        by_channel = {name: value / count for name, value in self.channels.items()} if self.per == "channel" else None
+        return Trace(total, stderr, by_parameter, by_channel, method, matrix, count, note)
+
+
 def trace_of(draws: Iterator[dict[str, Tensor]], per: str, method: str, matrix: str, note: str = "") -> Trace:
     """Sum estimates of the diagonal; their spread is the standard error."""
-    totals: list[dict[str, float]] = []
-    channels: dict[str, Tensor] = {}
+    tally = Tally(per)
     for draw in draws:
-        rows = {n: d.reshape(len(d) if d.dim() else 1, -1).sum(1, dtype=torch.float64) for n, d in draw.items()}
-        totals.append({name: float(row.sum()) for name, row in rows.items()})
-        if per == "channel":
-            channels = {name: channels[name] + row if channels else row for name, row in rows.items()}
-    count = len(totals)
-    by_parameter = {name: math.fsum(t[name] for t in totals) / count for name in totals[0]}
-    sums = [math.fsum(t.values()) for t in totals]
-    total = math.fsum(sums) / count
-    if method == "ggn-exact":
-        stderr = 0.0
-    elif count == 1:
-        stderr = math.inf
-    else:
-        stderr = math.sqrt(math.fsum((s - total) ** 2 for s in sums) / (count - 1) / count)
-    by_channel = {name: value / count for name, value in channels.items()} if per == "channel" else None
-    return Trace(total, stderr, by_parameter, by_channel, method, matrix, count, note)
+        tally.add(draw)
+    return tally.trace(method, matrix, note)
