@@ -1,4 +1,5 @@
-// 64 entries of a tensor at a time, as bytes (AVX-512 VBMI2). Included for AVX-512 only, where expands_bytes().
+// 64 entries of a tensor at a time, as bytes (AVX-512 VBMI2). Included for AVX-512 only, where
+// expands_bytes().
 #pragma once
 #include <immintrin.h>
 

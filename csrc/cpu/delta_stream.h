@@ -162,8 +162,8 @@ void decode_add(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t 
   decode_any<true>(c, words, n, rank, weight, false, out);
 }
 
-// Whether hostile streams hold only what encode writes: finite values, codes within +-levels. Bytes throughout,
-// so that a vector holds as many of them as it can.
+// Whether hostile streams hold only what encode writes: finite values, codes within +-levels. Bytes
+// throughout, so that a vector holds as many of them as it can.
 bool valid(const DeltaCoding& c, int64_t n) {
   uint8_t bad = 0;
   if (c.kind == kFp32 || c.kind == kBf16) {
