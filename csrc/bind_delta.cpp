@@ -160,25 +160,32 @@ DeltaCoding coding_of(int kind, const std::array<uintptr_t, 4>& streams, uintptr
   return c;
 }
 
-// offsets may be null with words: then every entry is kept. Returns whether all differences are finite.
+// offsets may be null with words: then every entry is kept. find: both are filled beforehand, with x != 0, by
+// one thread in the same pass. Returns whether all differences are finite.
 bool delta_encode(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offsets, int64_t n, int kind,
                   std::array<uintptr_t, 4> streams, uintptr_t scales, float largest, uint32_t key0,
-                  uint32_t key1, bool nearest, int threads) {
+                  uint32_t key1, bool nearest, bool find, int threads) {
+  if (find && threads > 1) {
+    delta_pack_nonzero(x, n, words, threads);
+    delta_offsets(words, n, offsets, threads);
+    find = false;
+  }
   DeltaCoding c = coding_of(kind, streams, scales);
   c.largest = largest, c.key = key_of(key0, key1, nearest);
-  const int64_t* ranks = at<int64_t>(offsets);
+  int64_t* ranks = at<int64_t>(offsets);
   const int64_t entries = 64 * kDeltaChunkWords, chunks = (n + entries - 1) / entries;
   auto rank = [&](int64_t chunk) { return words ? ranks[chunk] : chunk < chunks ? chunk * entries : n; };
   std::vector<float> loose(size_t(chunks) * 2 * kDeltaBlock);
   int bad = 0;
   each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t chunk) {
     const float* b = base ? at<float>(base) + first : nullptr;
-    const uint64_t* w = words ? at<uint64_t>(words) + word : nullptr;
+    uint64_t* w = words ? at<uint64_t>(words) + word : nullptr;
     if (kernels().encode(at<float>(x) + first, b, w, size, rank(chunk), c,
-                         &loose[size_t(chunk) * 2 * kDeltaBlock])) {
+                         &loose[size_t(chunk) * 2 * kDeltaBlock], find ? w : nullptr)) {
 #pragma omp atomic write
       bad = 1;
     }
+    if (find) ranks[chunk + 1] = ranks[chunk] + kernels().count(w, words_of(size));
   });
   if (bad || (kind != kInt8 && kind != kInt4)) return !bad;
   // blocks that reach over a range's end, put together here

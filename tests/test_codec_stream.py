@@ -46,6 +46,32 @@ def test_cpp_equals_reference_bit_by_bit(n, density, threads, monkeypatch):
             assert torch.equal(total, x + dense * torch.tensor(0.3))
 
 
+@pytest.mark.skipif(backend.extension("_C")[0] is None, reason="autoflip._C is not built")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("density", [0.0, 0.0005, 0.3, 1.0])
+def test_what_is_not_zero_is_found_and_coded_in_one_pass(n, density, threads):
+    x, _, mask = case(n, density)
+    x = torch.where(delta.bits(mask), x, -0.0)
+    held = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for kind in KINDS.values():
+            fused, found, finite = delta_stream.code_nonzero(x, kind, (3, n))
+            apart, _ = delta_stream.code(x, mask, kind, (3, n))
+            assert finite
+            assert torch.equal(found.words, mask.words)
+            assert torch.equal(found.offsets, mask.offsets)
+            assert fused.count == apart.count == mask.kept
+            assert np.array_equal(np.stack(fused.streams), np.stack(apart.streams))
+            assert np.array_equal(fused.scales, apart.scales)
+    finally:
+        torch.set_num_threads(held)
+    if n:
+        x[n // 2] = float("nan")
+        assert not delta_stream.code_nonzero(x, 2, (3, n))[2]
+
+
 @pytest.mark.parametrize("served", ["auto", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_out_is_written_over(kind, served, monkeypatch):

@@ -104,8 +104,8 @@ def encode(
     streams: list[Stream] = []
     for number, entry in enumerate(schema.entries):
         mask, tensor = packs.get(entry.name), delta[entry.name]
-        where = selection.select(entry, tensor, mask, masks is None, _VALUES[values], entropy, level)
         key = None if rounding == "nearest" else _key(seed, round, client, number)
+        where = selection.select(entry, tensor, mask, masks is None, _VALUES[values], key, entropy, level)
         row, stream = _code(entry, tensor, where, key)
         rows.append(row)
         streams.append(stream)
@@ -140,7 +140,7 @@ def _code(entry: Entry, tensor: Tensor, where: Selection, key: Key) -> tuple[Cod
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return Coding(WHOLE, INT, entry.numel), raw
     x = selection.single(tensor)
-    stream, finite = delta_stream.code(x, where.entries, where.codec, key)
+    stream, finite = where.coded or delta_stream.code(x, where.entries, where.codec, key)
     if not finite:
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(

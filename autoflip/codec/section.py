@@ -36,6 +36,7 @@ _TINY, _SMALL = 1 << 15, 1 << 17  # bytes that may be packed thoroughly, and of 
 _NOISY = 1 << 14  # bytes of which a quarter tells whether they are noise
 _LARGE = 1 << 20  # bytes of which both coders' sizes are compared, where the part speaks for ours
 _PAYS = 0.97  # of the bytes, under which they are packed
+_MIDDLE, _SURE = 1 << 18, 0.92  # beyond that size, and below that share of zstd's, only ours is tried
 # of zstd's bytes, from which our own coder is taken: zstd is faster, which counts where there is much to pack (half a
 # percent of a bf16 frame of 10 M weights took as long again as the frame, and what a link of 8 Mbit/s gains by it)
 _WORTH, _WORTH_MUCH = 0.995, 0.98
@@ -170,7 +171,8 @@ def _smallest(
             return _STORED, raw
     own, coded = ans.encode_below(raw, key, int(min(worth * expected, _PAYS * len(view))), beside)
     if coded is not None:
-        if not whole and len(view) <= _LARGE:  # zstd finds far repetitions, which a sample does not have
+        # zstd finds far repetitions, which a sample does not have; hardly a tenth of larger parts
+        if not whole and len(view) <= (_MIDDLE if len(coded) < _SURE * expected else _LARGE):
             part, best = view, _squeeze(raw, level, plain=plain)
             expected = len(best)
         head = varint(len(view))

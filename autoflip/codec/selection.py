@@ -12,7 +12,10 @@ from autoflip.codec.index import RANKS, SHARED, WHOLE
 from autoflip.codec.schema import Entry
 from autoflip.codec.values import BF16, FP32, INT, INT4, INT8
 from autoflip.ops import delta as ops
+from autoflip.ops import delta_stream
 from autoflip.ops.delta import Pack
+from autoflip.ops.delta_coding import Key
+from autoflip.ops.delta_stream import Coded
 
 __all__ = ["Selection", "select", "single"]
 
@@ -31,6 +34,7 @@ class Selection(NamedTuple):
         entries: those of the tensor that travel; None = all.
         named: what the frame names, entries or ranks; None = nothing.
         k: Rice parameter.
+        coded: the values, and whether all of the tensor is finite, where the choice took them; None = not yet.
     """
 
     coding: int
@@ -38,18 +42,22 @@ class Selection(NamedTuple):
     entries: Pack | None = None
     named: Pack | None = None
     k: int = 0
+    coded: tuple[Coded, bool] | None = None
 
 
 def select(
-    entry: Entry, tensor: Tensor, mask: Pack | None, explicit: bool, codec: int, entropy: str, level: int
+    entry: Entry, tensor: Tensor, mask: Pack | None, explicit: bool, codec: int, key: Key, entropy: str, level: int
 ) -> Selection:
-    """Choose for one tensor; ``mask`` is the shared one, ``explicit`` says that there are none at all."""
+    """Choose for one tensor; ``mask`` is the shared one, ``explicit`` says that there are none at all.
+
+    ``key`` is that of the rounding.
+    """
     if entry.kind:
         return Selection(WHOLE, INT)
     if codec in (INT8, INT4) and len(entry.shape) < 2:
         codec = BF16
     if explicit:
-        return _explicit(entry, single(tensor), codec, entropy, level)
+        return _explicit(entry, single(tensor), codec, key, entropy, level)
     if mask is None:
         return Selection(WHOLE, codec)
     shared = Selection(SHARED, codec, mask)
@@ -64,12 +72,26 @@ def select(
     return Selection(RANKS | coding, codec, ops.within(mask, inner), inner, k)
 
 
-def _explicit(entry: Entry, x: Tensor, codec: int, entropy: str, level: int) -> Selection:
-    mask = ops.pack_nonzero(x)
+def _explicit(entry: Entry, x: Tensor, codec: int, key: Key, entropy: str, level: int) -> Selection:
+    if _filled(x):  # likely to travel whole: its values are not coded twice
+        mask, coded = ops.pack_nonzero(x), None
+    else:
+        stream, mask, finite = delta_stream.code_nonzero(x, codec, key)
+        coded = stream, finite
+        if not finite:
+            return Selection(WHOLE, codec, coded=coded)
     coding, k, size = index.choose(mask, entropy, level)
     if values.value_bytes(codec, entry.numel) <= values.value_bytes(codec, mask.kept) + size:
         return Selection(WHOLE, codec)
-    return Selection(coding, codec, mask, mask, k)
+    return Selection(coding, codec, mask, mask, k, coded)
+
+
+def _filled(x: Tensor) -> bool:
+    """Tell whether a few runs of ``x`` have hardly a zero."""
+    flat = x.reshape(-1)
+    run = 1 << 10
+    runs = [flat[start : start + run] for start in range(0, len(flat), max(run, len(flat) // 4))]
+    return bool(8 * sum(int(part.count_nonzero()) for part in runs) > 7 * sum(map(len, runs)))
 
 
 def single(tensor: Tensor) -> Tensor:

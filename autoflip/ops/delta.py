@@ -17,6 +17,7 @@ from torch import Tensor
 from autoflip.ops import backend, reference
 
 __all__ = [
+    "CHUNK",
     "Pack",
     "bits",
     "expand",
@@ -29,7 +30,7 @@ __all__ = [
     "zero_share",
 ]
 
-_CHUNK = 1 << 18  # entries of a thread's range; Pack.offsets counts by it
+CHUNK = 1 << 18  # entries of a thread's range; Pack.offsets counts by it
 
 Array = np.ndarray[Any, Any]
 
@@ -59,12 +60,12 @@ class Pack:
     @cached_property
     def offsets(self) -> Tensor:
         """``(ceil(numel / 2^18) + 1,)`` int64: kept entries before each range, last the number of them all."""
-        out = torch.zeros(-(-self.numel // _CHUNK) + 1, dtype=torch.int64)
+        out = torch.zeros(-(-self.numel // CHUNK) + 1, dtype=torch.int64)
         if ext := cpp():
             ext.delta_offsets(self.words.data_ptr(), self.numel, out.data_ptr(), torch.get_num_threads())
             return out
         for i in range(len(out) - 1):
-            words = self.words[i * _CHUNK // 64 : (i + 1) * _CHUNK // 64].numpy().view(np.uint8)
+            words = self.words[i * CHUNK // 64 : (i + 1) * CHUNK // 64].numpy().view(np.uint8)
             out[i + 1] = out[i] + int(np.unpackbits(words).sum(dtype=np.int64))
         return out
 

@@ -38,6 +38,7 @@ Key = tuple[int, int] | None
 
 BLOCK = 256  # kept entries that share one scale
 _SMALL = 1 << 12
+_VARINT_SLACK = 64  # the extension stores whole vectors
 _RICE_BYTES = 7  # the longest Rice code has 56 bits
 _INDEX_ERRORS = {
     -1: "ends early",
@@ -190,7 +191,7 @@ def varint_encode(mask: Pack) -> bytes:
     """LEB128 code of the gaps between kept entries."""
     if ext := cpp():
         # each byte of a gap after the first one stands for 128 skipped entries or more
-        out = np.empty(mask.kept + (mask.numel - mask.kept) // 128, np.uint8)
+        out = np.empty(mask.kept + (mask.numel - mask.kept) // 128 + _VARINT_SLACK, np.uint8)
         return out[: ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, out.ctypes.data)].tobytes()
     return reference.varint_encode(mask.words, mask.numel)
 

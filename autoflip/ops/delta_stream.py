@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autoflip.ops import backend, delta_gpu, memory
 from autoflip.ops import delta_coding as coding
-from autoflip.ops.delta import Array, Pack, cpp, expand, expand_add, gather
+from autoflip.ops.delta import CHUNK, Array, Pack, cpp, expand, expand_add, gather, new_words, pack_nonzero
 
 __all__ = [
     "BF16",
@@ -26,6 +26,7 @@ __all__ = [
     "Coded",
     "accumulate",
     "code",
+    "code_nonzero",
     "decode",
     "gpu_server",
     "new_streams",
@@ -102,9 +103,34 @@ def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor 
     base = None if base is None else base.detach().contiguous()
     out = new_streams(kind, x.numel() if mask is None else mask.kept)
     where = (0, 0) if mask is None else (mask.words.data_ptr(), mask.offsets.data_ptr())
-    largest = coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0
     places = (x.data_ptr(), 0 if base is None else base.data_ptr(), *where, x.numel(), kind, *out.places(ext))
-    return out, ext.delta_encode(*places, largest, *coding.words_of(key), torch.get_num_threads())
+    return out, ext.delta_encode(*places, *_rules(kind, key), False, torch.get_num_threads())
+
+
+def _rules(kind: int, key: coding.Key) -> tuple[float, int, int, bool]:
+    return (coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0, *coding.words_of(key))
+
+
+def code_nonzero(x: Tensor, kind: int, key: coding.Key) -> tuple[Coded, Pack, bool]:
+    """``code(x, pack_nonzero(x), kind, key)``, and that Pack between the two; one thread reads ``x`` once.
+
+    Raises:
+        ValueError: as :func:`code`.
+    """
+    if x.dtype is not torch.float32 or not x.numel() or (ext := cpp(x.device)) is None:
+        mask = pack_nonzero(x)
+        coded, finite = code(x, mask, kind, key)
+        return coded, mask, finite
+    x, room = x.detach().contiguous(), new_streams(kind, x.numel())  # memory that is never written is never there
+    mask = Pack(new_words(x.numel()), x.numel())
+    offsets = torch.zeros(-(-x.numel() // CHUNK) + 1, dtype=torch.int64)
+    places = (x.data_ptr(), 0, mask.words.data_ptr(), offsets.data_ptr(), x.numel(), kind, *room.places(ext))
+    finite = ext.delta_encode(*places, *_rules(kind, key), True, torch.get_num_threads())
+    mask.__dict__["offsets"] = offsets  # the cached property
+    kept = int(offsets[-1])
+    size = -(-kept // 2) if kind == INT4 else kept
+    scales = room.scales[: -(-kept // coding.BLOCK)]
+    return Coded(kind, kept, tuple(s[:size] for s in room.streams), scales), mask, finite
 
 
 def gpu_server(device: torch.device) -> str:
@@ -134,9 +160,8 @@ def _code_values(values: Array, kind: int, key: coding.Key) -> Coded:
     if ext := cpp():  # of a tensor on another device
         values = np.ascontiguousarray(values, np.float32)
         out = new_streams(kind, len(values))
-        largest = coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0
         places = (values.ctypes.data, 0, 0, 0, len(values), kind, *out.places(ext))
-        ext.delta_encode(*places, largest, *coding.words_of(key), torch.get_num_threads())
+        ext.delta_encode(*places, *_rules(kind, key), False, torch.get_num_threads())
         return out
     none = np.empty(0, np.float32)
     if kind in _PLANES:

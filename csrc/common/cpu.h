@@ -18,7 +18,7 @@ const char* isa_name(Isa isa);
 // density 0.1 ran at 23 GB/s without and 21 with, x - base at 12.8 and 10.8.
 bool fetches_ahead();
 
-// Whether a CPU with AVX-512 has VBMI2 too (Ice Lake, Zen 4 and later).
+// Whether a CPU with AVX-512 has VBMI and VBMI2 too (Ice Lake, Zen 4 and later).
 bool expands_bytes();
 
 // Picks the table for this CPU; families without a faster version of a level pass the lower one again.

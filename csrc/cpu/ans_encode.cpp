@@ -18,6 +18,25 @@ constexpr float kSeldom = 0.25f;                       // what a symbol that the
 
 using Counts = std::array<float, 256>;
 
+// Counts of bytes by class, in four sets for bytes in turn: the same byte twice in a row would wait for its
+// count to be stored.
+constexpr int kApart = 4;
+
+struct Joint {
+  std::vector<uint32_t> held;
+  explicit Joint(int classes) : held(size_t(classes) * kApart * 256) {}
+  uint32_t* at(int c, int64_t i) { return &held[size_t((c * kApart + i % kApart) * 256)]; }
+
+  void sum(std::vector<Counts>& out) const {
+    for (size_t c = 0; c < out.size(); ++c)
+      for (size_t s = 0; s < 256; ++s) {
+        uint32_t total = 0;
+        for (size_t a = 0; a < kApart; ++a) total += held[(c * kApart + a) * 256 + s];
+        out[c][s] = float(total);
+      }
+  }
+};
+
 // How a part is to be coded: classes of keys, and one table each.
 struct Plan {
   int classes = 1;
@@ -71,8 +90,10 @@ void first_of_lanes(const uint8_t* raw, int64_t n, Each each) {
 
 Plan plan(const uint8_t* raw, int64_t n, const uint8_t* companion, int key) {
   auto known = [&](int64_t i) { return ans_key(companion ? companion[i] : i ? raw[i - 1] : 0, key); };
-  uint32_t keys[256] = {};
-  each_of_sample(n, [&](int64_t i) { ++keys[known(i)]; });
+  uint32_t each[kApart][256] = {}, keys[256] = {};
+  each_of_sample(n, [&](int64_t i) { ++each[i % kApart][known(i)]; });
+  for (int a = 0; a < kApart; ++a)
+    for (int k = 0; k < 256; ++k) keys[k] += each[a][k];
   const int64_t seen = n < kSample ? n : kSample;
   // classes of equal shares of the sample; each ends with a key that occurs
   uint8_t cuts[kAnsClasses] = {}, of[256] = {};
@@ -87,12 +108,12 @@ Plan plan(const uint8_t* raw, int64_t n, const uint8_t* companion, int key) {
     of[k] = uint8_t(classes - 1);
     below += keys[k];
   }
-  std::vector<std::array<uint32_t, 256>> joint(size_t(classes), std::array<uint32_t, 256>{});
-  each_of_sample(n, [&](int64_t i) { ++joint[of[known(i)]][raw[i]]; });
-  if (!companion) first_of_lanes(raw, n, [&](uint8_t byte) { ++joint[of[ans_key(0, key)]][byte]; });
+  Joint joint(classes);
+  each_of_sample(n, [&](int64_t i) { ++joint.at(of[known(i)], i)[raw[i]]; });
+  if (!companion) first_of_lanes(raw, n, [&](uint8_t byte) { ++joint.at(of[ans_key(0, key)], 0)[byte]; });
 
   std::vector<Counts> counts(size_t(classes), Counts{});
-  for (size_t c = 0; c < counts.size(); ++c) std::copy(joint[c].begin(), joint[c].end(), counts[c].begin());
+  joint.sum(counts);
   const float times = float(n) / float(seen);
   Plan best;
   while (true) {
@@ -123,14 +144,13 @@ void count(const uint8_t* raw, int64_t n, const uint8_t* companion, int key, Pla
       for (size_t s = 0; s < 256; ++s) c[s] += there[s] ? kSeldom : 0;
     return;
   }
-  std::vector<std::array<uint32_t, 256>> joint(how.counts.size(), std::array<uint32_t, 256>{});
-  uint32_t* of[256];
-  for (int b = 0; b < 256; ++b) of[b] = joint[size_t(how.of(uint8_t(b), key))].data();
+  Joint joint(int(how.counts.size()));
+  int of[256];
+  for (int b = 0; b < 256; ++b) of[b] = how.of(uint8_t(b), key);
   const uint8_t* known = companion ? companion : raw - 1;
-  for (int64_t i = companion ? 0 : 1; i < n; ++i) ++of[known[i]][raw[i]];
-  if (!companion) first_of_lanes(raw, n, [&](uint8_t byte) { ++of[0][byte]; });
-  for (size_t c = 0; c < joint.size(); ++c)
-    std::copy(joint[c].begin(), joint[c].end(), how.counts[c].begin());
+  for (int64_t i = companion ? 0 : 1; i < n; ++i) ++joint.at(of[known[i]], i)[raw[i]];
+  if (!companion) first_of_lanes(raw, n, [&](uint8_t byte) { ++joint.at(of[0], 0)[byte]; });
+  joint.sum(how.counts);
 }
 
 // x / freq by multiplication, for x below 2^32

@@ -16,8 +16,7 @@ int64_t ans_decode_rows(const AnsLanes& lanes, int64_t rows, const uint8_t*& fro
                         uint8_t* out);
 
 // Writes rows from the last one down before `end`, and returns the first that it wrote. packed: start and
-// frequency
-// << 12, at offsets[known byte] + symbol.
+// frequency << 12, at offsets[known byte] + symbol; offsets: 256 times the class.
 int64_t ans_encode_rows(uint32_t* states, const uint32_t* packed, const uint32_t* offsets, const uint8_t* raw,
                         const uint8_t* companion, int64_t rows, uint8_t*& end);
 

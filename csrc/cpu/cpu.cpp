@@ -42,7 +42,8 @@ bool fetches_ahead() {
 
 bool expands_bytes() {
 #if defined(__x86_64__)
-  static const bool found = (__builtin_cpu_init(), __builtin_cpu_supports("avx512vbmi2") != 0);
+  static const bool found =
+      (__builtin_cpu_init(), __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2"));
   return found;
 #else
   return false;

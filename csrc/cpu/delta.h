@@ -10,6 +10,7 @@ namespace autoflip {
 
 constexpr int64_t kDeltaBlock = 256;           // kept entries that share a scale
 constexpr int64_t kDeltaChunkWords = 1 << 12;  // words of a thread's range: 2^18 entries
+constexpr int kVarintSlack = 64;               // bytes: whole vectors are stored
 constexpr int kRiceEscape = 24;                // this many ones announce a plain 32-bit gap
 
 // How values travel; the numbers are those of the wire format. A stream is a byte plane, or the codes.
@@ -55,9 +56,10 @@ struct DeltaKernels {
   void (*round_bf16)(const float* values, int64_t n, DeltaKey key, int64_t first, uint16_t* words);
   // One range of a tensor, x - base (base may be null, words too: every entry) at ranks `rank`.. into the
   // streams; returns whether a difference is NaN or infinite. Blocks of 256 that reach over the range's ends
-  // are left to the caller: their values go to `loose` in order, at most 510.
+  // are left to the caller: their values go to `loose` in order, at most 510. `found` is null, or `words` to
+  // be filled beforehand: x != 0.
   bool (*encode)(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t rank,
-                 const DeltaCoding& coding, float* loose);
+                 const DeltaCoding& coding, float* loose, uint64_t* found);
   // out[kept] = decoded values from rank `rank` on, 0 elsewhere; nt: around the caches (out 64-byte aligned)
   void (*decode)(const DeltaCoding& coding, const uint64_t* words, int64_t n, int64_t rank, bool nt,
                  float* out);
@@ -79,7 +81,7 @@ struct DeltaKernels {
   int64_t (*rice_encode)(const uint64_t* words, int64_t num_words, int k, uint8_t* out);
   // reads `kept` positions below n into zeroed words; returns bytes used or an IndexError. `data` is hostile.
   int64_t (*rice_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, int k, uint64_t* words);
-  // gaps as LEB128; varint_decode as rice_decode
+  // gaps as LEB128, with room for kVarintSlack bytes behind the last; varint_decode as rice_decode
   int64_t (*varint_encode)(const uint64_t* words, int64_t num_words, uint8_t* out);
   int64_t (*varint_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, uint64_t* words);
 };

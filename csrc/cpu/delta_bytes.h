@@ -1,8 +1,9 @@
-// int8 codes to floats, 64 entries of a tensor at a time: vpexpandb (AVX-512 VBMI2) spreads the codes under
-// their mask while they are bytes, and only then they become floats. Included by delta_stream.h, for AVX-512.
+// 64 entries of a tensor at a time, as bytes (AVX-512 VBMI2). Included for AVX-512 only, where
+// expands_bytes().
 #pragma once
 #include <immintrin.h>
 
+#include "common/cpu.h"
 #include "cpu/delta_bits.h"
 
 // GCC 12 takes the undefined lanes of its own intrinsics for a mistake of ours (its bug 105593)
@@ -12,7 +13,8 @@
 namespace autoflip {
 namespace {
 
-// As decode_any, for whole words; returns the rank behind them.
+// int8 codes to floats: vpexpandb spreads the codes under their mask while they are bytes, and only then they
+// become floats. As decode_any, for whole words; returns the rank behind them.
 template <bool kAdd>
 __attribute__((target("avx512vbmi2"))) int64_t expand_codes(const DeltaCoding& c, const uint64_t* words,
                                                             int64_t num_words, int64_t rank, float weight,
@@ -50,6 +52,33 @@ __attribute__((target("avx512vbmi2"))) int64_t expand_codes(const DeltaCoding& c
   }
   if (nt) _mm_sfence();
   return rank;
+}
+
+// As varint_encode: inside a word no gap needs a second byte, only that before its first bit may.
+__attribute__((target("avx512vbmi,avx512vbmi2"))) int64_t varint_words(const uint64_t* words,
+                                                                       int64_t num_words, uint8_t* out) {
+  alignas(64) uint8_t count[64];
+  for (int i = 0; i < 64; ++i) count[i] = uint8_t(i);
+  const __m512i places = _mm512_load_si512(count), one = _mm512_set1_epi8(1);
+  const __m512i left = _mm512_sub_epi8(places, one);  // lane i takes lane i - 1
+  uint8_t* to = out;
+  uint64_t skipped = 0;
+  for (int64_t w = 0; w < num_words; ++w) {
+    const uint64_t word = words[w];
+    if (!word) {
+      skipped += 64;
+      continue;
+    }
+    const __m512i set = _mm512_maskz_compress_epi8(word, places);
+    const __m512i gaps = _mm512_sub_epi8(_mm512_sub_epi8(set, _mm512_permutexvar_epi8(left, set)), one);
+    uint64_t first = skipped + uint64_t(__builtin_ctzll(word));
+    for (; first >= 0x80; first >>= 7) *to++ = uint8_t(first | 0x80);
+    _mm512_storeu_si512(to, gaps);
+    *to = uint8_t(first);
+    to += __builtin_popcountll(word);
+    skipped = uint64_t(__builtin_clzll(word));
+  }
+  return to - out;
 }
 
 }  // namespace

@@ -1,6 +1,9 @@
 // Rice and varint codes of the gaps between kept entries. Included by delta_impl.h only.
 #pragma once
 #include "cpu/delta_bits.h"
+#if defined(__AVX512BW__)
+#include "cpu/delta_bytes.h"
+#endif
 #if defined(__BMI__)
 #include <immintrin.h>
 #endif
@@ -134,32 +137,54 @@ int64_t rice_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept,
   return used;
 }
 
+inline uint8_t* put_varint(uint64_t gap, uint8_t* to) {
+  for (; gap >= 0x80; gap >>= 7) *to++ = uint8_t(gap | 0x80);
+  *to++ = uint8_t(gap);
+  return to;
+}
+
 int64_t varint_encode(const uint64_t* words, int64_t num_words, uint8_t* out) {
-  int64_t at = 0;
-  each_gap(words, num_words, [&](uint64_t gap) {
-    for (; gap >= 0x80; gap >>= 7) out[at++] = uint8_t(gap | 0x80);
-    out[at++] = uint8_t(gap);
-  });
-  return at;
+#if defined(__AVX512BW__)
+  if (expands_bytes()) return varint_words(words, num_words, out);
+#endif
+  uint8_t* to = out;
+  each_gap(words, num_words, [&](uint64_t gap) { to = put_varint(gap, to); });
+  return to - out;
 }
 
 int64_t varint_decode(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, uint64_t* words) {
-  int64_t at = 0, next = 0;
-  for (int64_t j = 0; j < kept; ++j) {
-    uint64_t gap = 0;
-    for (int shift = 0;; shift += 7) {
-      if (at == bytes) return kShort;
-      const uint8_t byte = data[at++];
-      gap |= uint64_t(byte & 0x7F) << shift;
-      if (byte < 0x80) {
-        if (byte == 0 && shift) return kLong;  // the shortest form only
-        break;
-      }
-      if (shift == 56) return kLong;
+  int64_t at = 0, next = 0, last = 0;
+  uint64_t held = 0;  // words[last] so far; it is stored with every bit, never loaded
+  const auto put = [&](uint64_t gap) {
+    const int64_t place = next + int64_t(gap), w = place >> 6;
+    held = (w == last ? held : 0) | 1ULL << (place & 63);
+    words[last = w] = held;
+    next = place + 1;
+  };
+  for (int64_t j = 0; j < kept;) {
+    // eight gaps of a byte each, which cannot leave the tensor
+    while (j + 8 <= kept && at + 8 <= bytes && n - next >= 8 * 128) {
+      uint64_t eight;
+      std::memcpy(&eight, data + at, 8);
+      if (eight & 0x8080808080808080ULL) break;
+      for (int i = 0; i < 8; ++i) put(eight >> 8 * i & 0x7F);
+      at += 8, j += 8;
     }
-    if (gap >= uint64_t(n - next)) return kRange;
-    next += int64_t(gap) + 1;
-    words[(next - 1) >> 6] |= 1ULL << ((next - 1) & 63);
+    for (const int64_t stop = lesser(kept, j + 8); j < stop; ++j) {
+      uint64_t gap = 0;
+      for (int shift = 0;; shift += 7) {
+        if (at == bytes) return kShort;
+        const uint8_t byte = data[at++];
+        gap |= uint64_t(byte & 0x7F) << shift;
+        if (byte < 0x80) {
+          if (byte == 0 && shift) return kLong;  // the shortest form only
+          break;
+        }
+        if (shift == 56) return kLong;
+      }
+      if (gap >= uint64_t(n - next)) return kRange;
+      put(gap);
+    }
   }
   return at;
 }

@@ -53,7 +53,7 @@ void code_values(const float* values, int64_t n, int64_t first, const DeltaCodin
 }
 
 bool encode(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t rank,
-            const DeltaCoding& c, float* loose) {
+            const DeltaCoding& c, float* loose, uint64_t* found) {
   Scratch s;
   const bool blocks = c.kind == kInt8 || c.kind == kInt4;
   int64_t held = 0, head = blocks ? -rank & (kDeltaBlock - 1) : 0;
@@ -62,6 +62,7 @@ bool encode(const float* x, const float* base, const uint64_t* words, int64_t n,
     const int64_t size = lesser(kStep, n - start);
     const float* from = base ? base + start : nullptr;
     int64_t fresh = size;
+    if (found) pack_nonzero(x + start, size, found + start / 64);  // what it reads stays in the first cache
     if (words) {
       fresh = count(words + start / 64, (size + 63) / 64);
       bad |= gather_once(x + start, from, words + start / 64, size, fresh + kSlack, s.values + held);
@@ -161,21 +162,21 @@ void decode_add(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t 
   decode_any<true>(c, words, n, rank, weight, false, out);
 }
 
-// Whether hostile streams hold only what encode writes: finite values, codes within +-levels.
+// Whether hostile streams hold only what encode writes: finite values, codes within +-levels. Bytes
+// throughout, so that a vector holds as many of them as it can.
 bool valid(const DeltaCoding& c, int64_t n) {
-  uint32_t bad = 0;
-  if (c.kind == kFp32) {
-    for (int64_t i = 0; i < n; ++i)
-      bad |= uint32_t((c.streams[3][i] & 0x7F) == 0x7F) & uint32_t(c.streams[2][i] >> 7);
-  } else if (c.kind == kBf16) {
-    for (int64_t i = 0; i < n; ++i)
-      bad |= uint32_t((c.streams[1][i] & 0x7F) == 0x7F) & uint32_t(c.streams[0][i] >> 7);
+  uint8_t bad = 0;
+  if (c.kind == kFp32 || c.kind == kBf16) {
+    const uint8_t *high = c.streams[c.kind == kFp32 ? 3 : 1], *low = c.streams[c.kind == kFp32 ? 2 : 0];
+    for (int64_t i = 0; i < n; ++i) bad |= uint8_t(uint8_t((high[i] & 0x7F) == 0x7F) & low[i] >> 7);
   } else if (c.kind == kInt8) {
-    for (int64_t i = 0; i < n; ++i) bad |= c.streams[0][i] == 0x80;
+    const uint8_t* codes = c.streams[0];
+    for (int64_t i = 0; i < n; ++i) bad |= uint8_t(codes[i] == 0x80);
   } else {
+    const uint8_t* pairs = c.streams[0];
     for (int64_t i = 0; i < (n + 1) / 2; ++i)
-      bad |= uint32_t((c.streams[0][i] & 15) == 8) | uint32_t(c.streams[0][i] >> 4 == 8);
-    if (n % 2) bad |= c.streams[0][n / 2] >> 4 != 0;
+      bad |= uint8_t((pairs[i] & 15) == 8) | uint8_t((pairs[i] & 0xF0) == 0x80);
+    if (n % 2) bad |= uint8_t(pairs[n / 2] >> 4 != 0);
   }
   return !bad;
 }
