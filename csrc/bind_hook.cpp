@@ -83,8 +83,6 @@ PyObject* kernel_here(PyObject*, PyObject* const* tensors, Py_ssize_t n) {
   return PyBool_FromLong(here);
 }
 
-bool counts(PyObject* t, long entries) { return number(method(t, names.numel)) == entries; }
-
 bool same(PyObject* answer, PyObject* wanted) {
   const int found = answer ? PyObject_RichCompareBool(answer, wanted, Py_EQ) : -1;
   Py_XDECREF(answer);
@@ -93,19 +91,19 @@ bool same(PyObject* answer, PyObject* wanted) {
 }
 
 // Whether a linear layer may go the way it went before: what it knows, then x, weight, bias (or None) and
-// mask of now. It knows weight, bias, mask, the mask's version, x's shape, the weight's and the bias's
-// entries.
+// mask of now. It knows weight, bias, mask, the mask's version, and the shapes of x, weight and bias.
 PyObject* linear_again(PyObject*, PyObject* const* args, Py_ssize_t n) {
   PyObject* known = args[0];
   if (n != 5 || !PyTuple_Check(known) || PyTuple_GET_SIZE(known) < 7) Py_RETURN_FALSE;
   const auto at = [&](int i) { return PyTuple_GET_ITEM(known, i); };
   PyObject *x = args[1], *weight = args[2], *bias = args[3], *mask = args[4];
-  return PyBool_FromLong(at(0) == weight && at(1) == bias && at(2) == mask &&
-                         same(PyObject_GetAttr(mask, names.version), at(3)) && quiet() && ordinary(x) &&
-                         same(PyObject_GetAttr(x, names.shape), at(4)) && ordinary(weight) &&
-                         counts(weight, PyLong_AsLong(at(5))) &&
-                         (bias == Py_None || (ordinary(bias) && counts(bias, PyLong_AsLong(at(6))))) &&
-                         is(PyObject_CallOneArg(torch.autocast, names.cpu), Py_False));
+  return PyBool_FromLong(
+      at(0) == weight && at(1) == bias && at(2) == mask &&
+      same(PyObject_GetAttr(mask, names.version), at(3)) && quiet() && ordinary(x) &&
+      same(PyObject_GetAttr(x, names.shape), at(4)) && ordinary(weight) &&
+      same(PyObject_GetAttr(weight, names.shape), at(5)) &&
+      (bias == Py_None || (ordinary(bias) && same(PyObject_GetAttr(bias, names.shape), at(6)))) &&
+      is(PyObject_CallOneArg(torch.autocast, names.cpu), Py_False));
 }
 
 // --- looks: whether a weight is zero wherever it is pruned
@@ -132,7 +130,7 @@ PyObject* look(PyObject* capsule, PyObject* weight) {
   const float* w = static_cast<const float*>(address(method(weight, names.data_ptr)));
   if (w != look.weight || !w) {
     if (!ordinary(weight) || !is(method(weight, names.is_contiguous), Py_True) ||
-        !counts(weight, look.entries))
+        number(method(weight, names.numel)) != look.entries)
       Py_RETURN_FALSE;
     look.weight = w;
   }
@@ -178,8 +176,8 @@ bool unseen(PyObject* g) {
   return found == alone[found.base_objects > 0];
 }
 
-// Called by the engine with a gradient. In place where nobody else can see it and no derivative of it is
-// wanted.
+// Called by the engine with a gradient. In place where nobody else holds it, or what it is a view of, and no
+// derivative of it is wanted.
 PyObject* hook(PyObject* capsule, PyObject* g) {
   const Job& job = *static_cast<Job*>(PyCapsule_GetPointer(capsule, nullptr));
   // what has no memory of its own (a batch of gradients, say) has no data_ptr; the rest is as at the forward

@@ -73,10 +73,12 @@ def test_memory_behind_the_same_parameters_is_exchanged(layer):
     assert not again(layer, x)
     with pytest.raises(ValueError, match="bias"):
         layer(x)
-    layer.bias.data, layer.weight.data = torch.randn(7), torch.randn(3, 4)
-    assert not again(layer, x)
-    with pytest.raises(ValueError, match="weight"):
-        layer(x)
+    layer.bias.data = torch.randn(7)
+    for shape in ((3, 4), (12, 7)):  # fewer entries; as many, the other way round
+        layer.weight.data = torch.randn(shape)
+        assert not again(layer, x)
+        with pytest.raises(ValueError, match="weight"):
+            layer(x)
 
 
 def test_another_mask(layer):

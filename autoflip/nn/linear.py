@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,21 @@ from autoflip.nn.masked import Masked
 from autoflip.ops import Pack, again, linear_job, linear_step, masked_linear, traced, version_of
 
 _compiling, _threads = torch.compiler.is_compiling, torch.get_num_threads
+
+
+class _Known(NamedTuple):
+    """What a layer's last sparse step went by; ``ops.again`` compares the first seven, in this order."""
+
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+    version: int
+    input_shape: torch.Size
+    weight_shape: torch.Size
+    bias_shape: torch.Size | None
+    threads: int
+    job: Any
+
 
 __all__ = ["MaskedLinear", "MaskedSelectingLinear", "SelectingLinear", "select"]
 
@@ -76,8 +91,13 @@ class MaskedLinear(Masked, nn.Linear):
         if mask is None or self._stands_still(input, found, mask):
             return F.linear(input, weight, bias)
         known = self.__dict__.get("_again")
-        if known is not None and known[7] == _threads() and not _compiling() and again(known, input, found, bias, mask):
-            return linear_step(input, weight, bias, known[8])
+        if (
+            known is not None
+            and known.threads == _threads()
+            and not _compiling()
+            and again(known, input, found, bias, mask)
+        ):
+            return linear_step(input, weight, bias, known.job)
         pack = self._pack
         if not torch.compiler.is_compiling():
             if pack is None or pack.mask is not mask or self._packed_version != version_of(mask):
@@ -100,10 +120,10 @@ class MaskedLinear(Masked, nn.Linear):
         job = linear_job(input, weight, bias, pack)
         if job is None:
             return masked_linear(input, weight, bias, pack)
-        mask, entries = pack.mask, 0 if bias is None else bias.numel()
+        mask = pack.mask
         if not mask.is_inference():
-            known = (weight, bias, mask, mask._version, input.shape, weight.numel(), entries, _threads(), job)
-            self.__dict__["_again"] = known
+            shapes = input.shape, weight.shape, None if bias is None else bias.shape
+            self.__dict__["_again"] = _Known(weight, bias, mask, mask._version, *shapes, _threads(), job)
         return linear_step(input, weight, bias, job)
 
 

@@ -3,6 +3,9 @@
 # delta
 from autoflip.ops import delta as delta
 
+# masked_matmul
+from autoflip.ops._masked_matmul import linear_step as linear_step
+
 # masked_weight
 from autoflip.ops._masked_weight import again as again
 from autoflip.ops._masked_weight import gradient_hook as gradient_hook
@@ -24,11 +27,8 @@ from autoflip.ops.hessian import squared_matmul as squared_matmul
 from autoflip.ops.masked_conv import ConvPack as ConvPack
 from autoflip.ops.masked_conv import conv_weight as conv_weight
 from autoflip.ops.masked_conv import masked_conv2d as masked_conv2d
-
-# masked_matmul
 from autoflip.ops.masked_matmul import Pack as Pack
 from autoflip.ops.masked_matmul import linear_job as linear_job
-from autoflip.ops.masked_matmul import linear_step as linear_step
 from autoflip.ops.masked_matmul import masked_linear as masked_linear
 from autoflip.ops.masked_matmul import masked_matmul as masked_matmul
 from autoflip.ops.masked_matmul import masked_weight as masked_weight

@@ -205,7 +205,7 @@ class _Linear(torch.autograd.Function):
 _apply_linear = super(torch.autograd.Function, _Linear).apply  # type: ignore[misc]
 
 
-def train(x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
+def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
     """Do what :func:`linear` does where ``weights.kernel_here`` of all tensors, in fewer steps."""
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

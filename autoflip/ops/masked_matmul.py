@@ -45,7 +45,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
         raise ValueError(f"masked_linear: activation={activation!r}; wanted None, 'relu' or 'gelu'")
     job = linear_job(x, weight, bias, pack, relu=activation == "relu")
     if job is not None:
-        return steps.train(x, weight, bias, job)
+        return steps.linear_step(x, weight, bias, job)
     if torch.is_autocast_enabled(x.device.type) or weights.traced():
         y = F.linear(x, torch.where(pack.mask, weight, 0), bias)
         return y.relu() if activation else y
@@ -67,9 +67,6 @@ def linear_job(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, *, re
         and not torch.is_autocast_enabled("cpu")
     )
     return (relu, pack.cpu_parts(x.shape[0]), pack.new_gradient) if here else None
-
-
-linear_step = steps.train
 
 
 def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:

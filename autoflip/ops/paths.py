@@ -197,7 +197,7 @@ def _ways(
             else:
                 weights.kernel_here(x, w, bias)
                 # a Pack keeps the memory of a large gradient: fresh pages would hide what the ways differ by
-                y = steps.train(x, w, bias, (False, parts_of(path), case()[4].detach))
+                y = steps.linear_step(x, w, bias, (False, parts_of(path), case()[4].detach))
             y.backward(dy)
             return y
 

@@ -132,47 +132,39 @@ def table(folder: Path, rows: list[str] | None = None) -> str:
     return "\n".join(lines)
 
 
-def paired(folder: Path, variant: str, method: str) -> dict | None:
-    """Return how ``method+variant`` differs from ``method`` over all rows and seeds that both have.
+def paired(found: dict[tuple[str, str], dict[int, dict]], name: str) -> dict | None:
+    """Return how a variant (``method+tag``) differs from its method over all rows and seeds that both have.
 
     Returns:
         None where there are fewer than two pairs; else ``pairs``, and (mean, standard error) of ``final`` and ``last``
         (difference of accuracy at the end, and of the mean of the last five evaluations), ``flops`` and ``bytes``
         (ratios of the whole runs).
     """
-    found, seen = load(folder), []
-    for (row, name), runs in found.items():
-        if name != f"{method}+{variant}":
+    columns: dict[str, list[float]] = {"final": [], "last": [], "flops": [], "bytes": []}
+    for row, seed in ((row, seed) for (row, other), runs in found.items() if other == name for seed in runs):
+        if (whole := found.get((row, name.partition("+")[0]), {}).get(seed)) is None:
             continue
-        for seed, run in runs.items():
-            if other := found.get((row, method), {}).get(seed):
-                mine, theirs = run["curve"], other["curve"]
-                last = [statistics.mean(curve["accuracy"][-5:]) for curve in (mine, theirs)]
-                seen.append(
-                    {
-                        "final": mine["accuracy"][-1] - theirs["accuracy"][-1],
-                        "last": last[0] - last[1],
-                        "flops": mine["flops"][-1] / theirs["flops"][-1],
-                        "bytes": mine["bytes"][-1] / theirs["bytes"][-1],
-                    }
-                )
-    if len(seen) < 2:
+        mine, theirs = found[row, name][seed]["curve"], whole["curve"]
+        last = [statistics.mean(curve["accuracy"][-5:]) for curve in (mine, theirs)]
+        columns["final"].append(mine["accuracy"][-1] - theirs["accuracy"][-1])
+        columns["last"].append(last[0] - last[1])
+        for cost in ("flops", "bytes"):
+            columns[cost].append(mine[cost][-1] / theirs[cost][-1])
+    pairs = len(columns["final"])
+    if pairs < 2:
         return None
-    columns = {key: [entry[key] for entry in seen] for key in seen[0]}
-    spread = {k: (statistics.mean(v), statistics.stdev(v) / len(v) ** 0.5) for k, v in columns.items()}
-    return {"pairs": len(seen), **spread}
+    return {"pairs": pairs, **{k: (statistics.mean(v), statistics.stdev(v) / pairs**0.5) for k, v in columns.items()}}
 
 
 def variants(folder: Path) -> str:
     """Return the table of all tagged variants against the method they vary, in Markdown; empty if there are none."""
-    names = sorted({name for _, name in load(folder) if "+" in name})
+    found = load(folder)
     lines = [
         "| variant | runs | final accuracy | last five evaluations | FLOPs | bytes |",
         "|---|---|---|---|---|---|",
     ]
-    for name in names:
-        method, _, variant = name.partition("+")
-        if entry := paired(folder, variant, method):
+    for name in sorted({name for _, name in found if "+" in name}):
+        if entry := paired(found, name):
             points = [f"{100 * entry[k][0]:+.2f} ± {100 * entry[k][1]:.2f}" for k in ("final", "last")]
             ratios = [f"{entry[k][0]:.3f}x ± {entry[k][1]:.3f}" for k in ("flops", "bytes")]
             lines.append(f"| {name} | {entry['pairs']} | {' | '.join([*points, *ratios])} |")
