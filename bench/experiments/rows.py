@@ -27,6 +27,7 @@ ROWS: dict[str, list[str]] = {
     **_images("fashion-mnist"),
     **_images("cifar10"),
     **_images("cifar100"),
+    **_images("fashion-mnist", "resnet8-group"),
     **_images("cifar10", "resnet8-group"),
     **_images("cifar100", "resnet8-group"),
     "femnist-writer": ["data.name=femnist", "data.samples_per_client=60", "data.test_examples=2000"],
