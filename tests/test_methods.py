@@ -313,6 +313,23 @@ def test_a_budget_that_nothing_fits_gives_the_smallest_model():
     assert channels_within(lambda share: (share, share), 0.0, 0.0, 0.7) == 0.7
 
 
+def test_a_narrow_model_keeps_more_of_its_channels_unless_told_otherwise():
+    from autoflip.fed.budget import usual_share
+    from autoflip.fed.models import build
+    from autoflip.groups import find_groups
+
+    def share(name, shape):
+        return usual_share(find_groups(build(name, input_shape=shape, num_classes=10)))
+
+    assert share("resnet8-group", (3, 32, 32)) == 28 / 64  # 64 channels at most, in units of whole norm groups
+    assert share("two-cnn", (3, 32, 32)) == share("mlp", (561,)) == 0.25
+    assert usual_share(find_groups(torch.nn.Sequential(torch.nn.Linear(4, 20), torch.nn.Linear(20, 2)))) == 1
+    assert usual_share(find_groups(torch.nn.Linear(4, 2))) == 1  # nothing to remove
+    small = ["fed.against=none", "model.name=resnet8-group", "fed.rounds=2"]
+    kept = [fed.run(_config(*small, f"prune.channels={c}")).records[-1].channels for c in (0, 0.25)]
+    assert kept[1] < 0.75 * kept[0]
+
+
 @pytest.mark.parametrize("restore", ["layer", "row"])
 def test_pruned_layers_get_their_norm_back(restore):
     strategy = METHODS["autoflip"](_config(f"prune.restore={restore}", "prune.rescale=100"), torch.nn.Linear(6, 3))

@@ -13,10 +13,11 @@ from autoflip.groups import Groups
 from autoflip.masks import MaskSet
 from autoflip.nn import compact
 
-__all__ = ["channels_within", "cost_of"]
+__all__ = ["channels_within", "cost_of", "usual_share"]
 
 BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.125}  # per value, block scales included
 _STEPS = 8  # bisection: to 1/256 of the channels
+_QUARTER, _CHANNELS = 0.25, 28
 
 
 def cost_of(
@@ -36,6 +37,16 @@ def cost_of(
     sizes = [(p.numel(), int(masks[n].sum()) if n in masks else p.numel()) for n, p in model.named_parameters()]
     sent = sum(kept for _, kept in sizes) / sum(whole for whole, _ in sizes)
     return _step(small, example) / _step(model, example), sent * (BITS[values] + BITS[downlink]) / 64
+
+
+def usual_share(groups: Groups) -> float:
+    """Return the kept share of channels where the user names none: a quarter, more in a narrow model.
+
+    A quarter of 16 to 64 channels is too little to learn from, so the share is at least what would leave 28 channels
+    of the widest layer (README, "Limits, plainly").
+    """
+    widest = max((len(units) * groups.width(layer) for layer, units in groups.by_layer().items()), default=1)
+    return min(1.0, max(_QUARTER, _CHANNELS / widest))
 
 
 def _step(model: nn.Module, example: Tensor) -> int:

@@ -36,9 +36,9 @@ def same(stored: dict, config: fed.Config) -> bool:
     """Tell whether a result file's configuration is this one; keys younger than the file have their default."""
     try:
         both = [told(fed.Config.from_dict(stored)), told(config)]
-        if config.fed.method != "autoflip":  # nobody else asks how far clients agree
+        if config.fed.method != "autoflip":  # nobody else asks how far clients agree, or removes channels
             for one in both:
-                del one["explore"]["agreement"]
+                del one["explore"]["agreement"], one["prune"]["channels"]
         return both[0] == both[1]
     except fed.ConfigError:  # a key or a value that is no more
         return False

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autoflip import prune
 from autoflip.explore import Sums, rank
-from autoflip.fed.budget import channels_within, cost_of
+from autoflip.fed.budget import channels_within, cost_of, usual_share
 from autoflip.fed.config import Config
 from autoflip.fed.state import Guidance, ServerState
 from autoflip.fed.strategies.base import Ask, Strategy
@@ -33,6 +33,7 @@ class AutoFlip(Strategy):
         self.average = config.server.average
         self.probe = "curvature" if config.explore.signal == "curvature" else ""
         self._groups = find_groups(model)
+        self._share = config.prune.channels or usual_share(self._groups)
 
     def ask(self, round_number: int) -> Ask:
         """Explore first, then train."""
@@ -86,19 +87,19 @@ class AutoFlip(Strategy):
         """Return the share of channels: as configured, or what the budgets leave."""
         cfg, wire = self.config.prune, self.config.wire
         if not (cfg.flops or cfg.bytes) or self.example is None:
-            return cfg.channels
+            return self._share
         example = self.example
 
         def cost(share: float) -> tuple[float, float]:
             masks = self._hybrid(guidance, cfg.density, share, cfg.inputs)
             return cost_of(self.model, masks, example, self._groups, wire.values, wire.downlink)
 
-        return channels_within(cost, cfg.flops, cfg.bytes, cfg.channels)
+        return channels_within(cost, cfg.flops, cfg.bytes, self._share)
 
     def narrow(self, masks: MaskSet, guidance: Guidance | None) -> MaskSet | None:
         """The best channels only (as HeteroFL, Diao et al., ICLR 2021, but by guidance, not by position)."""
         cfg = self.config.prune
-        if guidance is None or cfg.slow_channels >= cfg.channels:
+        if guidance is None or cfg.slow_channels >= self._share:
             return None
         return masks & self._hybrid(guidance, 1.0, cfg.slow_channels)
 
