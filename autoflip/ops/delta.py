@@ -57,6 +57,13 @@ class Pack:
     words: Tensor
     numel: int
 
+    @classmethod
+    def counted(cls, words: Tensor, numel: int, offsets: Tensor) -> Pack:
+        """Return the Pack of ``words`` whose ``offsets`` are known already."""
+        made = cls(words, numel)
+        vars(made)["offsets"] = offsets  # where the cached property looks first
+        return made
+
     @cached_property
     def offsets(self) -> Tensor:
         """``(ceil(numel / 2^18) + 1,)`` int64: kept entries before each range, last the number of them all."""
