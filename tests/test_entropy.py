@@ -8,6 +8,8 @@ import sys
 import instruction_sets
 import numpy as np
 import pytest
+import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,6 +138,57 @@ def test_damage_has_a_name(change, message):
         entropy.decode(change(blob), 64)
 
 
+def literal_streams(n):
+    """Return bytes that ask something of Huffman tables: name -> n bytes."""
+    g = np.random.default_rng(n)
+    held = {name: x for name, (x, _) in streams(n).items()}
+    shifted, late, pause = (held["codes"].copy() for _ in range(3))
+    shifted[n // 2 :] = held["gaps"][n // 2 :]  # wants a second table
+    late[: n // 3] = g.integers(0, 256, n // 3)  # blocks that stay as they are come first
+    pause[n // 3 : 2 * n // 3] = 9  # blocks of one symbol lie between
+    begins = held["rare"].copy()
+    begins[: n // 3] = 0  # a table that does not come with the first of the blocks it is for
+    return held | {
+        "begins": begins,
+        "shifted": shifted,
+        "late": late,
+        "pause": pause,
+        "two": np.where(g.random(n) < 0.1, 255, 254).astype(np.uint8),
+        "few": g.integers(0, 3, n).astype(np.uint8),  # a table of plain weights
+        "steep": (g.geometric(0.5, n) - 1).clip(0, 200).astype(np.uint8),  # codes cut at 11 bits
+    }
+
+
+@needs_cpp
+@pytest.mark.parametrize("n", [4096, 4097, 16_383, 16_384, 65_791, 65_792, 131_072, 131_073, 140_000, 400_001])
+def test_literals_are_zstd_frames(n):
+    for name, x in literal_streams(n).items():
+        size, blob = entropy.literals(x, 2 * n)
+        assert size == len(blob)
+        assert zstandard.get_frame_parameters(blob).content_size == n
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 17)
+        assert reader.decompress(blob, max_output_size=n, allow_extra_data=False) == x.tobytes()
+        if name in ("codes", "gaps", "few", "steep", "noise"):  # elsewhere bytes repeat, or change within a block
+            assert size < 1.001 * len(zstandard.ZstdCompressor(level=1).compress(x)) + 32
+        assert entropy.literals(x, size + 1) == (size, blob)
+        assert entropy.literals(x, size) == (size, None)
+    assert entropy.literals(b"", 9) == entropy.literals(bytes(4095), 9) == (None, None)
+
+
+@needs_cpp
+def test_any_number_of_threads_writes_the_same_literals():
+    before = torch.get_num_threads()
+    x = literal_streams(600_000)["shifted"]
+    try:
+        found = set()
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.add(bytes(entropy.literals(x, len(x))[1]))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
 def digest():
     """Return a hash of coded streams that fill vectors, and of short ones."""
     found = hashlib.sha256()
@@ -145,6 +198,9 @@ def digest():
                 blob = entropy.encode(x, entropy.SIGNED, known)
                 assert np.array_equal(entropy.decode(blob, n, known), x)
                 found.update(blob)
+    for n in (4097, 131_072, 300_001):
+        for x in literal_streams(n).values():
+            found.update(entropy.literals(x, 2 * n)[1] or b"")
     return found.hexdigest()
 
 

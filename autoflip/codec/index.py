@@ -7,8 +7,9 @@ import math
 import numpy as np
 import torch
 
+from autoflip.codec.packing import Buffer, packed_size
 from autoflip.codec.reader import DecodeError, Reader
-from autoflip.codec.section import Buffer, packed_size, read_section, section
+from autoflip.codec.section import read_section, section
 from autoflip.ops import delta as ops
 from autoflip.ops import delta_coding as codes
 from autoflip.ops.delta import Pack

@@ -9,11 +9,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 
 from autoflip.ops import reference_entropy as reference
 from autoflip.ops.delta import Array, cpp
 
-__all__ = ["MAGNITUDE", "PLAIN", "SAMPLE", "SIGNED", "decode", "encode", "encode_below", "estimate"]
+__all__ = ["MAGNITUDE", "PLAIN", "SAMPLE", "SIGNED", "decode", "encode", "encode_below", "estimate", "literals"]
 
 # the order in which classes cut bytes: as int8, without the sign of a float's top byte, as they are
 SIGNED, MAGNITUDE, PLAIN = range(3)
@@ -63,6 +64,26 @@ def encode_below(
     out = np.empty(ext.ans_bound(n), np.uint8)
     start = ext.ans_encode(at, n, known, key, limit, ext.address(out))
     return (-start, None) if start < 0 else (len(out) - start, out[start:].data)
+
+
+def literals(raw: Bytes, limit: int) -> tuple[int | None, memoryview | None]:
+    """Return the bytes of a zstd frame that codes ``raw`` by Huffman tables alone, and that frame.
+
+    It is what zstd writes where nothing repeats, at several times its speed, and on every thread that torch may use,
+    with the same bytes for any number of them. The frame is None where it would take ``limit`` bytes or more; both are
+    None where the extension does not serve, and for fewer than 4 kB.
+
+    Source: RFC 8878; length-limited codes by Larmore and Hirschberg, JACM 37(3), 1990.
+    """
+    ext, n = cpp(), _length(raw)
+    if ext is None or n < ext.HUFFMAN_LEAST:
+        return None, None
+    at, threads = ext.address(raw), torch.get_num_threads()
+    if not limit:
+        return -ext.huffman_encode(at, n, 0, threads, 0), None
+    out = np.empty(ext.huffman_bound(n), np.uint8)
+    size = ext.huffman_encode(at, n, limit, threads, ext.address(out))
+    return (-size, None) if size < 0 else (size, out[:size].data)
 
 
 def decode(data: Bytes, n: int, companion: Bytes | None = None) -> Array:
