@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autoflip.ops import backend, delta_gpu, memory
 from autoflip.ops import delta_coding as coding
-from autoflip.ops.delta import CHUNK, Array, Pack, cpp, expand, expand_add, gather, new_words, pack_nonzero
+from autoflip.ops.delta import CHUNK, Array, Pack, cpp, empty_words, expand, expand_add, gather, pack_nonzero
 
 __all__ = [
     "BF16",
@@ -122,7 +122,7 @@ def code_nonzero(x: Tensor, kind: int, key: coding.Key) -> tuple[Coded, Pack, bo
         coded, finite = code(x, mask, kind, key)
         return coded, mask, finite
     x, room = x.detach().contiguous(), new_streams(kind, x.numel())  # memory that is never written is never there
-    words = new_words(x.numel())
+    words = empty_words(x.numel())
     offsets = torch.zeros(-(-x.numel() // CHUNK) + 1, dtype=torch.int64)
     places = (x.data_ptr(), 0, words.data_ptr(), offsets.data_ptr(), x.numel(), kind, *room.places(ext))
     finite = ext.delta_encode(*places, *_rules(kind, key), True, torch.get_num_threads())
