@@ -21,6 +21,10 @@ int64_t literals(uintptr_t raw, int64_t n, int64_t limit, int threads, uintptr_t
   return huffman_encode(at<uint8_t>(raw), n, limit, threads, at<uint8_t>(out));
 }
 
+bool read_literals(uintptr_t data, int64_t bytes, int64_t n, int threads, uintptr_t out) {
+  return huffman_decode(at<uint8_t>(data), bytes, n, threads, at<uint8_t>(out));
+}
+
 }  // namespace
 
 void bind_ans(py::module_& m) {
@@ -31,6 +35,7 @@ void bind_ans(py::module_& m) {
   m.attr("HUFFMAN_LEAST") = kHuffmanLeast;
   m.def("huffman_bound", huffman_bound);
   m.def("huffman_encode", literals, free_gil());
+  m.def("huffman_decode", read_literals, free_gil());
 }
 
 }  // namespace autoflip

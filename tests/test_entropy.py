@@ -159,33 +159,69 @@ def literal_streams(n):
     }
 
 
+@pytest.fixture
+def threads():
+    """Yield torch.set_num_threads; the number of before comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def by_zstd(blob, n):
+    """Return what zstd makes of a frame, None where it refuses or the frame declares another size."""
+    try:
+        if zstandard.get_frame_parameters(blob).content_size != n:
+            return None
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 17)
+        return reader.decompress(blob, max_output_size=n, allow_extra_data=False)
+    except zstandard.ZstdError:
+        return None
+
+
 @needs_cpp
 @pytest.mark.parametrize("n", [4096, 4097, 16_383, 16_384, 65_791, 65_792, 131_072, 131_073, 140_000, 400_001])
-def test_literals_are_zstd_frames(n):
+def test_literals_are_zstd_frames(n, threads):
+    threads(2)  # one thread leaves reading to zstd
     for name, x in literal_streams(n).items():
         size, blob = entropy.literals(x, 2 * n)
         assert size == len(blob)
-        assert zstandard.get_frame_parameters(blob).content_size == n
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 17)
-        assert reader.decompress(blob, max_output_size=n, allow_extra_data=False) == x.tobytes()
+        assert by_zstd(blob, n) == x.tobytes()
+        assert np.array_equal(entropy.read_literals(blob, n), x)
+        assert entropy.read_literals(blob, n + 1) is None
         if name in ("codes", "gaps", "few", "steep", "noise"):  # elsewhere bytes repeat, or change within a block
             assert size < 1.001 * len(zstandard.ZstdCompressor(level=1).compress(x)) + 32
         assert entropy.literals(x, size + 1) == (size, blob)
         assert entropy.literals(x, size) == (size, None)
     assert entropy.literals(b"", 9) == entropy.literals(bytes(4095), 9) == (None, None)
+    assert entropy.read_literals(zstandard.ZstdCompressor(level=1).compress(x), n) is None
 
 
 @needs_cpp
-def test_any_number_of_threads_writes_the_same_literals():
-    before = torch.get_num_threads()
+def test_damaged_literals_read_as_zstd_reads_them(threads):
+    threads(2)
+    g, both_read = np.random.default_rng(0), 0
+    for n in (4096, 70_000):
+        for x in literal_streams(n).values():
+            whole = bytes(entropy.literals(x, 2 * n)[1])
+            for i in range(60):
+                blob = bytearray(whole[: g.integers(len(whole))] if i % 10 == 0 else whole)
+                for _ in range(g.integers(1, 4)):  # most of them among the heads and the table
+                    if blob:
+                        blob[g.integers(min(len(blob), 200 if i % 3 else 1 << 20))] ^= 1 << g.integers(8)
+                ours, zstds = entropy.read_literals(bytes(blob), n), by_zstd(bytes(blob), n)
+                if ours is not None and zstds is not None:
+                    assert ours.tobytes() == zstds
+                    both_read += 1
+    assert both_read > 100
+
+
+@needs_cpp
+def test_any_number_of_threads_writes_the_same_literals(threads):
     x = literal_streams(600_000)["shifted"]
-    try:
-        found = set()
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.add(bytes(entropy.literals(x, len(x))[1]))
-    finally:
-        torch.set_num_threads(before)
+    found = set()
+    for number in (1, 2, 5):
+        threads(number)
+        found.add(bytes(entropy.literals(x, len(x))[1]))
     assert len(found) == 1
 
 

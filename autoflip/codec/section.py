@@ -158,6 +158,8 @@ def _unpack(stage: int, stored: memoryview, least: int, most: int, beside: np.nd
         # python-zstandard ignores max_output_size when the frame declares its size: compare that size first
         size = zstd().get_frame_parameters(stored).content_size
         _check_size(size, least, most)
+        if (known := ans.read_literals(stored, size)) is not None:
+            return known.data
         raw = _unpacker(most).decompress(stored, max_output_size=size, allow_extra_data=False)
     except zstd().ZstdError as error:
         raise DecodeError(f"a section is no zstd frame ({error}); the frame is damaged") from error

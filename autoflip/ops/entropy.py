@@ -14,7 +14,18 @@ import torch
 from autoflip.ops import reference_entropy as reference
 from autoflip.ops.delta import Array, cpp
 
-__all__ = ["MAGNITUDE", "PLAIN", "SAMPLE", "SIGNED", "decode", "encode", "encode_below", "estimate", "literals"]
+__all__ = [
+    "MAGNITUDE",
+    "PLAIN",
+    "SAMPLE",
+    "SIGNED",
+    "decode",
+    "encode",
+    "encode_below",
+    "estimate",
+    "literals",
+    "read_literals",
+]
 
 # the order in which classes cut bytes: as int8, without the sign of a float's top byte, as they are
 SIGNED, MAGNITUDE, PLAIN = range(3)
@@ -84,6 +95,19 @@ def literals(raw: Bytes, limit: int) -> tuple[int | None, memoryview | None]:
     out = np.empty(ext.huffman_bound(n), np.uint8)
     size = ext.huffman_encode(at, n, limit, threads, ext.address(out))
     return (-size, None) if size < 0 else (size, out[:size].data)
+
+
+def read_literals(data: Bytes, n: int) -> Array | None:
+    """Return the ``n`` bytes of a frame of :func:`literals`, read by the threads that torch may use.
+
+    ``data`` may be of hostile origin. None for any other bytes, of which zstd may know more, and for one thread, in
+    which zstd is as fast (0.76 ms for 1 MB of int8 codes, ours 0.80, by two threads half of that; Zen 4).
+    """
+    threads = torch.get_num_threads()
+    if threads < 2 or n < 1 << 12 or (ext := cpp()) is None:
+        return None
+    out = np.empty(n, np.uint8)
+    return out if ext.huffman_decode(ext.address(data), _length(data), n, threads, ext.address(out)) else None
 
 
 def decode(data: Bytes, n: int, companion: Bytes | None = None) -> Array:

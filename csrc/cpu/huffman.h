@@ -17,6 +17,9 @@ int64_t huffman_bound(int64_t n);
 // left alone, and what they tell is returned below zero. Any number of threads writes the same bytes.
 int64_t huffman_encode(const uint8_t* raw, int64_t n, int64_t limit, int threads, uint8_t* out);
 
+// Reads into n bytes; returns false for bytes that huffman_encode did not write, of which zstd may know more.
+bool huffman_decode(const uint8_t* data, int64_t bytes, int64_t n, int threads, uint8_t* out);
+
 // A symbol's code in the low 16 bits, its length in the high ones.
 using HuffmanCodes = uint32_t[256];
 

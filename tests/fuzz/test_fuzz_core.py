@@ -34,7 +34,7 @@ def build(cxx, folder):
     if len(levels) > 1:
         rows = (ROOT / f"csrc/cpu/{name}_avx512.cpp" for name in ("ans_rows", "huffman"))
         sources += [(source, flags_of("avx512")) for source in rows]
-    names = ("ans_encode", "ans_decode", "cpu", "huffman")
+    names = ("ans_encode", "ans_decode", "cpu", "huffman", "huffman_decode")
     plain = [*(ROOT / f"csrc/cpu/{name}.cpp" for name in names), HERE / "fuzz_delta.cpp"]
     for source, flags in [*sources, *((source, []) for source in plain)]:
         objects.append(str(folder / (source.stem + ".o")))
