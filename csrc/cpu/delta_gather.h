@@ -158,11 +158,25 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
   return tail;
 }
 #else
-bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t, float* out) {
+bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
+                 float* out) {
   uint32_t bad = 0;
-  for (int64_t start = 0; start < n; start += 64)
-    out += gather_word(x + start, base ? base + start : nullptr, words[start / 64], lesser(64, n - start),
-                       bad, out);
+  int64_t rank = 0;
+  for (int64_t start = 0; start < n; start += 64) {
+    const float *p = x + start, *q = base ? base + start : nullptr;
+    uint64_t word = words[start / 64];
+    if (n - start < 64 || rank + 64 > kept || base) {
+      rank += gather_word(p, q, word, lesser(64, n - start), bad, out + rank);
+      continue;
+    }
+    for (int i = 0; i < 64; ++i) bad |= (bits_of(p[i]) & 0x7F800000u) == 0x7F800000u;
+    // eight at a time: how many a word has is a branch that no CPU foresees
+    const int hits = __builtin_popcountll(word);
+    for (int done = 0; done < hits; done += 8)
+      for (int i = 0; i < 8; ++i, word &= word - 1)
+        out[rank + done + i] = p[__builtin_ctzll(word | 1ULL << 63)];
+    rank += hits;
+  }
   return bad;
 }
 #endif
