@@ -1,4 +1,4 @@
-"""Entropy coding of byte streams: static rANS in lanes, each byte's table chosen by what is known before it.
+"""Entropy coding of byte streams: static rANS in lanes, each byte's table chosen by what is known before it; Huffman.
 
 The coded part is specified in docs/wire_format.md.
 """
