@@ -7,6 +7,9 @@ mask) flatter nobody: real ones have more zeros and pack better (bench/codec_byt
 
     python bench/bench_codec.py [--entries 10000000 50000000] [--densities 0.5 0.2 0.1 0.05] [--passes 7] [--out FILE]
 
+``--threads N`` compares N threads with one instead: wall-clock seconds, both in turn, the first quarter of the passes
+(another program on one of the cores makes all threads wait). It wants as many idle cores.
+
 Results are added to FILE (default bench/results/codec-speed.json) under the instruction set that served:
 AUTOFLIP_CPU=base|avx2|avx512 chooses it.
 """
@@ -17,6 +20,7 @@ import json
 import pickle
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,7 @@ from autoflip.ops import backend, delta_stream, memory
 from autoflip.ops import delta as ops
 
 KEY = (1, 2)
+PLACE = ("isa", "entries", "density")
 
 
 def example(entries, density):
@@ -135,6 +140,32 @@ def measure(entries, density, passes):
     return rows
 
 
+def scaling(entries, density, passes, threads):
+    """Return rows: what, GB/s of one thread and of ``threads``, how many times faster."""
+    delta, masks = example(entries, density)
+    dense, calls = delta["w"].numel() * 4, kernels(delta, masks)
+    calls = {name: calls[name] for name in ("memcpy", "pack", "subtract + int8", "int8", "expand int8", "add int8")}
+    for name, (encode, decode) in frames(delta, masks).items():
+        calls[f"{name}: encode"] = encode
+        calls[f"{name}: decode"] = partial(decode, encode())
+    times = {}
+    for _ in range(passes + 1):
+        for name, call in calls.items():
+            for number in (1, threads):
+                torch.set_num_threads(number)
+                start = time.perf_counter()
+                call()
+                times.setdefault((name, number), []).append(time.perf_counter() - start)
+    torch.set_num_threads(1)
+    rows = []
+    for name in calls:
+        one, many = (sorted(times[name, number][1:])[passes // 4] for number in (1, threads))
+        speeds = {"gb_per_second": dense / one / 1e9, "gb_per_second_threads": dense / many / 1e9}
+        rows.append({"entries": delta["w"].numel(), "density": density, "threads": threads, "what": name, **speeds})
+        rows[-1]["times_one"] = one / many
+    return rows
+
+
 @pytest.mark.parametrize("name", ["pickle", "mask int8", "mask bf16", "explicit int8"])
 @pytest.mark.parametrize("density", [0.1, 0.05])
 @pytest.mark.parametrize("way", ["encode", "decode"])
@@ -155,6 +186,7 @@ def main():
     parser.add_argument("--entries", type=int, nargs="+", default=[10_000_000, 50_000_000])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05])
     parser.add_argument("--passes", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "codec-speed.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -163,9 +195,19 @@ def main():
     result["machine"] = machine()
     for entries in args.entries:
         for density in args.densities:
+            if args.threads > 1:
+                rows = [{"isa": isa, **row} for row in scaling(entries, density, args.passes, args.threads)]
+                place = (isa, rows[0]["entries"], density, args.threads)
+                kept = [r for r in result.get("threads", []) if (*map(r.get, PLACE), r["threads"]) != place]
+                result["threads"] = kept + rows
+                print(f"\n{isa}, {entries / 1e6:.0f} M entries, density {density}: times one of {args.threads} threads")
+                for row in rows:
+                    print(f"{row['what']:32s} {row['gb_per_second']:7.2f} {row['times_one']:7.2f}x", flush=True)
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+                continue
             rows = [{"isa": isa, **row} for row in measure(entries, density, args.passes)]
             place = (isa, rows[0]["entries"], density)
-            result["rows"] = [r for r in result["rows"] if (r["isa"], r["entries"], r["density"]) != place] + rows
+            result["rows"] = [r for r in result["rows"] if (*map(r.get, PLACE),) != place] + rows
             print(f"\n{isa}, {entries / 1e6:.0f} M entries, density {density}: GB/s of dense float32, times memcpy")
             for row in rows:
                 size = f"  {row['bytes']} B" if "bytes" in row else ""

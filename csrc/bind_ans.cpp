@@ -1,5 +1,6 @@
 #include "bindings.h"
 #include "cpu/ans.h"
+#include "cpu/huffman.h"
 
 namespace py = pybind11;
 
@@ -16,6 +17,14 @@ int64_t decode(uintptr_t data, int64_t bytes, uintptr_t companion, int64_t n, ui
   return ans_decode(at<uint8_t>(data), bytes, at<uint8_t>(companion), n, at<uint8_t>(out));
 }
 
+int64_t literals(uintptr_t raw, int64_t n, int64_t limit, int threads, uintptr_t out) {
+  return huffman_encode(at<uint8_t>(raw), n, limit, threads, at<uint8_t>(out));
+}
+
+bool read_literals(uintptr_t data, int64_t bytes, int64_t n, int threads, uintptr_t out) {
+  return huffman_decode(at<uint8_t>(data), bytes, n, threads, at<uint8_t>(out));
+}
+
 }  // namespace
 
 void bind_ans(py::module_& m) {
@@ -23,6 +32,10 @@ void bind_ans(py::module_& m) {
   m.def("ans_bound", bound);
   m.def("ans_encode", encode, free_gil());
   m.def("ans_decode", decode, free_gil());
+  m.attr("HUFFMAN_LEAST") = kHuffmanLeast;
+  m.def("huffman_bound", huffman_bound);
+  m.def("huffman_encode", literals, free_gil());
+  m.def("huffman_decode", read_literals, free_gil());
 }
 
 }  // namespace autoflip

@@ -54,19 +54,22 @@ void delta_pack_nonzero(uintptr_t x, int64_t n, uintptr_t words, int threads) {
   });
 }
 
-// (kept entries of x, those of them that are not zero)
-std::array<int64_t, 2> delta_count_nonzero(uintptr_t x, uintptr_t words, int64_t n) {
+// (kept entries of x, those of them that are not zero) among `size` entries from each of the starts on, which
+// are multiples of 64
+std::array<int64_t, 2> delta_count_nonzero(uintptr_t x, uintptr_t words, const std::vector<int64_t>& starts,
+                                           int64_t size) {
   constexpr int64_t kRun = 64;
-  const uint64_t* mask = at<uint64_t>(words);
   std::array<int64_t, 2> found{};
-  for (int64_t first = 0; first < words_of(n); first += kRun) {
-    uint64_t held[kRun];
-    const int64_t left = words_of(n) - first, run = left < kRun ? left : kRun;
-    kernels().pack_nonzero(at<float>(x) + 64 * first, first + run < words_of(n) ? 64 * run : n - 64 * first,
-                           held);
-    for (int64_t i = 0; i < run; ++i) held[i] &= mask[first + i];
-    found[0] += kernels().count(mask + first, run);
-    found[1] += kernels().count(held, run);
+  for (int64_t start : starts) {
+    for (int64_t first = 0; first < size; first += 64 * kRun) {
+      uint64_t held[kRun];
+      const int64_t n = size - first < 64 * kRun ? size - first : 64 * kRun, run = words_of(n);
+      const uint64_t* mask = at<uint64_t>(words) + (start + first) / 64;
+      kernels().pack_nonzero(at<float>(x) + start + first, n, held);
+      for (int64_t i = 0; i < run; ++i) held[i] &= mask[i];
+      found[0] += kernels().count(mask, run);
+      found[1] += kernels().count(held, run);
+    }
   }
   return found;
 }

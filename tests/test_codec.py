@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoflip import MaskSet, codec
-from autoflip.codec import section
+from autoflip.codec import packing
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -317,7 +317,7 @@ def test_errors_say_what_came_and_what_to_do(call, message):
 
 def test_missing_zstandard_is_said_and_none_needs_it_not(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    monkeypatch.setattr(section, "_kept", section._Kept())  # compressors that an earlier test left
+    monkeypatch.setattr(packing, "_kept", packing._Kept())  # compressors that an earlier test left
     with pytest.raises(ImportError, match="pip install zstandard"):
         codec.encode({"w": torch.ones(30, 4)})
     blob = codec.encode({"w": torch.ones(3, 4)}, entropy="none", values="fp32")

@@ -8,6 +8,8 @@ import sys
 import instruction_sets
 import numpy as np
 import pytest
+import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,6 +138,93 @@ def test_damage_has_a_name(change, message):
         entropy.decode(change(blob), 64)
 
 
+def literal_streams(n):
+    """Return bytes that ask something of Huffman tables: name -> n bytes."""
+    g = np.random.default_rng(n)
+    held = {name: x for name, (x, _) in streams(n).items()}
+    shifted, late, pause = (held["codes"].copy() for _ in range(3))
+    shifted[n // 2 :] = held["gaps"][n // 2 :]  # wants a second table
+    late[: n // 3] = g.integers(0, 256, n // 3)  # blocks that stay as they are come first
+    pause[n // 3 : 2 * n // 3] = 9  # blocks of one symbol lie between
+    begins = held["rare"].copy()
+    begins[: n // 3] = 0  # a table that does not come with the first of the blocks it is for
+    return held | {
+        "begins": begins,
+        "shifted": shifted,
+        "late": late,
+        "pause": pause,
+        "two": np.where(g.random(n) < 0.1, 255, 254).astype(np.uint8),
+        "few": g.integers(0, 3, n).astype(np.uint8),  # a table of plain weights
+        "steep": (g.geometric(0.5, n) - 1).clip(0, 200).astype(np.uint8),  # codes cut at 11 bits
+    }
+
+
+@pytest.fixture
+def threads():
+    """Yield torch.set_num_threads; the number of before comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def by_zstd(blob, n):
+    """Return what zstd makes of a frame, None where it refuses or the frame declares another size."""
+    try:
+        if zstandard.get_frame_parameters(blob).content_size != n:
+            return None
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 17)
+        return reader.decompress(blob, max_output_size=n, allow_extra_data=False)
+    except zstandard.ZstdError:
+        return None
+
+
+@needs_cpp
+@pytest.mark.parametrize("n", [4096, 4097, 16_383, 16_384, 65_791, 65_792, 131_072, 131_073, 140_000, 400_001])
+def test_literals_are_zstd_frames(n, threads):
+    threads(2)  # one thread leaves reading to zstd
+    for name, x in literal_streams(n).items():
+        size, blob = entropy.literals(x, 2 * n)
+        assert size == len(blob)
+        assert by_zstd(blob, n) == x.tobytes()
+        assert np.array_equal(entropy.read_literals(blob, n), x)
+        assert entropy.read_literals(blob, n + 1) is None
+        if name in ("codes", "gaps", "few", "steep", "noise"):  # elsewhere bytes repeat, or change within a block
+            assert size < 1.001 * len(zstandard.ZstdCompressor(level=1).compress(x)) + 32
+        assert entropy.literals(x, size + 1) == (size, blob)
+        assert entropy.literals(x, size) == (size, None)
+    assert entropy.literals(b"", 9) == entropy.literals(bytes(4095), 9) == (None, None)
+    assert entropy.read_literals(zstandard.ZstdCompressor(level=1).compress(x), n) is None
+
+
+@needs_cpp
+def test_damaged_literals_read_as_zstd_reads_them(threads):
+    threads(2)
+    g, both_read = np.random.default_rng(0), 0
+    for n in (4096, 70_000):
+        for x in literal_streams(n).values():
+            whole = bytes(entropy.literals(x, 2 * n)[1])
+            for i in range(60):
+                blob = bytearray(whole[: g.integers(len(whole))] if i % 10 == 0 else whole)
+                for _ in range(g.integers(1, 4)):  # most of them among the heads and the table
+                    if blob:
+                        blob[g.integers(min(len(blob), 200 if i % 3 else 1 << 20))] ^= 1 << g.integers(8)
+                ours, zstds = entropy.read_literals(bytes(blob), n), by_zstd(bytes(blob), n)
+                if ours is not None and zstds is not None:
+                    assert ours.tobytes() == zstds
+                    both_read += 1
+    assert both_read > 100
+
+
+@needs_cpp
+def test_any_number_of_threads_writes_the_same_literals(threads):
+    x = literal_streams(600_000)["shifted"]
+    found = set()
+    for number in (1, 2, 5):
+        threads(number)
+        found.add(bytes(entropy.literals(x, len(x))[1]))
+    assert len(found) == 1
+
+
 def digest():
     """Return a hash of coded streams that fill vectors, and of short ones."""
     found = hashlib.sha256()
@@ -145,6 +234,9 @@ def digest():
                 blob = entropy.encode(x, entropy.SIGNED, known)
                 assert np.array_equal(entropy.decode(blob, n, known), x)
                 found.update(blob)
+    for n in (4097, 131_072, 300_001):
+        for x in literal_streams(n).values():
+            found.update(entropy.literals(x, 2 * n)[1] or b"")
     return found.hexdigest()
 
 

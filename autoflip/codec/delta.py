@@ -59,8 +59,9 @@ def encode(
             a running variance rounded at the scale of its block could turn negative.
         rounding: ``stochastic``, or ``nearest``: half the error of one update, but it does not average out over
             rounds and clients unless what was lost is added to the next update: :class:`Feedback` does both.
-        entropy: ``zstd`` packs each section, by zstd or our own rANS, when that saves over 3 %; ``none`` keeps the
-            length a function of masks and schema alone, as secure aggregation needs it (with ``masks``).
+        entropy: ``zstd`` packs each section, by zstd, or Huffman codes or rANS of our own, when that saves
+            over 3 %; ``none`` keeps the length a function of masks and schema alone, as secure aggregation needs it
+            (with ``masks``).
         level: of zstd, 1 (fast) to 22 (small, slow: 19 takes 0.2 s for each megabyte that is sent).
         schema: ``Schema.of(tensors)`` that the reader holds too: only its id travels. None: names and shapes do.
         seed: with ``round``, ``client`` and the tensor's number the key of the random rounding.

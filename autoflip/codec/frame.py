@@ -10,9 +10,10 @@ import struct
 from dataclasses import dataclass
 
 from autoflip.codec import arguments
+from autoflip.codec.packing import Buffer, length
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.schema import Limits, Schema
-from autoflip.codec.section import ENTROPIES, Buffer, length, read_section, section
+from autoflip.codec.section import ENTROPIES, read_section, section
 from autoflip.ops.delta_coding import crc32
 
 __all__ = [

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import torch
 
+from autoflip.codec.packing import Buffer, packed_size
 from autoflip.codec.reader import DecodeError, Reader
-from autoflip.codec.section import Buffer, packed_size, read_section, section
+from autoflip.codec.section import read_section, section
 from autoflip.ops import delta as ops
 from autoflip.ops import delta_coding as codes
 from autoflip.ops.delta import Pack
@@ -30,7 +31,8 @@ def _sample(mask: Pack) -> tuple[Pack, float]:
     run = -(-_SAMPLE * mask.numel // (4 * 64 * max(1, mask.kept)))  # words
     if mask.numel <= 8 * 64 * run:
         return mask, 1.0
-    starts = np.linspace(0, mask.numel // 64 - run, 4).astype(int)
+    last = mask.numel // 64 - run
+    starts = (0, last // 3, 2 * last // 3, last)
     part = ops.pack_words(torch.cat([mask.words[s : s + run] for s in starts]), 4 * 64 * run)
     return part, mask.kept / max(1, part.kept)
 

@@ -9,8 +9,9 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from autoflip.codec.packing import Buffer
 from autoflip.codec.reader import DecodeError, Reader
-from autoflip.codec.section import PLAIN, SIGNED, Buffer, plane_section, read_planes, read_section, section
+from autoflip.codec.section import PLAIN, SIGNED, plane_section, read_planes, read_section, section
 from autoflip.ops import delta_coding as codes
 from autoflip.ops import delta_stream as streams
 from autoflip.ops.delta_stream import BF16, FP32, INT4, INT8, LEVELS, Coded

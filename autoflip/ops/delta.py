@@ -57,6 +57,13 @@ class Pack:
     words: Tensor
     numel: int
 
+    @classmethod
+    def counted(cls, words: Tensor, numel: int, offsets: Tensor) -> Pack:
+        """Return the Pack of ``words`` whose ``offsets`` are known already."""
+        made = cls(words, numel)
+        vars(made)["offsets"] = offsets  # where the cached property looks first
+        return made
+
     @cached_property
     def offsets(self) -> Tensor:
         """``(ceil(numel / 2^18) + 1,)`` int64: kept entries before each range, last the number of them all."""
@@ -90,7 +97,7 @@ def pack(mask: Tensor) -> Pack:
         raise ValueError(f"pack: mask is {mask.dtype}, wanted torch.bool (True = kept); for scores, write scores > t")
     mask = mask.detach().cpu().contiguous()
     if ext := cpp():
-        words = new_words(mask.numel())
+        words = empty_words(mask.numel())
         ext.delta_pack(mask.data_ptr(), mask.numel(), words.data_ptr(), torch.get_num_threads())
         return Pack(words, mask.numel())
     return Pack(reference.delta_words(mask), mask.numel())
@@ -99,7 +106,7 @@ def pack(mask: Tensor) -> Pack:
 def pack_nonzero(x: Tensor) -> Pack:
     """Pack ``x != 0`` of a float32 tensor; NaN counts as nonzero."""
     if x.dtype is torch.float32 and (ext := cpp(x.device)):
-        x, words = x.detach().contiguous(), new_words(x.numel())
+        x, words = x.detach().contiguous(), empty_words(x.numel())
         ext.delta_pack_nonzero(x.data_ptr(), x.numel(), words.data_ptr(), torch.get_num_threads())
         return Pack(words, x.numel())
     return pack(x.detach() != 0)
@@ -115,6 +122,11 @@ def pack_words(words: Tensor, numel: int) -> Pack:
 def new_words(numel: int) -> Tensor:
     """Return zeroed words for ``numel`` entries."""
     return torch.zeros(-(-numel // 64), dtype=torch.int64)
+
+
+def empty_words(numel: int) -> Tensor:
+    """Return words for ``numel`` entries, not filled."""
+    return torch.empty(-(-numel // 64), dtype=torch.int64)
 
 
 def bits(mask: Pack) -> Tensor:
@@ -143,20 +155,18 @@ def within(mask: Pack, ranks: Pack) -> Pack:
 def zero_share(x: Tensor, mask: Pack) -> float:
     """Return about which share of the kept entries of float32 ``x`` is zero: 2^14 entries stand for the whole."""
     x = x.detach().reshape(-1)
-    run = 1 << 12
-    starts = range(0, x.numel(), run)
-    if x.numel() > 4 * run:
-        starts = range(0, x.numel() - run + 1, (x.numel() - run) // 3 // 64 * 64)
+    run, size = 1 << 12, x.numel()
+    starts = [0] if size <= 4 * run else [*range(0, size - run + 1, (size - run) // 3 // 64 * 64)]
+    run = size if size <= 4 * run else run
+    if x.dtype is torch.float32 and x.is_contiguous() and (ext := cpp(x.device)):
+        kept, nonzero = ext.delta_count_nonzero(x.data_ptr(), mask.words.data_ptr(), starts, run)
+        return 1 - nonzero / kept if kept else 0.0
     kept = nonzero = 0
     for start in starts:
         part = x[start : start + run]
-        words = mask.words[start // 64 : (start + run) // 64]
-        if x.dtype is torch.float32 and x.is_contiguous() and (ext := cpp(x.device)):
-            found = ext.delta_count_nonzero(part.data_ptr(), words.data_ptr(), len(part))
-        else:
-            values = part[bits(pack_words(words, len(part))).to(x.device)]
-            found = len(values), int(values.count_nonzero())
-        kept, nonzero = kept + found[0], nonzero + found[1]
+        words = mask.words[start // 64 : -(-(start + run) // 64)]
+        values = part[bits(pack_words(words, len(part))).to(x.device)]
+        kept, nonzero = kept + len(values), nonzero + int(values.count_nonzero())
     return 1 - nonzero / kept if kept else 0.0
 
 

@@ -187,12 +187,12 @@ def rice_decode(data: bytes | memoryview, numel: int, kept: int, k: int) -> tupl
     return _checked("a Rice stream", words, numel, used)
 
 
-def varint_encode(mask: Pack) -> bytes:
+def varint_encode(mask: Pack) -> bytes | memoryview:
     """LEB128 code of the gaps between kept entries."""
     if ext := cpp():
         # each byte of a gap after the first one stands for 128 skipped entries or more
         out = np.empty(mask.kept + (mask.numel - mask.kept) // 128 + _VARINT_SLACK, np.uint8)
-        return out[: ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, out.ctypes.data)].tobytes()
+        return out[: ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, out.ctypes.data)].data
     return reference.varint_encode(mask.words, mask.numel)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autoflip.ops import backend, delta_gpu, memory
 from autoflip.ops import delta_coding as coding
-from autoflip.ops.delta import CHUNK, Array, Pack, cpp, expand, expand_add, gather, new_words, pack_nonzero
+from autoflip.ops.delta import CHUNK, Array, Pack, cpp, empty_words, expand, expand_add, gather, pack_nonzero
 
 __all__ = [
     "BF16",
@@ -122,12 +122,12 @@ def code_nonzero(x: Tensor, kind: int, key: coding.Key) -> tuple[Coded, Pack, bo
         coded, finite = code(x, mask, kind, key)
         return coded, mask, finite
     x, room = x.detach().contiguous(), new_streams(kind, x.numel())  # memory that is never written is never there
-    mask = Pack(new_words(x.numel()), x.numel())
+    words = empty_words(x.numel())
     offsets = torch.zeros(-(-x.numel() // CHUNK) + 1, dtype=torch.int64)
-    places = (x.data_ptr(), 0, mask.words.data_ptr(), offsets.data_ptr(), x.numel(), kind, *room.places(ext))
+    places = (x.data_ptr(), 0, words.data_ptr(), offsets.data_ptr(), x.numel(), kind, *room.places(ext))
     finite = ext.delta_encode(*places, *_rules(kind, key), True, torch.get_num_threads())
-    mask.__dict__["offsets"] = offsets  # the cached property
-    kept = int(offsets[-1])
+    mask = Pack.counted(words, x.numel(), offsets)
+    kept = mask.kept
     size = -(-kept // 2) if kind == INT4 else kept
     scales = room.scales[: -(-kept // coding.BLOCK)]
     return Coded(kind, kept, tuple(s[:size] for s in room.streams), scales), mask, finite

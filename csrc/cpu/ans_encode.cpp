@@ -24,8 +24,20 @@ constexpr int kApart = 4;
 
 struct Joint {
   std::vector<uint32_t> held;
-  explicit Joint(int classes) : held(size_t(classes) * kApart * 256) {}
-  uint32_t* at(int c, int64_t i) { return &held[size_t((c * kApart + i % kApart) * 256)]; }
+  uint32_t of[256];  // where the class of a known byte begins
+  template <class Of>
+  Joint(int classes, Of class_of) : held(size_t(classes) * kApart * 256) {
+    for (int b = 0; b < 256; ++b) of[b] = uint32_t(class_of(uint8_t(b)) * kApart * 256);
+  }
+
+  void add(const uint8_t* known, const uint8_t* raw, int64_t n) {
+    uint32_t* to = held.data();
+    int64_t i = 0;
+    for (; i + kApart <= n; i += kApart)
+#pragma GCC unroll 4
+      for (int a = 0; a < kApart; ++a) ++to[of[known[i + a]] + uint32_t(256 * a) + raw[i + a]];
+    for (; i < n; ++i) ++to[of[known[i]] + raw[i]];
+  }
 
   void sum(std::vector<Counts>& out) const {
     for (size_t c = 0; c < out.size(); ++c)
@@ -71,14 +83,11 @@ float table_bits(const Counts& counts, uint8_t flip, float samples) {
   return float(ans_write_levels(levels, flip, ans_rice(levels, flip), nullptr));
 }
 
-// Calls each(i) for the bytes that stand for all n.
+// Calls each(first, bytes) for the runs that stand for all n.
 template <class Each>
 void each_of_sample(int64_t n, Each each) {
   const int64_t runs = n <= kSample ? 1 : kSample / kRun, size = n <= kSample ? n : kRun;
-  for (int64_t r = 0; r < runs; ++r) {
-    const int64_t first = runs == 1 ? 0 : (n - size) / (runs - 1) * r;
-    for (int64_t i = first; i < first + size; ++i) each(i);
-  }
+  for (int64_t r = 0; r < runs; ++r) each(runs == 1 ? 0 : (n - size) / (runs - 1) * r, size);
 }
 
 // They follow none, as if on a zero.
@@ -89,11 +98,20 @@ void first_of_lanes(const uint8_t* raw, int64_t n, Each each) {
 }
 
 Plan plan(const uint8_t* raw, int64_t n, const uint8_t* companion, int key) {
-  auto known = [&](int64_t i) { return ans_key(companion ? companion[i] : i ? raw[i - 1] : 0, key); };
+  // the first byte of all follows none: it counts apart
+  const uint8_t* known = companion ? companion : raw - 1;
+  const auto after_none = [&](int64_t first) { return int64_t(!companion && !first); };
   uint32_t each[kApart][256] = {}, keys[256] = {};
-  each_of_sample(n, [&](int64_t i) { ++each[i % kApart][known(i)]; });
+  each_of_sample(n, [&](int64_t first, int64_t size) {
+    const int64_t skip = after_none(first);
+    each[0][0] += uint32_t(skip);
+    int64_t i = first + skip;
+    for (; i + kApart <= first + size; i += kApart)
+      for (int a = 0; a < kApart; ++a) ++each[a][known[i + a]];
+    for (; i < first + size; ++i) ++each[0][known[i]];
+  });
   for (int a = 0; a < kApart; ++a)
-    for (int k = 0; k < 256; ++k) keys[k] += each[a][k];
+    for (int b = 0; b < 256; ++b) keys[ans_key(uint8_t(b), key)] += each[a][b];
   const int64_t seen = n < kSample ? n : kSample;
   // classes of equal shares of the sample; each ends with a key that occurs
   uint8_t cuts[kAnsClasses] = {}, of[256] = {};
@@ -108,9 +126,13 @@ Plan plan(const uint8_t* raw, int64_t n, const uint8_t* companion, int key) {
     of[k] = uint8_t(classes - 1);
     below += keys[k];
   }
-  Joint joint(classes);
-  each_of_sample(n, [&](int64_t i) { ++joint.at(of[known(i)], i)[raw[i]]; });
-  if (!companion) first_of_lanes(raw, n, [&](uint8_t byte) { ++joint.at(of[ans_key(0, key)], 0)[byte]; });
+  Joint joint(classes, [&](uint8_t b) { return of[ans_key(b, key)]; });
+  each_of_sample(n, [&](int64_t first, int64_t size) {
+    const int64_t skip = after_none(first);
+    if (skip) ++joint.held[joint.of[0] + raw[0]];
+    joint.add(known + first + skip, raw + first + skip, size - skip);
+  });
+  if (!companion) first_of_lanes(raw, n, [&](uint8_t byte) { ++joint.held[joint.of[0] + byte]; });
 
   std::vector<Counts> counts(size_t(classes), Counts{});
   joint.sum(counts);
@@ -144,12 +166,10 @@ void count(const uint8_t* raw, int64_t n, const uint8_t* companion, int key, Pla
       for (size_t s = 0; s < 256; ++s) c[s] += there[s] ? kSeldom : 0;
     return;
   }
-  Joint joint(int(how.counts.size()));
-  int of[256];
-  for (int b = 0; b < 256; ++b) of[b] = how.of(uint8_t(b), key);
-  const uint8_t* known = companion ? companion : raw - 1;
-  for (int64_t i = companion ? 0 : 1; i < n; ++i) ++joint.at(of[known[i]], i)[raw[i]];
-  if (!companion) first_of_lanes(raw, n, [&](uint8_t byte) { ++joint.at(of[0], 0)[byte]; });
+  Joint joint(int(how.counts.size()), [&](uint8_t b) { return how.of(b, key); });
+  const int64_t skip = companion ? 0 : 1;  // the first byte follows none
+  joint.add((companion ? companion : raw - 1) + skip, raw + skip, n - skip);
+  if (!companion) first_of_lanes(raw, n, [&](uint8_t byte) { ++joint.held[joint.of[0] + byte]; });
   joint.sum(how.counts);
 }
 

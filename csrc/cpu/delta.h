@@ -57,7 +57,7 @@ struct DeltaKernels {
   // One range of a tensor, x - base (base may be null, words too: every entry) at ranks `rank`.. into the
   // streams; returns whether a difference is NaN or infinite. Blocks of 256 that reach over the range's ends
   // are left to the caller: their values go to `loose` in order, at most 510. `found` is null, or `words` to
-  // be filled beforehand: x != 0.
+  // be filled beforehand: x != 0 (base is null then).
   bool (*encode)(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t rank,
                  const DeltaCoding& coding, float* loose, uint64_t* found);
   // out[kept] = decoded values from rank `rank` on, 0 elsewhere; nt: around the caches (out 64-byte aligned)

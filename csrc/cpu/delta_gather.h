@@ -35,13 +35,21 @@ inline int64_t gather_word(const float* x, const float* base, uint64_t word, int
 }
 
 #if defined(__AVX512F__)
-constexpr int64_t kAhead = 1024;  // floats: Intel's prefetchers stop at the end of a page
+constexpr int64_t kAhead = 1024;  // floats of a page, at whose end prefetchers stop
 
-// One word's 64 entries; kRoom: whole vectors may be stored past the last value.
-template <bool kBase, bool kFetch, bool kRoom>
-inline int64_t gather_64(const float* x, const float* base, uint64_t word, __m512& sum, float* out) {
+// Where every line is not fetched ahead: the first ones of the page behind set its prefetcher going. x - base
+// at density 0.1 took 3.1 to 3.3 ms with it and 3.35 to 3.6 without (Zen 4, 10 M entries, memcpy 3.4 ms).
+inline void open_page(const float* x) {
+  for (int i = 0; i < 64; i += 16) _mm_prefetch(reinterpret_cast<const char*>(x + i + kAhead), _MM_HINT_T1);
+}
+
+// One word's 64 entries; kRoom: whole vectors may be stored past the last value; kFind: `word` is what is not
+// zero.
+template <bool kBase, bool kFetch, bool kRoom, bool kFind = false>
+inline int64_t gather_64(const float* x, const float* base, uint64_t& word, __m512& sum, float* out) {
   int64_t rank = 0;
-  for (int i = 0; i < 64; i += 16, word >>= 16) {
+  uint64_t held = word, found = 0;
+  for (int i = 0; i < 64; i += 16, held >>= 16) {
     if (kFetch) _mm_prefetch(reinterpret_cast<const char*>(x + i + kAhead), _MM_HINT_T0);
     __m512 d = _mm512_loadu_ps(x + i);
     if (kBase) {
@@ -50,7 +58,8 @@ inline int64_t gather_64(const float* x, const float* base, uint64_t word, __m51
     }
     // finite * 0 is 0, anything else NaN: one multiply-add where a comparison would wait for compress's port
     sum = _mm512_fmadd_ps(d, _mm512_setzero_ps(), sum);
-    const __mmask16 m = __mmask16(word);
+    const __mmask16 m = kFind ? _mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_NEQ_UQ) : __mmask16(held);
+    if (kFind) found |= uint64_t(m) << i;
     const int hits = __builtin_popcount(m);
     const __m512 dense = _mm512_maskz_compress_ps(m, d);
     if (kRoom)
@@ -59,6 +68,7 @@ inline int64_t gather_64(const float* x, const float* base, uint64_t word, __m51
       _mm512_mask_storeu_ps(out + rank, __mmask16((1u << hits) - 1), dense);
     rank += hits;
   }
+  if (kFind) word = found;
   return rank;
 }
 
@@ -70,10 +80,15 @@ bool gather_vectors(const float* x, const float* base, const uint64_t* words, in
   const int64_t full = n / 64;
   for (int64_t w = 0; w < full; ++w) {
     const float *p = x + 64 * w, *q = kBase ? base + 64 * w : nullptr;
+    if (!kFetch && w % (kAhead / 64) == 0) {
+      open_page(p);
+      if (kBase) open_page(q);
+    }
+    uint64_t word = words[w];
     if (rank + 64 <= kept)
-      rank += gather_64<kBase, kFetch, true>(p, q, words[w], sum, out + rank);
+      rank += gather_64<kBase, kFetch, true>(p, q, word, sum, out + rank);
     else
-      rank += gather_64<kBase, kFetch, false>(p, q, words[w], sum, out + rank);
+      rank += gather_64<kBase, kFetch, false>(p, q, word, sum, out + rank);
   }
   uint32_t tail = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) != 0;
   if (n % 64)
@@ -88,6 +103,17 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
                 : gather_vectors<false, true>(x, base, words, n, kept, out);
   return base ? gather_vectors<true, false>(x, base, words, n, kept, out)
               : gather_vectors<false, false>(x, base, words, n, kept, out);
+}
+
+// What is not zero of n entries, a multiple of 64, and where that is; `out` has room for n.
+bool gather_nonzero(const float* x, int64_t n, uint64_t* words, int64_t& kept, float* out) {
+  __m512 sum = _mm512_setzero_ps();
+  kept = 0;
+  for (int64_t w = 0; w < n / 64; ++w) {
+    if (w % (kAhead / 64) == 0) open_page(x + 64 * w);
+    kept += gather_64<false, false, true, true>(x + 64 * w, nullptr, words[w], sum, out + kept);
+  }
+  return _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) != 0;
 }
 #elif defined(__AVX2__)
 // Lane numbers of the set bits of m, packed to the left.
@@ -132,11 +158,25 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
   return tail;
 }
 #else
-bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t, float* out) {
+bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
+                 float* out) {
   uint32_t bad = 0;
-  for (int64_t start = 0; start < n; start += 64)
-    out += gather_word(x + start, base ? base + start : nullptr, words[start / 64], lesser(64, n - start),
-                       bad, out);
+  int64_t rank = 0;
+  for (int64_t start = 0; start < n; start += 64) {
+    const float *p = x + start, *q = base ? base + start : nullptr;
+    uint64_t word = words[start / 64];
+    if (n - start < 64 || rank + 64 > kept || base) {
+      rank += gather_word(p, q, word, lesser(64, n - start), bad, out + rank);
+      continue;
+    }
+    for (int i = 0; i < 64; ++i) bad |= (bits_of(p[i]) & 0x7F800000u) == 0x7F800000u;
+    // eight at a time: how many a word has is a branch that no CPU foresees
+    const int hits = __builtin_popcountll(word);
+    for (int done = 0; done < hits; done += 8)
+      for (int i = 0; i < 8; ++i, word &= word - 1)
+        out[rank + done + i] = p[__builtin_ctzll(word | 1ULL << 63)];
+    rank += hits;
+  }
   return bad;
 }
 #endif

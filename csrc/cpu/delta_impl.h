@@ -5,7 +5,7 @@
 #include "cpu/delta_gather.h"
 #include "cpu/delta_index.h"
 #include "cpu/delta_values.h"
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -52,6 +52,11 @@ void pack_nonzero(const float* x, int64_t n, uint64_t* words) {
       for (int i = 0; i < 8; ++i) {
         const __m256 hit = _mm256_cmp_ps(_mm256_loadu_ps(p + 8 * i), _mm256_setzero_ps(), _CMP_NEQ_UQ);
         word |= uint64_t(uint32_t(_mm256_movemask_ps(hit))) << 8 * i;
+      }
+#elif defined(__SSE2__)
+      for (int i = 0; i < 16; ++i) {
+        const __m128 hit = _mm_cmpneq_ps(_mm_loadu_ps(p + 4 * i), _mm_setzero_ps());
+        word |= uint64_t(uint32_t(_mm_movemask_ps(hit))) << 4 * i;
       }
 #else
       for (int i = 0; i < 64; ++i) word |= uint64_t(p[i] != 0.0f) << i;

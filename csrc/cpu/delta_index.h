@@ -4,9 +4,6 @@
 #if defined(__AVX512BW__)
 #include "cpu/delta_bytes.h"
 #endif
-#if defined(__BMI__)
-#include <immintrin.h>
-#endif
 
 namespace autoflip {
 namespace {
@@ -19,15 +16,11 @@ inline int64_t positions(const uint64_t* words, int64_t num_words, uint32_t* out
   int64_t found = 0;
   for (int64_t w = 0; w < num_words; ++w) {
     uint64_t word = words[w];
-#if defined(__BMI__)
     const int hits = __builtin_popcountll(word);
     for (int done = 0; done < hits; done += 8)
       for (int i = 0; i < 8; ++i, word &= word - 1)
-        out[found + done + i] = uint32_t(64 * w) + uint32_t(_tzcnt_u64(word));
+        out[found + done + i] = uint32_t(64 * w) + uint32_t(__builtin_ctzll(word | 1ULL << 63));
     found += hits;
-#else
-    for (; word; word &= word - 1) out[found++] = uint32_t(64 * w + __builtin_ctzll(word));
-#endif
   }
   return found;
 }

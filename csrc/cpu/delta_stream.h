@@ -38,10 +38,7 @@ void code_values(const float* values, int64_t n, int64_t first, const DeltaCodin
       for (int64_t i = 0; i < n; ++i) plane[i] = uint8_t(bits_of(values[i]) >> 8 * b);
     }
   } else if (c.kind == kBf16) {
-    uint16_t words[kStep + kDeltaBlock];
-    round_bf16(values, n, c.key, first, words);
-    for (int64_t i = 0; i < n; ++i) c.streams[0][first + i] = uint8_t(words[i]);
-    for (int64_t i = 0; i < n; ++i) c.streams[1][first + i] = uint8_t(words[i] >> 8);
+    round_bf16_planes(values, n, c.key, first, c.streams[0] + first, c.streams[1] + first);
   } else if (c.kind == kInt8) {
     quantise(values, n, 127, c.largest, c.key, first, reinterpret_cast<int8_t*>(c.streams[0]) + first,
              c.scales + first / kDeltaBlock);
@@ -62,8 +59,16 @@ bool encode(const float* x, const float* base, const uint64_t* words, int64_t n,
     const int64_t size = lesser(kStep, n - start);
     const float* from = base ? base + start : nullptr;
     int64_t fresh = size;
-    if (found) pack_nonzero(x + start, size, found + start / 64);  // what it reads stays in the first cache
-    if (words) {
+#if defined(__AVX512F__)
+    if (found && size % 64 == 0) {
+      bad |= gather_nonzero(x + start, size, found + start / 64, fresh, s.values + held);
+    } else
+#endif
+        if (found) {  // what it reads stays in the first cache
+      pack_nonzero(x + start, size, found + start / 64);
+      fresh = count(found + start / 64, (size + 63) / 64);
+      bad |= gather_once(x + start, nullptr, found + start / 64, size, fresh + kSlack, s.values + held);
+    } else if (words) {
       fresh = count(words + start / 64, (size + 63) / 64);
       bad |= gather_once(x + start, from, words + start / 64, size, fresh + kSlack, s.values + held);
     } else {

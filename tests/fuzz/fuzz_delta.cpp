@@ -9,6 +9,7 @@
 
 #include "cpu/ans.h"
 #include "cpu/delta.h"
+#include "cpu/huffman.h"
 
 using autoflip::DeltaCoding;
 using autoflip::DeltaKernels;
@@ -206,6 +207,16 @@ void lanes(Input in) {
   expect(!autoflip::ans_decode(part.data, part.size, known, n, out.data) && out.same(raw), "round trip");
   if (in.left) part.data[in.data[0] % part.size] ^= uint8_t(1 + in.data[in.left - 1] % 255);
   autoflip::ans_decode(part.data, part.size, known, n, out.data);
+  if (n < autoflip::kHuffmanLeast) return;
+  Exact<uint8_t> frame(autoflip::huffman_bound(n));  // zstd reads it in test_entropy.py
+  const int64_t size = autoflip::huffman_encode(raw.data, n, INT64_MAX, 1, frame.data);
+  expect(size > 0 && size <= frame.size, "the frame fits");
+  Exact<uint8_t> sent(size), read(n);
+  std::memcpy(sent.data, frame.data, size_t(size));
+  expect(autoflip::huffman_decode(sent.data, size, n, 1, read.data) && read.same(raw), "the frame returns");
+  for (size_t i = 0; i + 1 < in.left && i < 8; i += 2)  // most of them among the heads and the table
+    sent.data[(i % 4 ? in.data[i] : in.data[i] * 37) % size] ^= in.data[i + 1];
+  autoflip::huffman_decode(sent.data, size, n, 1, read.data);
 }
 
 }  // namespace

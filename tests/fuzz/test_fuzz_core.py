@@ -32,8 +32,10 @@ def build(cxx, folder):
     levels = ["base", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["base"]
     sources = [(ROOT / f"csrc/cpu/delta_{level}.cpp", flags_of(level) if level != "base" else []) for level in levels]
     if len(levels) > 1:
-        sources.append((ROOT / "csrc/cpu/ans_rows_avx512.cpp", flags_of("avx512")))
-    plain = [*(ROOT / f"csrc/cpu/{name}.cpp" for name in ("ans_encode", "ans_decode", "cpu")), HERE / "fuzz_delta.cpp"]
+        rows = (ROOT / f"csrc/cpu/{name}_avx512.cpp" for name in ("ans_rows", "huffman"))
+        sources += [(source, flags_of("avx512")) for source in rows]
+    names = ("ans_encode", "ans_decode", "cpu", "huffman", "huffman_decode")
+    plain = [*(ROOT / f"csrc/cpu/{name}.cpp" for name in names), HERE / "fuzz_delta.cpp"]
     for source, flags in [*sources, *((source, []) for source in plain)]:
         objects.append(str(folder / (source.stem + ".o")))
         sanitize = "-fsanitize=fuzzer-no-link,address,undefined"

@@ -1,0 +1,281 @@
+// The other way, from bytes of anyone: a frame that differs in anything from what huffman_encode writes is
+// left to zstd.
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "common/cpu.h"
+#include "cpu/huffman.h"
+
+namespace autoflip {
+namespace {
+
+constexpr int kLongest = 11, kSlots = 1 << kLongest;
+constexpr int64_t kBlock = 1 << 17;
+constexpr int kPerLoad = 5;  // codes that eight bytes hold, less what is left of the last one
+
+using Lengths = std::array<uint8_t, 256>;
+
+struct Part {
+  const uint8_t* from;
+  int64_t bytes, n;  // stored, and decoded
+  uint8_t* to;
+  int kind, table;  // 0: as it is, 1: one byte again and again, 2: coded
+};
+
+// Bits below the set one that ends `bytes` bytes, or -1 where there is none.
+int64_t bits_below_mark(const uint8_t* from, int64_t bytes) {
+  if (bytes < 1 || !from[bytes - 1]) return -1;
+  return 8 * bytes - 1 - __builtin_clz(uint32_t(from[bytes - 1]) << 24);
+}
+
+// `count` bits from bit `at` on, which may lie before the first or behind the last byte: zeros.
+uint32_t bits_at(const uint8_t* from, int64_t bytes, int64_t at, int count) {
+  uint32_t value = 0;
+  for (int i = 0; i < count; ++i, ++at)
+    if (at >= 0 && at < 8 * bytes) value |= uint32_t(from[at >> 3] >> (at & 7) & 1) << i;
+  return value;
+}
+
+// Weights coded with up to 64 states in two turns (RFC 8878, 4.1 and 4.2.1.2); returns how many, or 0.
+int read_weights(const uint8_t* from, int64_t bytes, uint8_t* weights) {
+  const int log = 5 + int(bits_at(from, bytes, 0, 4)), size = 1 << log;
+  if (log > 6) return 0;
+  int shares[kLongest + 1] = {}, left = size + 1, w = 0;
+  int64_t at = 4;
+  while (left > 1) {
+    if (w > kLongest) return 0;
+    int width = 0;
+    while ((1 << width) <= left) ++width;
+    const int spare = (1 << width) - 1 - left;
+    int value = int(bits_at(from, bytes, at, width - 1));
+    if (value < spare) {
+      at += width - 1;
+    } else {
+      value = int(bits_at(from, bytes, at, width));
+      if (value >= 1 << (width - 1)) value -= spare;
+      at += width;
+    }
+    if (value < 1 || value > left) return 0;
+    shares[w++] = value - 1;
+    left -= value - 1;
+    for (uint32_t zeros = value == 1 ? 3 : 0; zeros == 3; at += 2)
+      w += int(zeros = bits_at(from, bytes, at, 2));
+  }
+  uint8_t of[64], bits[64], base[64];
+  int place = 0;
+  for (int s = 0; s <= kLongest; ++s)
+    for (int i = 0; i < shares[s]; ++i, place = (place + (size >> 1) + (size >> 3) + 3) & (size - 1))
+      of[place] = uint8_t(s);
+  for (int i = 0; i < size; ++i) {
+    const int x = shares[of[i]]++, nb = log - (31 - __builtin_clz(uint32_t(x)));
+    bits[i] = uint8_t(nb), base[i] = uint8_t((x << nb) - size);
+  }
+  const int64_t used = (at + 7) / 8;
+  if (used >= bytes) return 0;
+  from += used, bytes -= used;
+  int64_t pos = bits_below_mark(from, bytes);
+  if (pos < 2 * log) return 0;
+  uint32_t states[2];
+  for (uint32_t& state : states) state = bits_at(from, bytes, pos -= log, log);
+  for (int n = 0; n < 254; ++n) {
+    uint32_t& state = states[n & 1];
+    weights[n] = of[state];
+    if (bits[state] > pos) {  // the other state's is the last one
+      weights[n + 1] = of[states[~n & 1]];
+      return n + 2;
+    }
+    pos -= bits[state];
+    state = base[state] + bits_at(from, bytes, pos, bits[state]);
+  }
+  return 0;
+}
+
+// Returns the bytes of a table, or 0 where it is none.
+int64_t read_table(const uint8_t* from, int64_t bytes, Lengths& lengths) {
+  if (bytes < 1) return 0;
+  uint8_t weights[256] = {};
+  int64_t used = 1 + from[0];
+  int n = from[0] - 127;
+  if (n > 0) {
+    used = 1 + (n + 1) / 2;
+    if (used > bytes) return 0;
+    for (int s = 0; s < n; ++s) weights[s] = from[1 + s / 2] >> (s % 2 ? 0 : 4) & 15;
+  } else {
+    if (used > bytes) return 0;
+    n = read_weights(from + 1, used - 1, weights);
+  }
+  uint32_t total = 0;
+  for (int s = 0; s < n; ++s) {
+    if (weights[s] > kLongest) return 0;
+    total += weights[s] ? 1u << (weights[s] - 1) : 0;
+  }
+  if (!total || total >= kSlots) return 0;
+  const int longest = 32 - __builtin_clz(total);
+  const uint32_t rest = (1u << longest) - total;  // what the last symbol is left with
+  if (rest & (rest - 1)) return 0;
+  weights[n] = uint8_t(1 + __builtin_ctz(rest));
+  for (int s = 0; s < 256; ++s) lengths[size_t(s)] = uint8_t(weights[s] ? longest + 1 - weights[s] : 0);
+  return used;
+}
+
+// Lengths low, symbols high, by the next 11 bits.
+void fill(const Lengths& lengths, uint16_t* slots) {
+  for (int length = kLongest; length; --length)
+    for (int s = 0; s < 256; ++s)
+      if (lengths[size_t(s)] == length)
+        for (int i = 0; i < 1 << (kLongest - length); ++i) *slots++ = uint16_t(length | s << 8);
+}
+
+struct Stream {
+  const uint8_t* from;
+  int64_t bytes, pos;  // bits not yet read
+  uint8_t *to, *end;
+};
+
+// While all streams have eight bytes: as many codes as a load holds for sure. A set bit behind those that are
+// loaded moves up with them, and tells how many were read.
+__attribute__((always_inline)) inline void codes_of_loads(Stream* s, const uint16_t* slots) {
+  uint8_t *to0 = s[0].to, *to1 = s[1].to, *to2 = s[2].to, *to3 = s[3].to;
+  int64_t pos[4] = {s[0].pos, s[1].pos, s[2].pos, s[3].pos}, at = 0;
+  const int64_t most = s[3].end - s[3].to - kPerLoad;
+  const auto load = [](const uint8_t* from, int64_t bit) __attribute__((always_inline)) {
+    uint64_t window;
+    const int64_t last = (bit + 7) >> 3;
+    std::memcpy(&window, from + last - 8, 8);
+    return window << (8 * last - bit) | 1;
+  };
+  for (; at <= most && pos[0] >= 64 && pos[1] >= 64 && pos[2] >= 64 && pos[3] >= 64; at += kPerLoad) {
+    uint64_t w0 = load(s[0].from, pos[0]), w1 = load(s[1].from, pos[1]), w2 = load(s[2].from, pos[2]),
+             w3 = load(s[3].from, pos[3]);
+    const auto next = [&](uint64_t& window, uint8_t* to) __attribute__((always_inline)) {
+      const uint32_t slot = slots[window >> (64 - kLongest)];
+      window <<= slot & 63;
+      *to = uint8_t(slot >> 8);
+    };
+#pragma GCC unroll 5
+    for (int j = 0; j < kPerLoad; ++j) {
+      next(w0, to0 + at + j);
+      next(w1, to1 + at + j);
+      next(w2, to2 + at + j);
+      next(w3, to3 + at + j);
+    }
+    pos[0] -= __builtin_ctzll(w0);
+    pos[1] -= __builtin_ctzll(w1);
+    pos[2] -= __builtin_ctzll(w2);
+    pos[3] -= __builtin_ctzll(w3);
+  }
+  for (int i = 0; i < 4; ++i) s[i].to += at, s[i].pos = pos[i];
+}
+
+void plain_loads(Stream* streams, const uint16_t* slots) { codes_of_loads(streams, slots); }
+#if defined(__x86_64__)
+__attribute__((target("bmi,bmi2"))) void bmi2_loads(Stream* streams, const uint16_t* slots) {
+  codes_of_loads(streams, slots);
+}
+#endif
+
+bool decode_coded(const Part& p, const Lengths& lengths) {
+  uint16_t slots[kSlots];
+  fill(lengths, slots);
+  uint16_t sizes[3];
+  std::memcpy(sizes, p.from, 6);
+  const int64_t quarter = (p.n + 3) / 4;
+  Stream s[4];
+  const uint8_t* from = p.from + 6;
+  for (int i = 0; i < 4; ++i) {
+    s[i].from = from;
+    s[i].bytes = i < 3 ? sizes[i] : p.from + p.bytes - from;
+    if (s[i].bytes < 1 || s[i].bytes > p.from + p.bytes - from) return false;
+    from += s[i].bytes;
+    s[i].pos = bits_below_mark(s[i].from, s[i].bytes);
+    s[i].to = p.to + i * quarter;
+    s[i].end = i < 3 ? s[i].to + quarter : p.to + p.n;
+  }
+#if defined(__x86_64__)
+  (cpu_isa() == Isa::base ? plain_loads : bmi2_loads)(s, slots);
+#else
+  plain_loads(s, slots);
+#endif
+  for (Stream& one : s) {
+    while (one.to < one.end && one.pos > 0) {
+      const uint32_t slot = slots[bits_at(one.from, one.bytes, one.pos - kLongest, kLongest)];
+      *one.to++ = uint8_t(slot >> 8);
+      one.pos -= slot & 255;
+    }
+    if (one.to != one.end || one.pos) return false;
+  }
+  return true;
+}
+
+// Cuts a frame into its blocks; returns whether it is one of ours, as far as can be told without decoding.
+bool cut(const uint8_t* data, int64_t bytes, int64_t n, uint8_t* out, std::vector<Part>& parts,
+         std::vector<Lengths>& tables) {
+  const uint8_t head[4] = {0x28, 0xB5, 0x2F, 0xFD};
+  if (bytes < 12 || std::memcmp(data, head, 4) || data[4] & 63 || !data[4] || data[5] != 7 << 3) return false;
+  uint64_t content = 0;
+  const int wide = data[4] >> 6;
+  if (bytes < 10 + (1 << wide)) return false;
+  std::memcpy(&content, data + 6, size_t(1) << wide);
+  if (content + (wide == 1 ? 256 : 0) != uint64_t(n)) return false;
+  const uint8_t *from = data + 6 + (1 << wide), *end = data + bytes;
+  int64_t made = 0;
+  for (bool last = false; !last;) {
+    if (end - from < 4) return false;
+    uint32_t block = 0;
+    std::memcpy(&block, from, 3);
+    from += 3;
+    last = block & 1;
+    Part p{from, block >> 3, block >> 3, out + made, int(block >> 1 & 3), 0};
+    if (p.kind == 1) p.bytes = 1;
+    if (p.kind > 2 || p.bytes > end - from) return false;
+    from += p.bytes;
+    if (p.kind == 2) {
+      uint64_t literals = 0;
+      const int format = p.from[0] >> 2 & 3, bits = format == 3 ? 18 : 14, size = format == 3 ? 5 : 4;
+      if (format < 2 || p.bytes < size + 1 || p.from[p.bytes - 1]) return false;  // no sequences
+      std::memcpy(&literals, p.from, size_t(size));
+      p.n = int64_t(literals >> 4 & ((1u << bits) - 1));
+      if (int64_t(literals >> (4 + bits)) != p.bytes - size - 1) return false;
+      p.from += size, p.bytes -= size + 1;
+      if ((literals & 3) == 2) {
+        tables.push_back({});
+        const int64_t used = read_table(p.from, p.bytes, tables.back());
+        if (!used) return false;
+        p.from += used, p.bytes -= used;
+      } else if ((literals & 3) != 3 || tables.empty()) {
+        return false;
+      }
+      p.table = int(tables.size()) - 1;
+      if (p.bytes < 10) return false;  // where the streams begin, and one byte of each
+    }
+    // blocks of a few bytes could ask for more memory than they make
+    if (p.n > kBlock || p.n < (last ? 8 : kHuffmanLeast) || p.n > n - made) return false;
+    made += p.n;
+    parts.push_back(p);
+  }
+  return from == end && made == n;
+}
+
+}  // namespace
+
+bool huffman_decode(const uint8_t* data, int64_t bytes, int64_t n, int threads, uint8_t* out) {
+  std::vector<Part> parts;
+  std::vector<Lengths> tables;
+  if (n < kHuffmanLeast || !cut(data, bytes, n, out, parts, tables)) return false;
+  int bad = 0;
+  const int64_t number = int64_t(parts.size());
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < number; ++i) {
+    const Part& p = parts[size_t(i)];
+    if (p.kind == 0) std::memcpy(p.to, p.from, size_t(p.n));
+    if (p.kind == 1) std::memset(p.to, *p.from, size_t(p.n));
+    if (p.kind == 2 && !decode_coded(p, tables[size_t(p.table)])) {
+#pragma omp atomic write
+      bad = 1;
+    }
+  }
+  return !bad;
+}
+
+}  // namespace autoflip
