@@ -49,7 +49,8 @@ class Pack:
         self._forget()
 
     def _forget(self) -> None:
-        self._layouts: dict[tuple[int, bool, bool], Tensor] = {}
+        self._layouts: dict[tuple[Any, ...], Tensor] = {}
+        self._letter: str | None = None  # of the sparse kernels, once it is known
         self._live: Tensor | None = None
         self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
         self._gradient: Tensor | None = None
@@ -88,25 +89,35 @@ class Pack:
     def _make_parts(self, n_rows: int, *, timed: bool = True) -> kernels.Parts:
         server = backend.serve("masked_matmul", self.mask.device)
         nothing = torch.empty(0, dtype=torch.uint8, device=self.mask.device)
-        chunk = paths.chunk(n_rows, self.density)
         if server == "reference" or self.path == "dense":
-            return kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, "ddd")
+            return kernels.Parts(self.mask, nothing, 0, nothing, self.kept, "ddd")
         if server != "cpp":
             # no GPU has measured these kernels against dense: they run when asked for by name
             if self.path != "sparse" and backend.wish() == "auto":
-                return kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, "ddd")
+                return kernels.Parts(self.mask, nothing, 0, nothing, self.kept, "ddd")
             if self._live is None:
                 self._live = kernels.live_tiles(self.mask)
-            return kernels.Parts(self.mask, nothing, chunk, self._live, self.kept, "sss")
-        layout = lambda: self._layout(chunk, paths.groups(n_rows, self.density), paths.back(n_rows))
-        letters = "sss" if self.path == "sparse" else paths.letters(self.mask, self.kept, n_rows, layout, timed=timed)
-        if letters == "fff":
-            return kernels.Parts(self.mask, self._bits(), chunk, nothing, self.kept, letters)
-        return kernels.Parts(self.mask, layout() if "s" in letters else nothing, chunk, nothing, self.kept, letters)
+            return kernels.Parts(self.mask, nothing, 0, self._live, self.kept, "sss")
+        if self._letter is None:
+            self._letter = kernels.sparse_letter(self.mask)
+        letter = self._letter
+        chunk = paths.chunk(n_rows, self.density, letter)
+        layout = lambda: self._layout(n_rows, chunk, letter)
+        bare = kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, 3 * letter)
+        path = bare.path if self.path == "sparse" else paths.letters(bare, n_rows, layout, timed=timed)
+        if path == "fff":
+            return bare._replace(layout=self._bits(), path=path)
+        return bare._replace(layout=layout() if letter in path else nothing, path=path)
 
-    def _layout(self, *key: Any) -> Tensor:
+    def _layout(self, n_rows: int, chunk: int, letter: str) -> Tensor:
+        if letter in kernels.HEIGHTS:
+            key: tuple[Any, ...] = (chunk, letter)
+            make = kernels.make_block_layout
+        else:
+            key = (chunk, paths.groups(n_rows, self.density), paths.back(n_rows))
+            make = kernels.make_layout
         if key not in self._layouts:
-            self._layouts[key] = kernels.make_layout(self.mask, *key)
+            self._layouts[key] = make(self.mask, *key)
         return self._layouts[key]
 
     def _bits(self) -> Tensor:

@@ -49,12 +49,12 @@ def bucket(n_rows: int) -> int:
     return min(512, 1 << max(0, n_rows - 1).bit_length())
 
 
-def chunk(n_rows: int, density: float) -> int:
+def chunk(n_rows: int, density: float, letter: str = "s") -> int:
     """Return the layout's columns a chunk: as many as keep what they are multiplied by in the first-level cache.
 
-    The fewer of them are kept, the more are needed to fill a loop.
+    The fewer of them are kept, the more are needed to fill a loop. Blocks of 16 rows meet 16 samples at a time.
     """
-    if n_rows <= 16 or density < 0.03:
+    if n_rows <= 16 or density < 0.03 or letter == "t":
         return 512
     return 256 if n_rows <= 32 or density < 0.07 else 128
 
@@ -89,30 +89,33 @@ def rule(n_rows: int, out_features: int, in_features: int, density: float, *, st
     return "sparse" if density < limit else "dense"
 
 
-def letters(mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor], *, timed: bool) -> str:
-    """Return one letter a step (forward, dx, dw) for the CPU kernel: s = sparse, d = dense; or "fff", for few rows.
+def letters(bare: kernels.Parts, n_rows: int, layout: Callable[[], Tensor], *, timed: bool) -> str:
+    """Return one letter a step (forward, dx, dw) for the CPU kernel: sparse or d = dense; or "fff", for few rows.
 
     Args:
-        mask: ``(O, K)``, contiguous bool on the CPU.
-        kept: its kept entries.
+        bare: without a layout, mask contiguous on the CPU, on the path that takes the sparse kernels in each step.
         n_rows: a :func:`bucket`.
-        layout: makes the mask's layout for ``chunk`` and ``back``.
+        layout: makes the layout that path takes.
         timed: whether a trial may run, or what one found be used.
     """
+    mask, kept, letter = bare.mask, bare.kept, bare.path[0]
     rows, cols = mask.shape
     density = kept / mask.numel() if mask.numel() else 1.0
     if not (timed and trials.enabled()):
-        return "".join(rule(n_rows, rows, cols, density, step=step)[0] for step in kernels.STEPS)
+        chosen = (rule(n_rows, rows, cols, density, step=step) for step in kernels.STEPS)
+        return "".join(letter if found == "sparse" else "d" for found in chosen)
     if kept == 0 or kept == mask.numel():
         return "ddd"
     key = (
         f"masked_linear {rows}x{cols} n{n_rows} density {trials.near(density)} "
-        f"rows {_rows_together(mask, kept):.1f} threads {torch.get_num_threads()}"
+        + (f"rows {_rows_together(mask, kept):.1f}" if letter == "s" else f"blocks of {kernels.HEIGHTS[letter]}")
+        + f" threads {torch.get_num_threads()}"
     )
-    ways, whole = _ways(mask, kept, n_rows, layout)
-    found = "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
-    # "sss" is one call back: the least of autograd's cost, which is most of a small layer's
-    candidates = ["ddd", found, "sss"]
+    ways, whole = _ways(bare, n_rows, layout)
+    chosen = (trials.choose(f"{key} {step}", both) for step, both in ways.items())
+    found = "".join(letter if way == "sparse" else "d" for way in chosen)
+    # three sparse steps are one call back: the least of autograd's cost, which is most of a small layer's
+    candidates = ["ddd", found, bare.path]
     if n_rows <= kernels.FEW:
         # a large weight is read as often as by the dense products, but the dense path also looks at it and masks dw
         candidates.insert(0 if mask.numel() >= LEAST_READ else 1, "fff")
@@ -133,9 +136,10 @@ def _rows_together(mask: Tensor, kept: int) -> float:
 
 
 def _ways(
-    mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor]
+    bare: kernels.Parts, n_rows: int, layout: Callable[[], Tensor]
 ) -> tuple[dict[str, dict[str, Callable[[], object]]], Callable[[str], object]]:
     """Return step -> its two ways, and a training step along a path."""
+    mask = bare.mask
     rows, cols = mask.shape
     made: dict[str, object] = {}
     look = weights.looker(mask)
@@ -145,8 +149,7 @@ def _ways(
             g = torch.Generator().manual_seed(0)
             x, dy = torch.randn(n_rows, cols, generator=g), torch.randn(n_rows, rows, generator=g)
             w = weights.select(torch.randn(rows, cols, generator=g), mask)
-            parts = kernels.Parts(mask, layout(), chunk(n_rows, kept / mask.numel()), mask.new_empty(0), kept, "sss")
-            made["case"] = (x, dy, w, parts, torch.zeros(rows, cols))
+            made["case"] = (x, dy, w, bare._replace(layout=layout()), torch.zeros(rows, cols))
         return made["case"]  # type: ignore[return-value]
 
     def forward() -> object:
