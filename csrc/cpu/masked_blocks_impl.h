@@ -87,19 +87,21 @@ void block_tile(const Blocks& blocks, int64_t cell, const float* dy, const float
 #endif
 }
 
+int64_t samples_of(const Blocks& b, int64_t n) { return b.height == kTall ? tall_padded(n) : padded(n); }
+
 int64_t blocks_forward_scratch(const Blocks& b, int64_t n) {
-  return padded(n) * b.lists.cols + values_of(b);
+  return samples_of(b, n) * b.lists.cols + values_of(b);
 }
 // dy as panels, dy by blocks, x; past a narrow chunk the gradient in w looks up columns that are not there
 int64_t blocks_backward_scratch(const Blocks& b, int64_t n) {
   const int64_t columns = b.height == kTall ? b.lists.rows * kTall : 0;
-  return padded(n) * (b.rows + columns + b.lists.cols) + kMaxChunk * kLanes + values_of(b);
+  return samples_of(b, n) * (b.rows + columns + b.lists.cols) + kMaxChunk * kLanes + values_of(b);
 }
 
 void blocks_forward(const Blocks& b, const float* w, const float* x, int64_t n, const float* bias, bool relu,
                     float* y, float* values, float* scratch, int threads) {
-  to_panels(x, n, b.lists.cols, scratch, threads);
-  if (!values) values = scratch + padded(n) * b.lists.cols;
+  (b.height == kTall ? tall_panels : to_panels)(x, n, b.lists.cols, scratch, threads);
+  if (!values) values = scratch + samples_of(b, n) * b.lists.cols;
   pack_blocks(b, w, values, threads);
   (b.height == kTall ? tall_product : flat_product)(b, values, scratch, n, bias, relu, y, threads);
 }
@@ -108,12 +110,14 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
                      int64_t n, float* dx, float* dw, float* db, float* scratch, int threads) {
   const Lists& l = b.lists;
   const bool tall = b.height == kTall;
+  const int64_t samples = samples_of(b, n);
+  const auto turn = tall ? tall_panels : to_panels;
   float* dy_panels = scratch;
-  float* dy_blocks = dy_panels + padded(n) * b.rows;
-  float* x_panels = dy_blocks + (tall ? padded(n) * l.rows * kTall : 0);
-  float* room = x_panels + padded(n) * l.cols + kMaxChunk * kLanes;
+  float* dy_blocks = dy_panels + samples * b.rows;
+  float* x_panels = dy_blocks + (tall ? samples * l.rows * kTall : 0);
+  float* room = x_panels + samples * l.cols + kMaxChunk * kLanes;
   if (db) sum_samples(dy, n, b.rows, db);
-  if (dx || !tall) to_panels(dy, n, b.rows, dy_panels, threads);
+  if (dx || !tall) turn(dy, n, b.rows, dy_panels, threads);
   if (dx) {
     if (!values) pack_blocks(b, w, room, threads);
     (tall ? tall_back : flat_back)(b, values ? values : room, dy_panels, n, dx, threads);
@@ -124,7 +128,7 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
     return;
   }
   if (tall) tall_samples(dy, n, b.rows, dy_blocks, threads);
-  to_panels(x, n, l.cols, x_panels, threads);
+  turn(x, n, l.cols, x_panels, threads);
   const int64_t cells = ceil_div(l.rows, l.block) * ceil_div(l.cols, l.chunk);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < cells; ++t) block_tile(b, t, tall ? dy_blocks : dy_panels, x_panels, n, dw);

@@ -15,16 +15,26 @@ constexpr int kSamples = 4, kTallRows = 8, kTallColumns = 4;
 constexpr int kSamples = 2, kTallRows = 4, kTallColumns = 4;
 #endif
 
+// Activations in panels of 16 samples: wider ones would put a column's lines where they fight for the same few
+// places of the first-level cache.
+AF_INLINE Panel tall_panel(int64_t i, int64_t n) { return {i * kTall, least(kTall, n - i * kTall), kTall}; }
+AF_INLINE int64_t tall_padded(int64_t n) { return ceil_div(n, kTall) * kTall; }
+void tall_panels(const float* x, int64_t n, int64_t features, float* out, int threads) {
+  for (int64_t i = 0; i < ceil_div(n, kTall); ++i) {
+    const Panel p = tall_panel(i, n);
+    to_panel(x, p, features, out + p.begin * features, threads);
+  }
+}
+
 // y (kSamples rows, `stride` apart) += the blocks of one list; `live`: of the block's rows, `count` of the
 // samples. first: y begins as bias (or zero); last: relu if asked
 struct Tall {
   const uint16_t *column, *end;
   const float *values, *x;
-  int64_t width;  // floats from one column of x to the next
 };
 AF_INLINE void tall_add(Tall t, vec (&sums)[kSamples][kParts]) {
   for (; t.column != t.end; ++t.column, t.values += kTall) {
-    const float* xk = t.x + *t.column * t.width;
+    const float* xk = t.x + *t.column * int64_t(kTall);
     vec w[kParts];
     unroll<0, kParts>([&](auto p) AF_LAMBDA { w[p.value] = load(t.values + p.value * kVector); });
     unroll<0, kSamples>([&](auto i) AF_LAMBDA {
@@ -76,14 +86,13 @@ void tall_product(const Blocks& blocks, const float* values, const float* panels
     for (int64_t c = 0; c < chunks; ++c)
       for (int64_t t = pass; t < end; ++t) {
         const int64_t cell = b * chunks + c, sample = t * kSamples;
-        const Panel p = panel(sample / kLanes, n);
-        const float* x = panels + p.begin * l.cols + c * l.chunk * p.width + sample % kLanes;
+        const float* x = panels + sample / kTall * kTall * l.cols + c * l.chunk * kTall + sample % kTall;
         const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
         const float* v = values + int64_t(l.first[cell]) * kTall;
         for (int64_t g = b * l.block; g < least(l.rows, (b + 1) * l.block); ++g, ++count) {
           const int64_t row = g * kTall;
           if (*count || !c || (relu && c + 1 == chunks))
-            tall_list({column, column + *count, v, x, p.width}, bias ? bias + row : nullptr, c == 0,
+            tall_list({column, column + *count, v, x}, bias ? bias + row : nullptr, c == 0,
                       relu && c + 1 == chunks, y + sample * blocks.rows + row, blocks.rows, n - sample,
                       blocks.rows - row);
           column += *count;
@@ -102,53 +111,51 @@ void tall_product(const Blocks& blocks, const float* values, const float* panels
 
 // sums[column][vector v] += weights * dy[row] at one list: R of the block's rows, C columns at once
 template <int R, int C>
-AF_INLINE void tall_scatter(const uint16_t* column, const float* values, const vec (&dy)[R], float* sums,
-                            int64_t width) {
+AF_INLINE void tall_scatter(const uint16_t* column, const float* values, const vec (&dy)[R], float* sums) {
   vec sum[C];
-  unroll<0, C>([&](auto c) AF_LAMBDA { sum[c.value] = load(sums + column[c.value] * width); });
+  unroll<0, C>([&](auto c) AF_LAMBDA { sum[c.value] = load(sums + column[c.value] * int64_t(kTall)); });
   unroll<0, R>([&](auto r) AF_LAMBDA {
     unroll<0, C>([&](auto c) AF_LAMBDA {
       sum[c.value] = fma(broadcast(values[c.value * kTall + r.value]), dy[r.value], sum[c.value]);
     });
   });
-  unroll<0, C>([&](auto c) AF_LAMBDA { store(sums + column[c.value] * width, sum[c.value]); });
+  unroll<0, C>([&](auto c) AF_LAMBDA { store(sums + column[c.value] * int64_t(kTall), sum[c.value]); });
 }
 
 void tall_back(const Blocks& blocks, const float* values, const float* panels, int64_t n, float* dx,
                int threads) {
   const Lists& l = blocks.lists;
   const int64_t many = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
-  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
-    const Panel p = panel(i, n);
-    const float* dy = panels + p.begin * blocks.rows;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1)
-    for (int64_t c = 0; c < chunks; ++c) {
-      alignas(64) float sums[kMaxChunk * kLanes];
-      const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
-      start_sums(nullptr, 0, cols, p.width, sums);
-      for (int64_t v = 0; v < p.width; v += kVector)
-        for (int64_t b = 0; b < many; ++b) {
-          const int64_t cell = b * chunks + c;
-          const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
-          const float* w = values + int64_t(l.first[cell]) * kTall;
-          for (int64_t g = b * l.block; g < least(l.rows, (b + 1) * l.block); ++g, ++count) {
-            if (!*count) continue;
-            for (int64_t r = 0; r < kTall; r += kTallRows) {
+  for (int64_t c = 0; c < chunks; ++c) {
+    alignas(64) float sums[kMaxChunk * kTall];
+    const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
+    for (int64_t i = 0; i < ceil_div(n, kTall); ++i) {
+      const Panel p = tall_panel(i, n);
+      const float* dy = panels + p.begin * blocks.rows;
+      start_sums(nullptr, 0, cols, kTall, sums);
+      for (int64_t b = 0; b < many; ++b) {
+        const int64_t cell = b * chunks + c;
+        const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
+        const float* w = values + int64_t(l.first[cell]) * kTall;
+        for (int64_t g = b * l.block; g < least(l.rows, (b + 1) * l.block); ++g, ++count) {
+          if (!*count) continue;
+          for (int64_t r = 0; r < kTall; r += kTallRows)
+            for (int64_t v = 0; v < kTall; v += kVector) {
               vec d[kTallRows];
               unroll<0, kTallRows>([&](auto i) AF_LAMBDA {
                 const int64_t row = g * kTall + r + i.value;
-                d[i.value] = row < blocks.rows ? load(dy + row * p.width + v) : vec{};
+                d[i.value] = row < blocks.rows ? load(dy + row * kTall + v) : vec{};
               });
               int64_t j = 0;
               for (; j + 4 <= *count; j += 4)
-                tall_scatter<kTallRows, 4>(column + j, w + j * kTall + r, d, sums + v, p.width);
-              for (; j < *count; ++j)
-                tall_scatter<kTallRows, 1>(column + j, w + j * kTall + r, d, sums + v, p.width);
+                tall_scatter<kTallRows, 4>(column + j, w + j * kTall + r, d, sums + v);
+              for (; j < *count; ++j) tall_scatter<kTallRows, 1>(column + j, w + j * kTall + r, d, sums + v);
             }
-            column += *count;
-            w += *count * kTall;
-          }
+          column += *count;
+          w += *count * kTall;
         }
+      }
       finish_sums(sums, p, cols, false, dx + p.begin * l.cols + col, l.cols);
     }
   }
@@ -171,17 +178,17 @@ void tall_samples(const float* dy, int64_t n, int64_t rows, float* out, int thre
   }
 }
 
-// to[column][16 rows] = the sums over all samples of dy * x at C columns; x: their chunk of the first panel
+// to[column][16 rows] = the sums over all samples of dy * x at C columns
 template <int C>
 AF_INLINE void tall_sample(const uint16_t* column, const float* dy, const float* panels, int64_t col,
                            int64_t cols, int64_t n, float* to) {
   vec sums[C][kParts];
   unroll<0, C * kParts>([&](auto i) AF_LAMBDA { sums[i.value / kParts][i.value % kParts] = vec{}; });
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Panel p = panel(i / kLanes, n);
+  for (int64_t i = 0; i < ceil_div(n, kTall); ++i) {
+    const Panel p = tall_panel(i, n);
     const float* x[C];
     unroll<0, C>([&](auto c) AF_LAMBDA {
-      x[c.value] = panels + p.begin * cols + (col + column[c.value]) * p.width;
+      x[c.value] = panels + p.begin * cols + (col + column[c.value]) * kTall;
     });
     for (int64_t s = 0; s < p.count; ++s, dy += kTall) {
       vec d[kParts];
