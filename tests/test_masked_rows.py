@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autoflip import ops
-from autoflip.ops import Pack, _masked_kernels, paths, reference
+from autoflip.ops import Pack, _masked_kernels, paths, reference, trials
 
 pytestmark = pytest.mark.skipif(_masked_kernels.CPP is None, reason="no CPU extension")
 ISAS = ["base", "avx2", "avx512"]
@@ -31,6 +31,19 @@ def case(N, O, K, height, density):
     return x, w, b, mask, torch.randn(N, O, generator=g)
 
 
+class BlockPack(Pack):
+    """A Pack that takes the kernels for blocks in every step."""
+
+    def _make_parts(self, n_rows, *, timed=True):
+        return self._make_path(n_rows, 3 * self._block_letter())
+
+
+def block_pack(mask, height):
+    pack = BlockPack(mask)
+    assert _masked_kernels.HEIGHTS[pack.parts(1).path[0]] == height
+    return pack
+
+
 def results(x, w, b, pack, dy, activation=None):
     y = ops.masked_linear(x, w, b, pack, activation)
     return (y, *torch.autograd.grad(y, (x, w, b), dy))
@@ -38,8 +51,7 @@ def results(x, w, b, pack, dy, activation=None):
 
 def check(N, O, K, height, density, activation):
     x, w, b, mask, dy = case(N, O, K, height, density)
-    pack = Pack(mask, path="sparse")
-    assert _masked_kernels.HEIGHTS[pack.parts(N).path[0]] == height
+    pack = block_pack(mask, height)
     w64 = torch.where(mask, w.detach(), 0).double().requires_grad_()
     x64, b64 = (t.detach().double().requires_grad_() for t in (x, b))
     y64 = reference.masked_matmul(x64, w64, mask) + b64
@@ -83,3 +95,62 @@ def test_equals_float64_reference_on(isa):
     env = {**os.environ, "AUTOFLIP_CPU": isa, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_result_does_not_depend_on_the_thread_count():
+    for height in (4, 16):
+        x, w, b, mask, dy = case(70, 300, 2100, height, 0.1)  # blocks of rows, chunks and samples for several threads
+        got = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            got.append(results(x, w, b, block_pack(mask, height), dy))
+        torch.set_num_threads(1)
+        for other in got[1:]:
+            assert all(torch.equal(a, c) for a, c in zip(got[0], other, strict=True))
+
+
+def test_a_large_weight_keeps_its_copied_values_until_backward():
+    check(20, 1040, 1030, 16, 0.1, None)
+    check(20, 1040, 1030, 4, 0.1, "relu")
+
+
+def test_only_masks_of_blocks_have_a_letter():
+    for height, letter in ((16, "t"), (4, "q")):
+        for O in (height, 2 * height, 3 * height + 1):
+            mask = block_mask(O, 40, height, 0.3)
+            assert _masked_kernels.block_letter(mask) == letter
+            mask[O // height * height - 1, 5] ^= True  # the last row of a whole block
+            assert _masked_kernels.block_letter(mask) == ""
+    assert _masked_kernels.block_letter(torch.ones(3, 40, dtype=torch.bool)) == ""
+    assert _masked_kernels.block_letter(torch.ones(0, 40, dtype=torch.bool)) == ""
+
+
+def test_a_trial_and_the_rule_may_take_them(monkeypatch, tmp_path):
+    mask = block_mask(64, 784, 16, 0.05)
+    monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path))
+    trials.forget()
+    monkeypatch.setattr(trials, "_fastest", lambda ways, *_: list(ways)[-1])
+    assert Pack(mask).parts(64).path == "ttt"
+    trials.forget()
+    monkeypatch.setenv("AUTOFLIP_TRIALS", "off")
+    monkeypatch.setattr(paths, "rule", lambda *_, **__: "sparse")
+    assert Pack(mask).parts(64).path == "ttt"
+    assert Pack(block_mask(64, 784, 16, 0.5)).parts(64).path == "sss"
+
+
+def test_double_backward_and_the_registered_op():
+    x, w, b, mask, dy = case(4, 32, 20, 16, 0.4)
+    with torch.no_grad():
+        w.nan_to_num_(0.0)
+    pack = block_pack(mask, 16)
+    torch.library.opcheck(torch.ops.autoflip.masked_linear.default, (x, w, b, True, *pack.parts(4)))
+
+    def hvp(layer, dtype):
+        p = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
+        g = torch.autograd.grad(layer(*p).pow(3).sum(), p, create_graph=True)
+        return torch.autograd.grad(sum(t.pow(2).sum() for t in g), p)
+
+    got = hvp(lambda x, w, b: ops.masked_linear(x, w, b, pack), torch.float32)
+    want = hvp(lambda x, w, b: reference.masked_matmul(x, w, mask) + b, torch.float64)
+    for a, c in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-2)  # cubes of sums: values reach 1e5

@@ -6,7 +6,6 @@ Every tensor that arrives here was checked by autoflip.ops.masked_matmul: 2-d, o
 from __future__ import annotations
 
 from importlib import import_module
-from itertools import product
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,8 +25,7 @@ HEIGHTS = {"t": 16, "q": 4}  # letter of a path -> rows that keep the same colum
 FEW = CPP.masked_few_most() if CPP is not None else 0  # rows of x for which a path may be "fff"; 0: none
 
 
-# every path with such a letter
-_HEIGHT = {"".join(p): HEIGHTS[x] for x in HEIGHTS for p in product("d" + x, repeat=3) if x in p}
+_HEIGHT = {3 * letter: height for letter, height in HEIGHTS.items()}  # by path: such a letter stands in all steps
 
 
 class Parts(NamedTuple):
@@ -38,9 +36,9 @@ class Parts(NamedTuple):
     chunk: int
     live: Tensor
     kept: int
-    # one letter a step (forward, dx, dw): s = sparse kernel, d = dense product; t, q = kernels for blocks of 16 or 4 rows
-    # (the layout is that of the blocks then, and there is no s); or "fff": every product computed by the kernels for few
-    # rows, which read the weight through the mask; the layout is the mask in bits then
+    # one letter a step (forward, dx, dw): s = sparse kernel, d = dense product; or "ttt", "qqq": kernels for masks of
+    # blocks of 16 or 4 rows, the layout is that of the blocks then; or "fff": every product computed by the kernels for
+    # few rows, which read the weight through the mask; the layout is the mask in bits then
     path: str
 
 
@@ -64,13 +62,14 @@ def make_layout(mask: Tensor, chunk: int, groups: bool, back: bool) -> Tensor:
     return torch.frombuffer(bytearray(layout), dtype=torch.uint8)
 
 
-def sparse_letter(mask: Tensor) -> str:
-    """Return the letter of the kernels that a contiguous 2-d CPU mask allows: t, q (blocks from row 0 on) or s."""
+def block_letter(mask: Tensor) -> str:
+    """Return the letter of HEIGHTS whose blocks (from row 0 on) a contiguous 2-d CPU mask is made of, or ""."""
     for letter, height in HEIGHTS.items():
-        if len(mask) >= height and torch.equal(mask[:height], mask[:1].expand(height, -1)):
-            if torch.equal(mask[::height].repeat_interleave(height, 0)[: len(mask)], mask):
-                return letter
-    return "s"
+        if len(mask) < height or not torch.equal(mask[:height], mask[:1].expand(height, -1)):
+            continue
+        if torch.equal(mask[::height].repeat_interleave(height, 0)[: len(mask)], mask):
+            return letter
+    return ""
 
 
 def make_block_layout(mask: Tensor, chunk: int, letter: str) -> Tensor:
@@ -160,6 +159,8 @@ def new_values(parts: Parts) -> Tensor | None:
     """Return room for the copy of the kept weights that forward makes and dx reads again; None where there is none."""
     height = _HEIGHT.get(parts.path)
     if height is not None:
+        if parts.kept < 1 << 13:  # copied again as fast as memory is found for them
+            return None
         return torch.empty(CPP.masked_blocks_values(parts.layout.data_ptr(), parts.chunk, height, *parts.mask.shape))
     if parts.mask.numel() < 1 << 18 or "s" not in parts.path:  # smaller ones are read where they stand
         return None

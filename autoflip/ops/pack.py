@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Pack:
 
     def _forget(self) -> None:
         self._layouts: dict[tuple[Any, ...], Tensor] = {}
-        self._letter: str | None = None  # of the sparse kernels, once it is known
+        self._letter: str | None = None  # of kernels.block_letter, once it is known
         self._live: Tensor | None = None
         self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
         self._gradient: Tensor | None = None
@@ -98,24 +99,33 @@ class Pack:
             if self._live is None:
                 self._live = kernels.live_tiles(self.mask)
             return kernels.Parts(self.mask, nothing, 0, self._live, self.kept, "sss")
-        if self._letter is None:
-            self._letter = kernels.sparse_letter(self.mask)
-        letter = self._letter
-        chunk = paths.chunk(n_rows, self.density, letter)
-        layout = lambda: self._layout(n_rows, chunk, letter)
-        bare = kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, 3 * letter)
-        path = bare.path if self.path == "sparse" else paths.letters(bare, n_rows, layout, timed=timed)
-        if path == "fff":
-            return bare._replace(layout=self._bits(), path=path)
-        return bare._replace(layout=layout() if letter in path else nothing, path=path)
+        make = lambda path: self._make_path(n_rows, path)
+        path = "sss"
+        if self.path == "auto":
+            path = paths.letters(self.mask, self.kept, n_rows, self._block_letter(), make, timed=timed)
+        return make(path)
 
-    def _layout(self, n_rows: int, chunk: int, letter: str) -> Tensor:
-        if letter in kernels.HEIGHTS:
-            key: tuple[Any, ...] = (chunk, letter)
-            make = kernels.make_block_layout
+    def _block_letter(self) -> str:
+        if self._letter is None:
+            self._letter = kernels.block_letter(self.mask)
+        return self._letter
+
+    def _make_path(self, n_rows: int, path: str) -> kernels.Parts:
+        """Return what a path of the CPU extension takes."""
+        letter, chunk = path[0], paths.chunk(n_rows, self.density, path[0])
+        if path == "fff":
+            layout = self._bits()
+        elif letter in kernels.HEIGHTS:
+            layout = self._layout(kernels.make_block_layout, chunk, letter)
+        elif "s" in path:
+            groups, back = paths.groups(n_rows, self.density), paths.back(n_rows)
+            layout = self._layout(kernels.make_layout, chunk, groups, back)
         else:
-            key = (chunk, paths.groups(n_rows, self.density), paths.back(n_rows))
-            make = kernels.make_layout
+            layout = self.mask.new_empty(0, dtype=torch.uint8)
+        nothing = self.mask.new_empty(0, dtype=torch.uint8)
+        return kernels.Parts(self.mask, layout, chunk, nothing, self.kept, path)
+
+    def _layout(self, make: Callable[..., Tensor], *key: Any) -> Tensor:
         if key not in self._layouts:
             self._layouts[key] = make(self.mask, *key)
         return self._layouts[key]

@@ -27,6 +27,9 @@ PATHS = ("auto", "sparse", "dense")
 LEAST_WORK = 400_000
 # seconds that a layer takes to check what it hands to a kernel, more than for the dense product (Zen 4)
 CHECKS = 3e-6
+# density below which a rule takes the kernels for blocks where all of the sparse ones would run: at 0.1 and less they
+# were as fast or faster at every weight and batch tried, 200x200 to 4096x4096 at 16 and 64 rows (Zen 4, 1 thread)
+BLOCK_DENSITY = 0.15
 # entries of a weight from which the kernels for few rows were never slower than the dense path (Zen 4, 1 thread)
 LEAST_READ = 1 << 15
 # step -> (least rows of x, density below which the kernel was at least 10 % faster than torch 2.13's dense float32
@@ -89,33 +92,34 @@ def rule(n_rows: int, out_features: int, in_features: int, density: float, *, st
     return "sparse" if density < limit else "dense"
 
 
-def letters(bare: kernels.Parts, n_rows: int, layout: Callable[[], Tensor], *, timed: bool) -> str:
-    """Return one letter a step (forward, dx, dw) for the CPU kernel: sparse or d = dense; or "fff", for few rows.
+def letters(
+    mask: Tensor, kept: int, n_rows: int, block: str, make: Callable[[str], kernels.Parts], *, timed: bool
+) -> str:
+    """Return the path of the CPU kernels, see :class:`autoflip.ops._masked_kernels.Parts`.
 
     Args:
-        bare: without a layout, mask contiguous on the CPU, on the path that takes the sparse kernels in each step.
+        mask: ``(O, K)``, contiguous bool on the CPU.
+        kept: its kept entries.
         n_rows: a :func:`bucket`.
-        layout: makes the layout that path takes.
+        block: the letter of the kernels for its blocks, or "".
+        make: path -> what it takes.
         timed: whether a trial may run, or what one found be used.
     """
-    mask, kept, letter = bare.mask, bare.kept, bare.path[0]
     rows, cols = mask.shape
     density = kept / mask.numel() if mask.numel() else 1.0
     if not (timed and trials.enabled()):
-        chosen = (rule(n_rows, rows, cols, density, step=step) for step in kernels.STEPS)
-        return "".join(letter if found == "sparse" else "d" for found in chosen)
+        found = "".join(rule(n_rows, rows, cols, density, step=step)[0] for step in kernels.STEPS)
+        return 3 * block if block and found == "sss" and density < BLOCK_DENSITY else found
     if kept == 0 or kept == mask.numel():
         return "ddd"
     key = (
         f"masked_linear {rows}x{cols} n{n_rows} density {trials.near(density)} "
-        + (f"rows {_rows_together(mask, kept):.1f}" if letter == "s" else f"blocks of {kernels.HEIGHTS[letter]}")
-        + f" threads {torch.get_num_threads()}"
+        f"rows {kernels.HEIGHTS[block] if block else _rows_together(mask, kept):.1f} threads {torch.get_num_threads()}"
     )
-    ways, whole = _ways(bare, n_rows, layout)
-    chosen = (trials.choose(f"{key} {step}", both) for step, both in ways.items())
-    found = "".join(letter if way == "sparse" else "d" for way in chosen)
+    ways, whole = _ways(mask, n_rows, make)
+    found = "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
     # three sparse steps are one call back: the least of autograd's cost, which is most of a small layer's
-    candidates = ["ddd", found, bare.path]
+    candidates = ["ddd", found, "sss", *([3 * block] if block else [])]
     if n_rows <= kernels.FEW:
         # a large weight is read as often as by the dense products, but the dense path also looks at it and masks dw
         candidates.insert(0 if mask.numel() >= LEAST_READ else 1, "fff")
@@ -136,10 +140,9 @@ def _rows_together(mask: Tensor, kept: int) -> float:
 
 
 def _ways(
-    bare: kernels.Parts, n_rows: int, layout: Callable[[], Tensor]
+    mask: Tensor, n_rows: int, make: Callable[[str], kernels.Parts]
 ) -> tuple[dict[str, dict[str, Callable[[], object]]], Callable[[str], object]]:
     """Return step -> its two ways, and a training step along a path."""
-    mask = bare.mask
     rows, cols = mask.shape
     made: dict[str, object] = {}
     look = weights.looker(mask)
@@ -149,7 +152,7 @@ def _ways(
             g = torch.Generator().manual_seed(0)
             x, dy = torch.randn(n_rows, cols, generator=g), torch.randn(n_rows, rows, generator=g)
             w = weights.select(torch.randn(rows, cols, generator=g), mask)
-            made["case"] = (x, dy, w, bare._replace(layout=layout()), torch.zeros(rows, cols))
+            made["case"] = (x, dy, w, make("sss"), torch.zeros(rows, cols))
         return made["case"]  # type: ignore[return-value]
 
     def forward() -> object:
@@ -183,10 +186,7 @@ def _ways(
         hooked.register_hook(weights.gradient_hook(mask))
         return x.detach().requires_grad_(), w.detach().requires_grad_(), hooked, w.new_zeros(rows).requires_grad_()
 
-    @cache
-    def parts_of(path: str) -> kernels.Parts:
-        parts = case()[3]._replace(path=path)
-        return parts._replace(layout=kernels.make_bits(mask)) if path == "fff" else parts
+    parts_of = cache(make)
 
     def whole(path: str) -> object:
         dy = case()[1]

@@ -21,12 +21,12 @@ AF_INLINE void flat_list(const uint16_t* column, int64_t count, const float* w, 
     unroll<0, V>([&](auto v) AF_LAMBDA { xs[v.value] = load(xk + v.value * kVector); });
     unroll<0, kFlat>([&](auto r) AF_LAMBDA {
       const vec b = broadcast(w[j * kFlat + r.value]);
-      unroll<0, V>([&](auto v) AF_LAMBDA { to[r.value][v.value] = fma(b, xs[v.value], to[r.value][v.value]); });
+      unroll<0, V>([&](auto v)
+                       AF_LAMBDA { to[r.value][v.value] = fma(b, xs[v.value], to[r.value][v.value]); });
     });
   };
   int64_t j = 0;
-  for (; j + S <= count; j += S)
-    unroll<0, S>([&](auto s) AF_LAMBDA { add(j + s.value, sums[s.value]); });
+  for (; j + S <= count; j += S) unroll<0, S>([&](auto s) AF_LAMBDA { add(j + s.value, sums[s.value]); });
   if constexpr (S > 1)
     for (; j < count; ++j) add(j, sums[0]);
   unroll<0, kFlat * V>([&](auto i) AF_LAMBDA {
@@ -48,7 +48,8 @@ void flat_cell(const Lists& l, int64_t cell, int64_t blocks, const float* w, con
   }
 }
 
-// sums[column][V vectors] += weights * dy at the blocks of a cell; dy: the panel at the first row, `rows` long
+// sums[column][V vectors] += weights * dy at the blocks of a cell; dy: the panel at the first row, `rows`
+// long
 template <int V>
 void flat_scatter(const Lists& l, int64_t cell, int64_t rows, const float* w, const float* dy, float* sums) {
   const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
@@ -167,9 +168,8 @@ AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row,
       unroll<0, 4>([&](auto c) AF_LAMBDA { xs[c.value] = load(at[c.value] + v); });
       unroll<0, R>([&](auto r) AF_LAMBDA {
         const vec ds = load(d + r.value * p.width + v);
-        unroll<0, 4>([&](auto c) AF_LAMBDA {
-          sums[r.value][c.value] = fma(ds, xs[c.value], sums[r.value][c.value]);
-        });
+        unroll<0, 4>(
+            [&](auto c) AF_LAMBDA { sums[r.value][c.value] = fma(ds, xs[c.value], sums[r.value][c.value]); });
       });
     }
   }
@@ -181,7 +181,8 @@ void flat_gradients(const uint16_t* column, int64_t count, const float* dy, int6
                     const float* panels, int64_t col, int64_t cols, int64_t n, float* to, int64_t stride) {
   for (int64_t j = 0; j < count; j += 4)
     for (int64_t r = 0; r < kFlat; r += kFlatRows)
-      flat_sample<kFlatRows>(column + j, dy, row + r, rows, panels, col, cols, n, to + r * stride + j, stride);
+      flat_sample<kFlatRows>(column + j, dy, row + r, rows, panels, col, cols, n, to + r * stride + j,
+                             stride);
 }
 
 }  // namespace

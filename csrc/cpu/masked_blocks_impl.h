@@ -1,4 +1,5 @@
-// What blocks of both heights share: the copy of the kept weights, the gradient in w, a step forward and back.
+// What blocks of both heights share: the copy of the kept weights, the gradient in w, a step forward and
+// back.
 #pragma once
 #include <cstddef>
 

@@ -15,8 +15,8 @@ constexpr int kSamples = 4, kTallRows = 8, kTallColumns = 4;
 constexpr int kSamples = 2, kTallRows = 4, kTallColumns = 4;
 #endif
 
-// Activations in panels of 16 samples: wider ones would put a column's lines where they fight for the same few
-// places of the first-level cache.
+// Activations in panels of 16 samples: wider ones would put a column's lines where they fight for the same
+// few places of the first-level cache.
 AF_INLINE Panel tall_panel(int64_t i, int64_t n) { return {i * kTall, least(kTall, n - i * kTall), kTall}; }
 AF_INLINE int64_t tall_padded(int64_t n) { return ceil_div(n, kTall) * kTall; }
 void tall_panels(const float* x, int64_t n, int64_t features, float* out, int threads) {
@@ -187,9 +187,8 @@ AF_INLINE void tall_sample(const uint16_t* column, const float* dy, const float*
   for (int64_t i = 0; i < ceil_div(n, kTall); ++i) {
     const Panel p = tall_panel(i, n);
     const float* x[C];
-    unroll<0, C>([&](auto c) AF_LAMBDA {
-      x[c.value] = panels + p.begin * cols + (col + column[c.value]) * kTall;
-    });
+    unroll<0, C>([&](auto c)
+                     AF_LAMBDA { x[c.value] = panels + p.begin * cols + (col + column[c.value]) * kTall; });
     for (int64_t s = 0; s < p.count; ++s, dy += kTall) {
       vec d[kParts];
       unroll<0, kParts>([&](auto p) AF_LAMBDA { d[p.value] = load(dy + p.value * kVector); });
@@ -200,9 +199,8 @@ AF_INLINE void tall_sample(const uint16_t* column, const float* dy, const float*
       });
     }
   }
-  unroll<0, C * kParts>([&](auto i) AF_LAMBDA {
-    store(to + i.value * kVector, sums[i.value / kParts][i.value % kParts]);
-  });
+  unroll<0, C * kParts>(
+      [&](auto i) AF_LAMBDA { store(to + i.value * kVector, sums[i.value / kParts][i.value % kParts]); });
 }
 
 // The gradients of one list, a row of the block after the other, `stride` floats apart. dy: the block's
