@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   autoflip::bind_masked_matmul(m);
   autoflip::bind_hook(m);
   autoflip::bind_few(m);
+  autoflip::bind_blocks(m);
   autoflip::bind_masked_conv(m);
   autoflip::bind_ans(m);
   autoflip::bind_delta(m);

@@ -7,6 +7,7 @@ namespace autoflip {
 void bind_masked_matmul(pybind11::module_& m);
 void bind_hook(pybind11::module_& m);
 void bind_few(pybind11::module_& m);
+void bind_blocks(pybind11::module_& m);
 void bind_masked_conv(pybind11::module_& m);
 void bind_ans(pybind11::module_& m);
 void bind_delta(pybind11::module_& m);

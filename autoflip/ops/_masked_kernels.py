@@ -21,7 +21,11 @@ backend.register("masked_matmul", "cpp", "cuda", "triton")
 
 TILE = 32  # of kernels/masked_matmul.py and csrc/cuda/masked_matmul.cu
 STEPS = ("forward", "dx", "dw")
+HEIGHTS = {"t": 16, "q": 4}  # letter of a path -> rows that keep the same columns; the higher first
 FEW = CPP.masked_few_most() if CPP is not None else 0  # rows of x for which a path may be "fff"; 0: none
+
+
+_HEIGHT = {3 * letter: height for letter, height in HEIGHTS.items()}  # by path: such a letter stands in all steps
 
 
 class Parts(NamedTuple):
@@ -32,8 +36,9 @@ class Parts(NamedTuple):
     chunk: int
     live: Tensor
     kept: int
-    # one letter a step (forward, dx, dw): s = sparse kernel, d = dense product; or "fff": every product computed by the
-    # kernels for few rows, which read the weight through the mask; the layout is the mask in bits then
+    # one letter a step (forward, dx, dw): s = sparse kernel, d = dense product; or "ttt", "qqq": kernels for masks of
+    # blocks of 16 or 4 rows, the layout is that of the blocks then; or "fff": every product computed by the kernels for
+    # few rows, which read the weight through the mask; the layout is the mask in bits then
     path: str
 
 
@@ -55,6 +60,21 @@ def make_layout(mask: Tensor, chunk: int, groups: bool, back: bool) -> Tensor:
     rows, cols = mask.shape
     layout = CPP.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk, groups, back)
     return torch.frombuffer(bytearray(layout), dtype=torch.uint8)
+
+
+def block_letter(mask: Tensor) -> str:
+    """Return the letter of HEIGHTS whose blocks (from row 0 on) a contiguous 2-d CPU mask is made of, or ""."""
+    for letter, height in HEIGHTS.items():
+        if len(mask) < height or not torch.equal(mask[:height], mask[:1].expand(height, -1)):
+            continue
+        if torch.equal(mask[::height].repeat_interleave(height, 0)[: len(mask)], mask):
+            return letter
+    return ""
+
+
+def make_block_layout(mask: Tensor, chunk: int, letter: str) -> Tensor:
+    """Return the layout of a mask that is made of blocks of ``HEIGHTS[letter]`` rows."""
+    return make_layout(mask[:: HEIGHTS[letter]].contiguous(), chunk, False, False)
 
 
 def make_bits(mask: Tensor) -> Tensor:
@@ -137,6 +157,11 @@ def _at(tensor: Tensor | None) -> int:
 
 def new_values(parts: Parts) -> Tensor | None:
     """Return room for the copy of the kept weights that forward makes and dx reads again; None where there is none."""
+    height = _HEIGHT.get(parts.path)
+    if height is not None:
+        if parts.kept < 1 << 13:  # copied again as fast as memory is found for them
+            return None
+        return torch.empty(CPP.masked_blocks_values(parts.layout.data_ptr(), parts.chunk, height, *parts.mask.shape))
     if parts.mask.numel() < 1 << 18 or "s" not in parts.path:  # smaller ones are read where they stand
         return None
     packs = CPP.masked_matmul_packs(parts.layout.data_ptr(), *parts.mask.shape, parts.chunk)
@@ -155,9 +180,14 @@ def cpu_forward(
     layout, sizes, threads = parts.layout.data_ptr(), (n, rows, cols), torch.get_num_threads()
     if parts.path[0] == "f":
         CPP.masked_few_forward(weight.data_ptr(), layout, x.data_ptr(), *sizes, _at(bias), relu, y.data_ptr(), threads)
+        return y
+    sources = x.data_ptr(), weight.data_ptr(), layout, parts.chunk
+    results = relu, y.data_ptr(), _at(values), threads
+    height = _HEIGHT.get(parts.path)
+    if height is not None:
+        CPP.masked_blocks_forward(*sources, height, _at(bias), *sizes, *results)
     else:
-        sources = x.data_ptr(), weight.data_ptr(), layout, parts.chunk, _at(bias)
-        CPP.masked_matmul_forward(*sources, *sizes, relu, y.data_ptr(), _at(values), threads)
+        CPP.masked_matmul_forward(*sources, _at(bias), *sizes, *results)
     return y
 
 
@@ -187,9 +217,13 @@ def cpu_backward(
     sizes, layout = (n, rows, cols), parts.layout.data_ptr()
     if parts.path[0] == "f":
         CPP.masked_few_backward(_at(weight), layout, dy.data_ptr(), _at(x), *sizes, *results)
+        return out, dw, sums
+    sources = dy.data_ptr(), _at(x), _at(weight), _at(values), layout, parts.chunk
+    height = _HEIGHT.get(parts.path)
+    if height is not None:
+        CPP.masked_blocks_backward(*sources, height, *sizes, *results)
     else:
-        sources = dy.data_ptr(), _at(x), _at(weight), _at(values)
-        CPP.masked_matmul_backward(*sources, layout, parts.chunk, *sizes, *results)
+        CPP.masked_matmul_backward(*sources, *sizes, *results)
     return out, dw, sums
 
 

@@ -165,7 +165,7 @@ class _Linear(torch.autograd.Function):
         relu, parts, _ = ctx.job = job
         ctx.operand = ctx.values = None
         if parts.path[0] != "d":
-            if parts.path[:2] == "ss" and ctx.needs_input_grad[0]:
+            if parts.path[1] != "d" and ctx.needs_input_grad[0]:
                 ctx.values = kernels.new_values(parts)
             y = kernels.cpu_forward(x, weight, bias, relu, parts, ctx.values)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class Pack:
         self._forget()
 
     def _forget(self) -> None:
-        self._layouts: dict[tuple[int, bool, bool], Tensor] = {}
+        self._layouts: dict[tuple[Any, ...], Tensor] = {}
+        self._letter: str | None = None  # of kernels.block_letter, once it is known
         self._live: Tensor | None = None
         self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
         self._gradient: Tensor | None = None
@@ -88,25 +90,44 @@ class Pack:
     def _make_parts(self, n_rows: int, *, timed: bool = True) -> kernels.Parts:
         server = backend.serve("masked_matmul", self.mask.device)
         nothing = torch.empty(0, dtype=torch.uint8, device=self.mask.device)
-        chunk = paths.chunk(n_rows, self.density)
         if server == "reference" or self.path == "dense":
-            return kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, "ddd")
+            return kernels.Parts(self.mask, nothing, 0, nothing, self.kept, "ddd")
         if server != "cpp":
             # no GPU has measured these kernels against dense: they run when asked for by name
             if self.path != "sparse" and backend.wish() == "auto":
-                return kernels.Parts(self.mask, nothing, chunk, nothing, self.kept, "ddd")
+                return kernels.Parts(self.mask, nothing, 0, nothing, self.kept, "ddd")
             if self._live is None:
                 self._live = kernels.live_tiles(self.mask)
-            return kernels.Parts(self.mask, nothing, chunk, self._live, self.kept, "sss")
-        layout = lambda: self._layout(chunk, paths.groups(n_rows, self.density), paths.back(n_rows))
-        letters = "sss" if self.path == "sparse" else paths.letters(self.mask, self.kept, n_rows, layout, timed=timed)
-        if letters == "fff":
-            return kernels.Parts(self.mask, self._bits(), chunk, nothing, self.kept, letters)
-        return kernels.Parts(self.mask, layout() if "s" in letters else nothing, chunk, nothing, self.kept, letters)
+            return kernels.Parts(self.mask, nothing, 0, self._live, self.kept, "sss")
+        make = lambda path: self._make_path(n_rows, path)
+        path = "sss"
+        if self.path == "auto":
+            path = paths.letters(self.mask, self.kept, n_rows, self._block_letter(), make, timed=timed)
+        return make(path)
 
-    def _layout(self, *key: Any) -> Tensor:
+    def _block_letter(self) -> str:
+        if self._letter is None:
+            self._letter = kernels.block_letter(self.mask)
+        return self._letter
+
+    def _make_path(self, n_rows: int, path: str) -> kernels.Parts:
+        """Return what a path of the CPU extension takes."""
+        letter, chunk = path[0], paths.chunk(n_rows, self.density, path[0])
+        if path == "fff":
+            layout = self._bits()
+        elif letter in kernels.HEIGHTS:
+            layout = self._layout(kernels.make_block_layout, chunk, letter)
+        elif "s" in path:
+            groups, back = paths.groups(n_rows, self.density), paths.back(n_rows)
+            layout = self._layout(kernels.make_layout, chunk, groups, back)
+        else:
+            layout = self.mask.new_empty(0, dtype=torch.uint8)
+        nothing = self.mask.new_empty(0, dtype=torch.uint8)
+        return kernels.Parts(self.mask, layout, chunk, nothing, self.kept, path)
+
+    def _layout(self, make: Callable[..., Tensor], *key: Any) -> Tensor:
         if key not in self._layouts:
-            self._layouts[key] = kernels.make_layout(self.mask, *key)
+            self._layouts[key] = make(self.mask, *key)
         return self._layouts[key]
 
     def _bits(self) -> Tensor:

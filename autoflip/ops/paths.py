@@ -27,6 +27,9 @@ PATHS = ("auto", "sparse", "dense")
 LEAST_WORK = 400_000
 # seconds that a layer takes to check what it hands to a kernel, more than for the dense product (Zen 4)
 CHECKS = 3e-6
+# density below which a rule takes the kernels for blocks where all of the sparse ones would run: at 0.1 and less they
+# were as fast or faster at every weight and batch tried, 200x200 to 4096x4096 at 16 and 64 rows (Zen 4, 1 thread)
+BLOCK_DENSITY = 0.15
 # entries of a weight from which the kernels for few rows were never slower than the dense path (Zen 4, 1 thread)
 LEAST_READ = 1 << 15
 # step -> (least rows of x, density below which the kernel was at least 10 % faster than torch 2.13's dense float32
@@ -49,12 +52,12 @@ def bucket(n_rows: int) -> int:
     return min(512, 1 << max(0, n_rows - 1).bit_length())
 
 
-def chunk(n_rows: int, density: float) -> int:
+def chunk(n_rows: int, density: float, letter: str = "s") -> int:
     """Return the layout's columns a chunk: as many as keep what they are multiplied by in the first-level cache.
 
-    The fewer of them are kept, the more are needed to fill a loop.
+    The fewer of them are kept, the more are needed to fill a loop. Blocks of 16 rows meet 16 samples at a time.
     """
-    if n_rows <= 16 or density < 0.03:
+    if n_rows <= 16 or density < 0.03 or letter == "t":
         return 512
     return 256 if n_rows <= 32 or density < 0.07 else 128
 
@@ -89,30 +92,34 @@ def rule(n_rows: int, out_features: int, in_features: int, density: float, *, st
     return "sparse" if density < limit else "dense"
 
 
-def letters(mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor], *, timed: bool) -> str:
-    """Return one letter a step (forward, dx, dw) for the CPU kernel: s = sparse, d = dense; or "fff", for few rows.
+def letters(
+    mask: Tensor, kept: int, n_rows: int, block: str, make: Callable[[str], kernels.Parts], *, timed: bool
+) -> str:
+    """Return the path of the CPU kernels, see :class:`autoflip.ops._masked_kernels.Parts`.
 
     Args:
         mask: ``(O, K)``, contiguous bool on the CPU.
         kept: its kept entries.
         n_rows: a :func:`bucket`.
-        layout: makes the mask's layout for ``chunk`` and ``back``.
+        block: the letter of the kernels for its blocks, or "".
+        make: path -> what it takes.
         timed: whether a trial may run, or what one found be used.
     """
     rows, cols = mask.shape
     density = kept / mask.numel() if mask.numel() else 1.0
     if not (timed and trials.enabled()):
-        return "".join(rule(n_rows, rows, cols, density, step=step)[0] for step in kernels.STEPS)
+        found = "".join(rule(n_rows, rows, cols, density, step=step)[0] for step in kernels.STEPS)
+        return 3 * block if block and found == "sss" and density < BLOCK_DENSITY else found
     if kept == 0 or kept == mask.numel():
         return "ddd"
     key = (
         f"masked_linear {rows}x{cols} n{n_rows} density {trials.near(density)} "
-        f"rows {_rows_together(mask, kept):.1f} threads {torch.get_num_threads()}"
+        f"rows {kernels.HEIGHTS[block] if block else _rows_together(mask, kept):.1f} threads {torch.get_num_threads()}"
     )
-    ways, whole = _ways(mask, kept, n_rows, layout)
+    ways, whole = _ways(mask, n_rows, make)
     found = "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
-    # "sss" is one call back: the least of autograd's cost, which is most of a small layer's
-    candidates = ["ddd", found, "sss"]
+    # three sparse steps are one call back: the least of autograd's cost, which is most of a small layer's
+    candidates = ["ddd", found, "sss", *([3 * block] if block else [])]
     if n_rows <= kernels.FEW:
         # a large weight is read as often as by the dense products, but the dense path also looks at it and masks dw
         candidates.insert(0 if mask.numel() >= LEAST_READ else 1, "fff")
@@ -133,7 +140,7 @@ def _rows_together(mask: Tensor, kept: int) -> float:
 
 
 def _ways(
-    mask: Tensor, kept: int, n_rows: int, layout: Callable[[], Tensor]
+    mask: Tensor, n_rows: int, make: Callable[[str], kernels.Parts]
 ) -> tuple[dict[str, dict[str, Callable[[], object]]], Callable[[str], object]]:
     """Return step -> its two ways, and a training step along a path."""
     rows, cols = mask.shape
@@ -145,8 +152,7 @@ def _ways(
             g = torch.Generator().manual_seed(0)
             x, dy = torch.randn(n_rows, cols, generator=g), torch.randn(n_rows, rows, generator=g)
             w = weights.select(torch.randn(rows, cols, generator=g), mask)
-            parts = kernels.Parts(mask, layout(), chunk(n_rows, kept / mask.numel()), mask.new_empty(0), kept, "sss")
-            made["case"] = (x, dy, w, parts, torch.zeros(rows, cols))
+            made["case"] = (x, dy, w, make("sss"), torch.zeros(rows, cols))
         return made["case"]  # type: ignore[return-value]
 
     def forward() -> object:
@@ -180,10 +186,7 @@ def _ways(
         hooked.register_hook(weights.gradient_hook(mask))
         return x.detach().requires_grad_(), w.detach().requires_grad_(), hooked, w.new_zeros(rows).requires_grad_()
 
-    @cache
-    def parts_of(path: str) -> kernels.Parts:
-        parts = case()[3]._replace(path=path)
-        return parts._replace(layout=kernels.make_bits(mask)) if path == "fff" else parts
+    parts_of = cache(make)
 
     def whole(path: str) -> object:
         dy = case()[1]

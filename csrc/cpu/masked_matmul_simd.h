@@ -140,7 +140,7 @@ void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t cols, f
 }
 #else
 template <bool Pad>
-void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t cols, float* out,
+__attribute__((noinline)) void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t cols, float* out,
                int64_t out_stride) {
   int64_t c = 0;
 #if defined(__AVX2__)
