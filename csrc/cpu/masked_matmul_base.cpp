@@ -4,4 +4,4 @@ namespace autoflip {
 extern const MaskedMatmul masked_matmul_base = {
     forward_scratch, backward_scratch, packs, forward, backward, select, is_clean, outer, outer_scratch};
 extern const MaskedBlocks masked_blocks_base = kMaskedBlocks;
-}
+}  // namespace autoflip

@@ -140,8 +140,8 @@ void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t cols, f
 }
 #else
 template <bool Pad>
-__attribute__((noinline)) void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t cols, float* out,
-               int64_t out_stride) {
+__attribute__((noinline)) void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t cols,
+                                         float* out, int64_t out_stride) {
   int64_t c = 0;
 #if defined(__AVX2__)
   for (; c + 8 <= cols; c += 8) {
