@@ -97,6 +97,15 @@ int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t out, int64_t samples,
                                   squared, most_alive, threads);
 }
 
+int64_t dense_pull_back(const Addresses& d, uintptr_t w, uintptr_t gate, uintptr_t out, int64_t samples,
+                        int64_t outputs, int64_t columns, bool squared, int threads) {
+  int64_t factors = static_cast<int64_t>(d.size());
+  threads = threads_for(factors * samples * outputs * columns / 16, threads);
+  std::vector<const float*> values = pointers(d);
+  return kernels().dense_pull_back(values.data(), at<float>(w), at<float>(gate), at<float>(out), factors,
+                                   samples, outputs, columns, squared, threads);
+}
+
 void rademacher(uint64_t seed, uint64_t stream, uintptr_t out, int64_t count, int threads) {
   kernels().rademacher(seed, stream, at<float>(out), count, threads_for(count, threads));
 }
@@ -110,6 +119,7 @@ void bind_hessian(pybind11::module_& m) {
   m.def("sequence_squares", sequence_squares, "returns the multiply-adds that ran", release());
   m.def("squared_matmul", squared_matmul,
         "returns the multiply-adds that ran; -1: too few zeros, nothing ran", release());
+  m.def("dense_pull_back", dense_pull_back, "returns the multiply-adds that ran", release());
   m.def("rademacher", rademacher, release());
 }
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # draws -> rows dealt, by samples of the batch
 _BUDGET = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
 # rows of one sample; two orthogonal draws err less than four independent ones
-_MOST, _MOST_FLAT = 4, 2
+_MOST = 4
 # samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
 _MOST_ALIKE = 0.6
 _LEAST_SAMPLES = 32  # of fewer a draw each costs little more than the calls it makes
@@ -54,19 +55,22 @@ def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
         most: rows of one sample, a power of two.
         chance: uniform in [0, 1): where the sampling begins.
     """
-    w, order = weight.sort(descending=True)
-    due = (w * (budget / float(w.sum()))).clamp(max=most)
+    # in numpy: some twenty operations on a few hundred numbers, a torch call takes longer than each of them
+    w = weight.numpy()
+    order = np.argsort(-w, kind="stable")
+    due = np.minimum(w[order] * (budget / w.sum()), most)
     light = due < 1
-    place = ((due * light).cumsum(0) + chance).floor()  # a row for every whole number that is passed
-    passed = place.diff(prepend=place.new_zeros(1))
-    rows = torch.where(light, passed, due.clamp(min=1).log2().floor().exp2()).to(torch.int64)
-    scale = torch.where(light, due.clamp(min=torch.finfo(w.dtype).tiny), rows.clamp(min=1).to(w.dtype)).rsqrt()
-    ends = rows.cumsum(0)
-    turns = torch.arange(int(ends[-1])) - (ends - rows).repeat_interleave(rows)
-    return Rows(order.repeat_interleave(rows), turns, scale.repeat_interleave(rows))
+    place = np.floor(np.cumsum(due * light) + chance)  # a row for every whole number that is passed
+    passed = np.diff(place, prepend=0.0)
+    count = np.where(light, passed, np.exp2(np.floor(np.log2(np.maximum(due, 1))))).astype(np.int64)
+    scale = np.where(light, np.maximum(due, np.finfo(w.dtype).tiny), np.maximum(count, 1)) ** -0.5
+    ends = np.cumsum(count)
+    turns = np.arange(ends[-1]) - np.repeat(ends - count, count)
+    parts = np.repeat(order, count), turns, np.repeat(scale, count)
+    return Rows(*(torch.from_numpy(part) for part in parts))
 
 
-def rows_for(weight: Tensor, draws: int, factors: int, *, flat: bool) -> Rows | None:
+def rows_for(weight: Tensor, draws: int, factors: int) -> Rows | None:
     """Return the rows that ``draws`` a sample are worth, None where dealing saves nothing: every sample gets its draws.
 
     That is where there are few samples, or all carry much alike, or many draws to average. Draws one number from
@@ -76,12 +80,11 @@ def rows_for(weight: Tensor, draws: int, factors: int, *, flat: bool) -> Rows | 
         weight: ``(N,)``: ``h_n``.
         draws: wanted of every sample.
         factors: columns of ``S_n``; as many orthogonal draws are exact.
-        flat: whether all layers are dense, so that a sample's rows share a pass.
     """
     h = weight.detach().double().cpu()
     if draws not in _BUDGET or len(h) < _LEAST_SAMPLES or effective(h) > _MOST_ALIKE * len(h):
         return None
-    most = min(_MOST_FLAT if flat else _MOST, power_from(draws) * (1 if flat else 2), power_from(factors))
+    most = min(_MOST, 2 * power_from(draws), power_from(factors))
     return deal(h, _BUDGET[draws] * len(h), most, float(torch.rand(())))
 
 

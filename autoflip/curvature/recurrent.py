@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from autoflip.curvature.layers import Layer
+from autoflip.curvature.layer import Layer
 
 
 class Projection(Layer):

@@ -19,10 +19,14 @@ for _name in ("squared_matmul", "sequence_squares", "conv_squares", "rademacher"
     backend.register(_name, "cpp", "cuda", "triton", optional=True, asked=("cuda",))
 # on a GPU torch's dense product is as good: values behind max-pooling are scattered first
 backend.register("conv_pull_back", "cpp", optional=True)
+# there torch's product reads the weight once, too
+backend.register("dense_pull_back", "cpp", optional=True)
 
 # with more of d alive the matrix product of materialised squares is faster (N 256, O 200, K 784, one Zen 4 thread:
 # 0.80 ms at any density, the kernel 0.71 at 0.6 and 0.44 at 0.3)
 _MOST_ALIVE = 0.65
+
+_FEW = 3
 
 _HOMES = {"cpp": "_C", "cuda": "_cuda"}
 
@@ -182,6 +186,20 @@ def conv_pull_back(
     return out, 2 * kernels.conv_pull_back(*pointers, sizes, torch.get_num_threads())
 
 
+def dense_pull_back(d: list[Tensor], weight: Tensor, gate: Tensor | None, squared: bool) -> tuple[Tensor, int]:
+    """See hessian.dense_pull_back."""
+    (n, o), k = d[0].shape, weight.shape[1]
+    # a few factors have too little to do with each weight that is loaded, a matrix product has all samples
+    kernels = _extension(backend.serve("dense_pull_back", weight.device), weight) if len(d) >= _FEW else None
+    if kernels is None:
+        factors = d[0].unsqueeze(0) if len(d) == 1 else torch.stack(d)
+        return reference.dense_pull_back(factors, weight, gate, squared), 2 * len(d) * n * o * k
+    out = weight.new_empty((n, k) if squared else (len(d), n, k))
+    pointers = ([one.data_ptr() for one in d], weight.data_ptr(), 0 if gate is None else gate.data_ptr())
+    ran = kernels.dense_pull_back(*pointers, out.data_ptr(), n, o, k, squared, torch.get_num_threads())
+    return out, 2 * ran
+
+
 def positions(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Pair:
     """Return a convolution's output height and width from its input's."""
     height, width = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
@@ -218,8 +236,9 @@ _lib.define(
     "conv_pull_back(Tensor[] d, Tensor weight, int[] input_size, Tensor at, int[] stride, int[] padding,"
     " int[] dilation, int groups) -> (Tensor, Tensor)"
 )
+_lib.define("dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False) -> (Tensor, Tensor)")
 for _device in ("CPU", "CUDA"):
-    for _op in (conv_pull_back, squared_matmul, sequence_squares, conv_squares):
+    for _op in (conv_pull_back, dense_pull_back, squared_matmul, sequence_squares, conv_squares):
         _lib.impl(_op.__name__, _counted(_op), _device)
 
 
@@ -253,8 +272,22 @@ def _(d: list[Tensor], weight: Tensor, input_size: list[int], *rest: Any) -> tup
     return weight.new_empty(len(d), len(d[0]), *input_size), torch.empty((), dtype=torch.int64)
 
 
+@torch.library.register_fake("autoflip::dense_pull_back", lib=_lib)
+def _(
+    d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False
+) -> tuple[Tensor, Tensor]:
+    size = len(d[0]), weight.shape[1]
+    return weight.new_empty(size if squared else (len(d), *size)), torch.empty((), dtype=torch.int64)
+
+
 _OPS = torch.ops.autoflip
-_COUNTED = (_OPS.squared_matmul, _OPS.sequence_squares, _OPS.conv_squares, _OPS.conv_pull_back)
+_COUNTED = (
+    _OPS.squared_matmul,
+    _OPS.sequence_squares,
+    _OPS.conv_squares,
+    _OPS.conv_pull_back,
+    _OPS.dense_pull_back,
+)
 
 
 @register_flop_formula([*_COUNTED], get_raw=True)

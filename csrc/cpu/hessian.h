@@ -35,6 +35,11 @@ struct HessianKernels {
   // and does nothing when more than the share `most_alive` of d is not zero.
   int64_t (*squared_matmul)(const float* d, const float* a, float* out, int64_t samples, int64_t outputs,
                             int64_t columns, bool squared, float most_alive, int threads);
+  // out[q, n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[n, k] > 0), gate may be null; `squared`: out[n, k] is the
+  // sum over q of their squares. Returns the multiply-adds that ran.
+  int64_t (*dense_pull_back)(const float* const* d, const float* w, const float* gate, float* out,
+                             int64_t factors, int64_t samples, int64_t outputs, int64_t columns, bool squared,
+                             int threads);
   // out[i] = +-1, bit i % 64 of SplitMix64's word i / 64
   void (*rademacher)(uint64_t seed, uint64_t stream, float* out, int64_t count, int threads);
 };
