@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from autoflip import ops
+from autoflip.curvature.deal import Rows
 from autoflip.curvature.layer import Layer, squares_of
 
 _RESHAPES = ("View", "UnsafeView", "ReshapeAlias")
@@ -24,11 +25,11 @@ _RESHAPES = ("View", "UnsafeView", "ReshapeAlias")
 class Chained(Layer):
     gate: Tensor | None = None  # what ReLU left of the output of the layer before, shaped like this one's input
 
-    def only(self, samples: Tensor) -> None:
-        """See these samples as the batch from here on; one may come twice."""
-        self.x = self.input()[samples]
+    def only(self, rows: Rows) -> None:
+        """See these rows as the batch from here on."""
+        self.x = self.input()[rows.samples]
         self.version = self.x._version
-        self.gate = None if self.gate is None else self.gate[samples]
+        self.gate = None if self.gate is None else self.gate[rows.samples]
 
     def _find(self, node: Any, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
         """Walk from what was read back to the layer that wrote it, past reshapes and one ReLU."""
@@ -51,6 +52,16 @@ class Linear(Chained):
 
     squared: Tensor | None = None  # (N, O): all factors share the input's square, so theirs are added up first
     weight: Tensor  # that ran: a masked layer's is not its parameter
+    places: Tensor | None = None  # in x, of the rows that gradients have: a sample's rows share its input
+
+    def only(self, rows: Rows) -> None:
+        """See these rows as the batch from here on."""
+        if self.x.dim() > 2 or len(rows.seen) == len(rows.samples):
+            super().only(rows)
+            return
+        self.x, self.places = self.input()[rows.seen], rows.places
+        self.version = self.x._version
+        self.gate = None if self.gate is None else self.gate[rows.samples]
 
     def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
         """Find who wrote what the product read."""
@@ -83,6 +94,8 @@ class Linear(Chained):
         """Yield as every layer does; one product serves all factors."""
         self.flush()
         squared, self.squared = self.squared, None
+        if squared is not None and self.places is not None:
+            squared = squared.new_zeros(len(self.x), squared.shape[1]).index_add_(0, self.places, squared)
         for i, rows in enumerate(self.segments if squared is not None else ()):
             assert squared is not None
             d = squared[rows]
@@ -124,11 +137,11 @@ class Conv(Chained):
             return
         self._find(self.node.next_functions[0][0], others, readers)
 
-    def only(self, samples: Tensor) -> None:
-        """See these samples as the batch from here on."""
-        super().only(samples)
-        self.at = None if self.at is None else self.at[samples]
-        self.kept = None if self.kept is None else self.kept[samples]
+    def only(self, rows: Rows) -> None:
+        """See these rows as the batch from here on."""
+        super().only(rows)
+        self.at = None if self.at is None else self.at[rows.samples]
+        self.kept = None if self.kept is None else self.kept[rows.samples]
 
     @property
     def dense(self) -> bool:

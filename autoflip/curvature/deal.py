@@ -10,14 +10,14 @@ it would go to those that carry little.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 # draws -> rows dealt, by samples of the batch
-_BUDGET = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
+_BUDGET = {1: 0.75, 2: 1.25, 3: 1.5, 4: 1.75}
 # rows of one sample; two orthogonal draws err less than four independent ones
 _MOST = 4
 # samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
@@ -33,11 +33,19 @@ class Rows:
         samples: ``(M,)``, int64: the sample that each row is.
         turns: ``(M,)``, int64: which of its sample's draws it is.
         scale: ``(M,)``, float64: factor of the row's gradient at the output, ``k_n^-1/2`` or ``m_n^-1/2``.
+        seen: ``(U,)``, int64: the samples that have rows, each once, in the rows' order.
+        places: ``(M,)``, int64: where in ``seen`` a row's sample stands.
     """
 
     samples: Tensor
     turns: Tensor
     scale: Tensor
+    seen: Tensor
+    places: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the same on a device."""
+        return Rows(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def effective(weight: Tensor) -> float:
@@ -66,7 +74,8 @@ def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
     scale = np.where(light, np.maximum(due, np.finfo(w.dtype).tiny), np.maximum(count, 1)) ** -0.5
     ends = np.cumsum(count)
     turns = np.arange(ends[-1]) - np.repeat(ends - count, count)
-    parts = np.repeat(order, count), turns, np.repeat(scale, count)
+    seen, places = order[count > 0], np.repeat(np.cumsum(count > 0) - 1, count)
+    parts = np.repeat(order, count), turns, np.repeat(scale, count), seen, places
     return Rows(*(torch.from_numpy(part) for part in parts))
 
 

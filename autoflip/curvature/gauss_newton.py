@@ -115,12 +115,13 @@ class GaussNewton:
         rows = rows_for(self.root.weight, draws, self.root.factors)
         if rows is None:
             return self
-        at = rows.samples.to(self.output.device)
+        rows = rows.to(self.output.device)
         if self.chain is not None:
             self.rows = rows
             for layer in self.chain:
-                layer.only(at)
+                layer.only(rows)
             return self
+        at = rows.samples
         whole, self.output, self.ran = self.output.detach(), self.output.detach(), []  # lets the graph go
         problem = replace(self.problem, inputs=self.problem.inputs[at], target=self.problem.target[at])
         try:
@@ -215,12 +216,11 @@ class GaussNewton:
         return self._mean(range(count), 1 << min(count.bit_length() - 1, _MAX_BLOCK_BITS))
 
     def _dealt_mean(self, rows: Rows) -> list[Diagonal]:
-        turns, at = rows.turns.to(self.output.device), rows.samples.to(self.output.device)
-        signs = self._signs(0, 1)[at]
+        signs = self._signs(0, 1)[rows.samples]
         if (most := int(rows.turns.max()) + 1) > 1:
             block = power_from(most)
-            signs *= _flips(block, signs)[turns].repeat(1, -(-signs.shape[1] // block))[:, : signs.shape[1]]
-        v = self.root.draw(signs, at)
+            signs *= _flips(block, signs)[rows.turns].repeat(1, -(-signs.shape[1] // block))[:, : signs.shape[1]]
+        v = self.root.draw(signs, rows.samples)
         self._chunks(1)
         self._backward(v.mul_(rows.scale.to(v).unsqueeze(1)), [])
         return self._collect({})
