@@ -31,16 +31,6 @@ std::vector<const float*> pointers(const Addresses& d) {
   return values;
 }
 
-int64_t squares(const Addresses& d, uintptr_t x, uintptr_t at_, uintptr_t out, const SquaresShape& shape,
-                bool rows, int threads) {
-  const HessianKernels& k = kernels();
-  threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions(), threads);
-  auto buffer = scratch(k.squares_scratch(shape, threads));
-  std::vector<const float*> values = pointers(d);
-  return k.squares(values.data(), at<float>(x), at<int64_t>(at_), at<float>(out), buffer.get(), shape, rows,
-                   threads);
-}
-
 // entries, samples, outputs, groups, channels, height, width, out_height, out_width, kernel_height,
 // kernel_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w
 using Sizes = std::array<int64_t, 17>;
@@ -68,7 +58,13 @@ SquaresShape shape_of(const Addresses& d, const Sizes& s) {
 
 int64_t conv_squares(const Addresses& d, uintptr_t x, uintptr_t at_, uintptr_t out, const Sizes& sizes,
                      int threads) {
-  return squares(d, x, at_, out, shape_of(d, sizes), false, threads);
+  const HessianKernels& k = kernels();
+  SquaresShape shape = shape_of(d, sizes);
+  threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions(), threads);
+  auto buffer = scratch(k.squares_scratch(shape, threads));
+  std::vector<const float*> values = pointers(d);
+  return k.squares(values.data(), at<float>(x), at<int64_t>(at_), at<float>(out), buffer.get(), shape,
+                   threads);
 }
 
 int64_t conv_pull_back(const Addresses& d, uintptr_t weight, uintptr_t at_, uintptr_t dx, const Sizes& sizes,
@@ -82,12 +78,14 @@ int64_t conv_pull_back(const Addresses& d, uintptr_t weight, uintptr_t at_, uint
                      threads);
 }
 
-int64_t sequence_squares(const Addresses& d, uintptr_t u, uintptr_t out, int64_t samples, int64_t outputs,
-                         int64_t positions, int64_t columns, int threads) {
-  int64_t factors = static_cast<int64_t>(d.size());
-  SquaresShape shape = {factors, samples, outputs, 1, columns, positions, 1, positions, 1,
-                        1,       1,       1,       1, 0,       0,         1, 1,         positions};
-  return squares(d, u, 0, out, shape, true, threads);
+// sizes: samples, outputs, positions, columns, then the strides as StepsShape has them
+int64_t sequence_squares(const Addresses& d, uintptr_t u, uintptr_t out, const std::array<int64_t, 9>& sizes,
+                         int threads) {
+  const auto& s = sizes;
+  StepsShape shape = {static_cast<int64_t>(d.size()), s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
+  threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions, threads);
+  std::vector<const float*> values = pointers(d);
+  return kernels().sequence_squares(values.data(), at<float>(u), at<float>(out), shape, threads);
 }
 
 int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t out, int64_t samples, int64_t outputs,

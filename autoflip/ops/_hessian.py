@@ -111,20 +111,23 @@ def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, int]:
         from autoflip.kernels import hessian
 
         one, (p, k) = (1, 1), u.shape[1:]
-        image = u.transpose(1, 2).unsqueeze(3)  # positions are an image's rows
+        image = u.contiguous().transpose(1, 2).unsqueeze(3)  # positions are an image's rows
         out = hessian.conv_squares(torch.stack(d), image, (p, 1), one, one, (0, 0), one, 1, (p * k, 1, k, 0))
         return out, full
     if (kernels := _extension(served, u)) is None:
         return reference.sequence_squares(torch.stack(d), u), full
     if served == "cuda":
-        image, (p, k) = u.transpose(1, 2).unsqueeze(3), u.shape[1:]  # positions are an image's rows
+        image, (p, k) = u.contiguous().transpose(1, 2).unsqueeze(3), u.shape[1:]  # positions are an image's rows
         image = image.as_strided(image.shape, (p * k, 1, k, 0))
         return _cuda_conv(kernels, torch.stack(d), image, (p, 1), [1, 1, 1, 1, 0, 0, 1, 1], 1), full
+    if u.stride(2) != 1:
+        u = u.contiguous()
+    if any(one.stride() != d[0].stride() for one in d):
+        d = [one.contiguous() for one in d]
     out = u.new_empty(d[0].shape[1], u.shape[2])
+    sizes = (*d[0].shape, u.shape[2], *d[0].stride(), *u.stride()[:2])
     factors = [one.data_ptr() for one in d]
-    ran = kernels.sequence_squares(
-        factors, u.data_ptr(), out.data_ptr(), *d[0].shape, u.shape[2], torch.get_num_threads()
-    )
+    ran = kernels.sequence_squares(factors, u.data_ptr(), out.data_ptr(), sizes, torch.get_num_threads())
     return out, 2 * ran
 
 

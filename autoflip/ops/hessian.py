@@ -58,7 +58,7 @@ def sequence_squares(d: Factors, u: Tensor) -> Tensor:
 
     Args:
         d: Q tensors ``(N, O, P)`` (or one ``(Q, N, O, P)``), floating: Q factors' gradients at the output of a layer
-            that serves P positions.
+            that serves P positions. Views of tensors with another order of axes are fine, like ``u``'s.
         u: ``(N, P, K)``, dtype and device of ``d``, the layer's input at each position.
 
     Returns:
@@ -67,16 +67,16 @@ def sequence_squares(d: Factors, u: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * Q * N * O * P * K`` FLOPs, less where the C++ kernel skips positions at which ``d`` is zero.
+    Cost: ``2 * Q * N * O * P * K`` FLOPs.
     """
-    d = _factors("sequence_squares", d)
+    d = _factors("sequence_squares", d, contiguous=False)
     _check_pair("sequence_squares", "d", d[0], 3, "u", u, 3)
     if (d[0].shape[0], d[0].shape[2]) != (u.shape[0], u.shape[1]):
         raise ValueError(
             f"sequence_squares: d has {len(d)} factors (N, O, P) of shape {tuple(d[0].shape)} and u (N, P, K) has "
             f"{tuple(u.shape)}; samples N and positions P must agree. Is u still (N, K, P)? Then transpose it."
         )
-    u = u.detach().contiguous()
+    u = u.detach()
     return (torch.ops.autoflip.sequence_squares.default(d, u) if _traced() else _hessian.sequence_squares(d, u))[0]
 
 
@@ -261,8 +261,8 @@ def rademacher(
     return reference.rademacher(seed, stream, tuple(shape)).to(device, dtype)
 
 
-def _factors(op: str, d: Factors) -> list[Tensor]:
-    factors = [one.detach().contiguous() for one in d]
+def _factors(op: str, d: Factors, *, contiguous: bool = True) -> list[Tensor]:
+    factors = [one.detach().contiguous() if contiguous else one.detach() for one in d]
     if not factors or any(one.shape != factors[0].shape or one.dtype != factors[0].dtype for one in factors):
         got = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in factors[:4])
         raise ValueError(f"{op}: d holds {len(factors)} factors ({got}); wanted one or more of one shape and dtype")
