@@ -7,6 +7,7 @@
 #include "bindings.h"
 #include "common/cpu.h"
 #include "cpu/hessian.h"
+#include "cpu/softmax_draw.h"
 
 namespace autoflip {
 namespace {
@@ -108,6 +109,14 @@ void rademacher(uint64_t seed, uint64_t stream, uintptr_t out, int64_t count, in
   kernels().rademacher(seed, stream, at<float>(out), count, threads_for(count, threads));
 }
 
+void draw(uintptr_t f, uintptr_t scale, uintptr_t signs, uintptr_t out, int64_t rows, int64_t classes) {
+  softmax_draw(at<float>(f), at<float>(scale), at<float>(signs), at<float>(out), rows, classes);
+}
+
+void weight(uintptr_t f, uintptr_t scale, uintptr_t out, int64_t rows, int64_t classes) {
+  softmax_weight(at<float>(f), at<float>(scale), at<double>(out), rows, classes);
+}
+
 }  // namespace
 
 void bind_hessian(pybind11::module_& m) {
@@ -118,6 +127,8 @@ void bind_hessian(pybind11::module_& m) {
   m.def("squared_matmul", squared_matmul,
         "returns the multiply-adds that ran; -1: too few zeros, nothing ran", release());
   m.def("dense_pull_back", dense_pull_back, "returns the multiply-adds that ran", release());
+  m.def("softmax_draw", draw, release());
+  m.def("softmax_weight", weight, release());
   m.def("rademacher", rademacher, release());
 }
 

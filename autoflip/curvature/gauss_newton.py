@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
@@ -218,8 +218,7 @@ class GaussNewton:
     def _dealt_mean(self, rows: Rows) -> list[Diagonal]:
         signs = self._signs(0, 1)[rows.samples]
         if (most := int(rows.turns.max()) + 1) > 1:
-            block = power_from(most)
-            signs *= _flips(block, signs)[rows.turns].repeat(1, -(-signs.shape[1] // block))[:, : signs.shape[1]]
+            signs *= _flips(power_from(most), signs.shape[1]).to(signs)[rows.turns]
         v = self.root.draw(signs, rows.samples)
         self._chunks(1)
         self._backward(v.mul_(rows.scale.to(v).unsqueeze(1)), [])
@@ -250,7 +249,7 @@ class GaussNewton:
         stream, row = divmod(draw, block)
         signs = ops.rademacher(self.seed, stream, self.shape, dtype=torch.promote_types(v.dtype, torch.float32))
         if row:
-            flips = _flips(block, signs)[row]
+            flips = _flips(block, block).to(signs)[row]
             signs *= flips.repeat(-(-signs.numel() // block))[: signs.numel()].view(signs.shape)
         return signs.to(v.device)
 
@@ -300,9 +299,11 @@ def _forward(problem: Problem, chunk: int) -> tuple[Tensor, list[Layer]]:
         return problem.output(), ran
 
 
-def _flips(block: int, like: Tensor) -> Tensor:
-    """Return a Hadamard matrix: signs, its rows are orthogonal."""
-    return like.new_tensor([[1 - 2 * ((i & row).bit_count() & 1) for i in range(block)] for row in range(block)])
+@lru_cache(maxsize=16)
+def _flips(block: int, width: int) -> Tensor:
+    """Return ``(block, width)`` signs: a Hadamard matrix, whose rows are orthogonal, beside itself."""
+    rows = [[1.0 - 2 * ((i & row).bit_count() & 1) for i in range(block)] for row in range(block)]
+    return torch.tensor(rows).repeat(1, -(-width // block))[:, :width]
 
 
 def _close(got: Tensor, want: Tensor) -> bool:

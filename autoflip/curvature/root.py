@@ -186,36 +186,21 @@ def _softmax_scale(problem: Problem, f: Tensor, dim: int) -> Tensor | None:
 
 
 def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
-    """Factor ``scale (diag p - p p^T)`` by Cholesky, likeliest class first (closed form of Tanabe and Sagae, 1992).
-
-    Where two classes compete, as in a trained model, the first column is nearly all there is: a draw of signs then
-    has next to no variance, while the symmetric root's columns would cancel or add up at random.
-    """
-    p, order = f.detach().softmax(dim).sort(dim, descending=True)
-    tail = p.flip(dim).cumsum(dim).flip(dim)  # sums of small numbers first: 1 - cumsum would cancel
+    """Factor ``scale (diag p - p p^T)`` by Cholesky (:func:`ops.softmax_factor`)."""
     classes = f.shape[dim]
-    zero = torch.zeros_like(p.narrow(dim, 0, 1))
-    after = torch.cat([tail.narrow(dim, 1, classes - 1), zero], dim)
-    tiny = torch.finfo(p.dtype).tiny
-    size = scale.sqrt()
-    here = size * (p * after / tail.clamp(min=tiny)).sqrt()
-    below = size * (p / (tail * after).clamp(min=tiny)).sqrt()
 
     def draw(signs: Tensor, rows: Tensor | None) -> Tensor:
-        parts = (here, below, p, order)
-        first, later, likely, places = parts if rows is None else (part[rows] for part in parts)
-        s, before = first * signs, (later * signs).narrow(dim, 0, classes - 1).cumsum(dim)
-        s.narrow(dim, 1, classes - 1).addcmul_(likely.narrow(dim, 1, classes - 1), before, value=-1)
-        return torch.empty_like(s).scatter_(dim, places, s)
+        return ops.softmax_draw(f if rows is None else f[rows], scale if rows is None else scale[rows], signs, dim)
 
     def columns() -> Iterator[Tensor]:
+        here, below, p, order = ops.softmax_factor(f, scale, dim)
         for c in range(classes - 1):
             column = -p * below.narrow(dim, c, 1)
             column.narrow(dim, 0, c).zero_()
             column.narrow(dim, c, 1).copy_(here.narrow(dim, c, 1))
             yield from _one_position_each(torch.empty_like(p).scatter_(dim, order, column), dim)
 
-    weight = (2 * scale * p * after).flatten(1).sum(1)  # 1 - sum p^2 would cancel, too
+    weight = ops.softmax_weight(f, scale, dim)
     return Root((classes - 1) * (f[0].numel() // classes), weight, draw, columns)
 
 

@@ -40,3 +40,8 @@ from autoflip.ops.masked_matmul import zero_pruned as zero_pruned
 from autoflip.ops.recurrent import RecurrentPack as RecurrentPack
 from autoflip.ops.recurrent import masked_recurrent as masked_recurrent
 from autoflip.ops.recurrent import recurrent_here as recurrent_here
+
+# softmax
+from autoflip.ops.softmax import softmax_draw as softmax_draw
+from autoflip.ops.softmax import softmax_factor as softmax_factor
+from autoflip.ops.softmax import softmax_weight as softmax_weight

@@ -1,0 +1,100 @@
+"""Factors of softmax's second derivative ``scale (diag p - p p^T)``, row by row, likeliest class first.
+
+Where two classes compete, as in a trained model, the first column is nearly all there is: a draw of signs then has
+next to no variance, while the symmetric root's columns would cancel or add up at random. Nothing here is differentiable.
+
+Source: the closed form of the Cholesky factor of Tanabe and Sagae, "An exact Cholesky decomposition and the generalized
+inverse of the variance-covariance matrix of the multinomial distribution", JRSS B 1992.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoflip.ops import backend, reference
+
+__all__ = ["softmax_draw", "softmax_factor", "softmax_weight"]
+
+backend.register("softmax_draw", "cpp", optional=True)
+
+
+def softmax_factor(f: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``S`` with ``S S^T = scale (diag p - p p^T)``, ``p = softmax(f, dim)``, in its closed form.
+
+    Args:
+        f: logits, ``(N, ..., classes, ...)``, floating.
+        scale: like ``f`` with 1 class, no entry below 0.
+        dim: of the classes.
+
+    Returns:
+        ``(here, below, p, order)`` like ``f``, classes sorted by ``order``: column c of S is ``here[c]`` at c,
+        ``-p[i] below[c]`` at each later i, and 0 at earlier ones.
+    """
+    return reference.softmax_factor(f, scale, dim)
+
+
+def softmax_draw(f: Tensor, scale: Tensor, signs: Tensor, dim: int = 1) -> Tensor:
+    """Return ``S signs`` for :func:`softmax_factor`'s S, at each row and position.
+
+    Args:
+        f: logits, floating.
+        scale: like ``f`` with 1 class.
+        signs: like ``f``: one for each column, likeliest class first.
+        dim: of the classes.
+
+    Returns:
+        Like ``f``, classes in its order.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check("softmax_draw", f, scale, dim)
+    if signs.shape != f.shape:
+        raise ValueError(f"softmax_draw: signs have shape {tuple(signs.shape)}, f {tuple(f.shape)}; wanted the same")
+    if (kernels := _kernels(f)) is None:
+        return reference.softmax_draw(f, scale, signs, dim)
+    f, scale, signs = f.detach().contiguous(), scale.to(f).contiguous(), signs.to(f).contiguous()
+    out = torch.empty_like(f)
+    kernels.softmax_draw(f.data_ptr(), scale.data_ptr(), signs.data_ptr(), out.data_ptr(), *f.shape)
+    return out
+
+
+def softmax_weight(f: Tensor, scale: Tensor, dim: int = 1) -> Tensor:
+    """Return the trace of ``scale (diag p - p p^T)`` a row: ``sum scale (1 - sum p^2)`` over positions.
+
+    Args:
+        f: logits, floating.
+        scale: like ``f`` with 1 class.
+        dim: of the classes.
+
+    Returns:
+        ``(N,)``, floating; small values are as exact as large ones.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check("softmax_weight", f, scale, dim)
+    if (kernels := _kernels(f)) is None:
+        return reference.softmax_weight(f, scale, dim)
+    f, scale = f.detach().contiguous(), scale.to(f).contiguous()
+    out = torch.empty(len(f), dtype=torch.float64)
+    kernels.softmax_weight(f.data_ptr(), scale.data_ptr(), out.data_ptr(), *f.shape)
+    return out
+
+
+def _check(op: str, f: Tensor, scale: Tensor, dim: int) -> None:
+    wanted = (*f.shape[:dim], 1, *f.shape[dim + 1 :])
+    if tuple(scale.shape) != wanted:
+        raise ValueError(
+            f"{op}: scale has shape {tuple(scale.shape)}; wanted {wanted}: f {tuple(f.shape)} with one class in axis {dim}"
+        )
+
+
+def _kernels(f: Tensor) -> Any:
+    """Return the C++ kernels where they can: float32 rows with at least one class on the CPU."""
+    if f.dim() != 2 or f.dtype != torch.float32 or f.shape[1] == 0:
+        return None
+    return backend.extension("_C")[0] if backend.serve("softmax_draw", f.device) == "cpp" else None
