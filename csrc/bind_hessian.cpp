@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "common/cpu.h"
+#include "cpu/deal.h"
 #include "cpu/hessian.h"
 #include "cpu/softmax_draw.h"
 
@@ -117,6 +118,13 @@ void weight(uintptr_t f, uintptr_t scale, uintptr_t out, int64_t rows, int64_t c
   softmax_weight(at<float>(f), at<float>(scale), at<double>(out), rows, classes);
 }
 
+std::array<int64_t, 2> deal(uintptr_t weight, int64_t samples, double budget, int64_t most, double chance,
+                            const std::array<uintptr_t, 5>& out) {
+  Dealt dealt = deal_rows(at<double>(weight), samples, budget, most, chance, at<int64_t>(out[0]),
+                          at<int64_t>(out[1]), at<double>(out[2]), at<int64_t>(out[3]), at<int64_t>(out[4]));
+  return {dealt.rows, dealt.seen};
+}
+
 }  // namespace
 
 void bind_hessian(pybind11::module_& m) {
@@ -129,6 +137,7 @@ void bind_hessian(pybind11::module_& m) {
   m.def("dense_pull_back", dense_pull_back, "returns the multiply-adds that ran", release());
   m.def("softmax_draw", draw, release());
   m.def("softmax_weight", weight, release());
+  m.def("deal_rows", deal, "returns how many rows and how many samples with rows there are", release());
   m.def("rademacher", rademacher, release());
 }
 

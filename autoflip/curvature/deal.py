@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from autoflip import ops
 
 # draws -> rows dealt, by samples of the batch
 _BUDGET = {1: 0.75, 2: 1.25, 3: 1.5, 4: 1.75}
@@ -50,8 +51,9 @@ class Rows:
 
 def effective(weight: Tensor) -> float:
     """Return how many samples would carry the curvature if all carried alike: ``(sum h)^2 / sum h^2``."""
-    total = float(weight.sum())
-    return total * total / float(weight.square().sum()) if total > 0 else 0.0
+    h = weight.numpy()
+    total = float(h.sum())
+    return total * total / float(h @ h) if total > 0 else 0.0
 
 
 def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
@@ -63,20 +65,7 @@ def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
         most: rows of one sample, a power of two.
         chance: uniform in [0, 1): where the sampling begins.
     """
-    # in numpy: some twenty operations on a few hundred numbers, a torch call takes longer than each of them
-    w = weight.numpy()
-    order = np.argsort(-w, kind="stable")
-    due = np.minimum(w[order] * (budget / w.sum()), most)
-    light = due < 1
-    place = np.floor(np.cumsum(due * light) + chance)  # a row for every whole number that is passed
-    passed = np.diff(place, prepend=0.0)
-    count = np.where(light, passed, np.exp2(np.floor(np.log2(np.maximum(due, 1))))).astype(np.int64)
-    scale = np.where(light, np.maximum(due, np.finfo(w.dtype).tiny), np.maximum(count, 1)) ** -0.5
-    ends = np.cumsum(count)
-    turns = np.arange(ends[-1]) - np.repeat(ends - count, count)
-    seen, places = order[count > 0], np.repeat(np.cumsum(count > 0) - 1, count)
-    parts = np.repeat(order, count), turns, np.repeat(scale, count), seen, places
-    return Rows(*(torch.from_numpy(part) for part in parts))
+    return Rows(*ops.deal_rows(weight, budget, most, chance))
 
 
 def rows_for(weight: Tensor, draws: int, factors: int) -> Rows | None:

@@ -42,6 +42,7 @@ from autoflip.ops.recurrent import masked_recurrent as masked_recurrent
 from autoflip.ops.recurrent import recurrent_here as recurrent_here
 
 # softmax
+from autoflip.ops.softmax import deal_rows as deal_rows
 from autoflip.ops.softmax import softmax_draw as softmax_draw
 from autoflip.ops.softmax import softmax_factor as softmax_factor
 from autoflip.ops.softmax import softmax_weight as softmax_weight

@@ -321,3 +321,20 @@ def _sorted_softmax(f: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     tail = p.flip(dim).cumsum(dim).flip(dim)  # sums of small numbers first: 1 - cumsum would cancel
     after = torch.cat([tail.narrow(dim, 1, f.shape[dim] - 1), torch.zeros_like(p.narrow(dim, 0, 1))], dim)
     return p, order, after, tail
+
+
+def deal_rows(weight: Tensor, budget: float, most: int, chance: float) -> tuple[Tensor, ...]:
+    """See softmax.deal_rows."""
+    w = weight.numpy()
+    order = np.argsort(-w, kind="stable")
+    due = np.minimum(w[order] * (budget / w.sum()), most)
+    light = due < 1
+    place = np.floor(np.cumsum(due * light) + chance)  # a row for every whole number that is passed
+    passed = np.diff(place, prepend=0.0)
+    count = np.where(light, passed, np.exp2(np.floor(np.log2(np.maximum(due, 1))))).astype(np.int64)
+    scale = np.where(light, np.maximum(due, np.finfo(w.dtype).tiny), np.maximum(count, 1)) ** -0.5
+    ends = np.cumsum(count)
+    turns = np.arange(ends[-1]) - np.repeat(ends - count, count)
+    seen, places = order[count > 0], np.repeat(np.cumsum(count > 0) - 1, count)
+    parts = np.repeat(order, count), turns, np.repeat(scale, count), seen, places
+    return tuple(torch.from_numpy(part) for part in parts)

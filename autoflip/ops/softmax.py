@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoflip.ops import backend, reference
 
-__all__ = ["softmax_draw", "softmax_factor", "softmax_weight"]
+__all__ = ["deal_rows", "softmax_draw", "softmax_factor", "softmax_weight"]
 
 backend.register("softmax_draw", "cpp", optional=True)
 
@@ -83,6 +83,42 @@ def softmax_weight(f: Tensor, scale: Tensor, dim: int = 1) -> Tensor:
     out = torch.empty(len(f), dtype=torch.float64)
     kernels.softmax_weight(f.data_ptr(), scale.data_ptr(), out.data_ptr(), *f.shape)
     return out
+
+
+def deal_rows(weight: Tensor, budget: float, most: int, chance: float) -> tuple[Tensor, ...]:
+    """Deal about ``budget`` rows to samples by their weights, most to the heaviest.
+
+    A sample is due ``m = min(budget weight / sum, most)`` rows: from one on it gets k, the power of two below, else one
+    with the chance m (systematic sampling, Madow 1949, begun at ``chance``).
+
+    Args:
+        weight: ``(N,)``, float64 on the CPU, no entry below 0, some above.
+        budget: rows.
+        most: of one sample, a power of two.
+        chance: in [0, 1).
+
+    Returns:
+        ``(samples, turns, scale, seen, places)``: of each row its sample, which of its sample's rows it is, and
+        ``k^-1/2`` or ``m^-1/2``; the samples that have rows, each once; of each row its sample's place among these.
+        int64 but for scale, float64; a sample's rows are next to each other.
+
+    Raises:
+        ValueError: weight is of another dtype, device or shape.
+    """
+    if weight.dtype != torch.float64 or weight.device.type != "cpu" or weight.dim() != 1:
+        raise ValueError(
+            f"deal_rows: weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; wanted torch.float64 (N,) on "
+            "the CPU"
+        )
+    kernels = backend.extension("_C")[0] if backend.serve("softmax_draw", weight.device) == "cpp" else None
+    if kernels is None:
+        return reference.deal_rows(weight, budget, most, chance)
+    weight = weight.contiguous()
+    whole = torch.empty(4, len(weight) * most, dtype=torch.int64).unbind()
+    scale = torch.empty(len(weight) * most, dtype=torch.float64)
+    out = [part.data_ptr() for part in (*whole[:2], scale, *whole[2:])]
+    rows, seen = kernels.deal_rows(weight.data_ptr(), len(weight), budget, most, chance, out)
+    return whole[0][:rows], whole[1][:rows], scale[:rows], whole[2][:seen], whole[3][:rows]
 
 
 def _check(op: str, f: Tensor, scale: Tensor, dim: int) -> None:
