@@ -189,7 +189,9 @@ def conv_pull_back(
     return out, 2 * kernels.conv_pull_back(*pointers, sizes, torch.get_num_threads())
 
 
-def dense_pull_back(d: list[Tensor], weight: Tensor, gate: Tensor | None, squared: bool) -> tuple[Tensor, int]:
+def dense_pull_back(
+    d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False
+) -> tuple[Tensor, int]:
     """See hessian.dense_pull_back."""
     (n, o), k = d[0].shape, weight.shape[1]
     # a few factors have too little to do with each weight that is loaded, a matrix product has all samples
