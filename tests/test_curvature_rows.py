@@ -48,7 +48,7 @@ def test_dense_pull_back_does_not_depend_on_threads():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             results.append(ops.dense_pull_back(d, weight, gate))
-            results.append(ops.sequence_squares(d.transpose(1, 2)[:, :4, :, None].expand(-1, -1, -1, 3), gate[:4, None].expand(-1, 3, -1)))
+            results.append(ops.sequence_squares(d[..., None].expand(-1, -1, -1, 3), gate[:, None].expand(-1, 3, -1)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[2])
@@ -90,7 +90,7 @@ def test_softmax_factor_and_draw(classes, dtype):
     scale = torch.rand(7, 1, generator=g).to(dtype)
     p = f.double().softmax(1)
     want = scale.double()[:, :, None] * (p.diag_embed() - p[:, :, None] * p[:, None, :])
-    columns = [ops.softmax_draw(f, scale, torch.eye(classes)[c].to(f).expand(7, -1).contiguous()) for c in range(classes)]
+    columns = [ops.softmax_draw(f, scale, one.to(f).expand(7, -1)) for one in torch.eye(classes)]
     s = torch.stack(columns, 2).double()
     eps = torch.finfo(dtype).eps
     # the factor's entries are roots: their products are as exact as they are (largest seen: 3 eps)
@@ -128,11 +128,13 @@ def test_dealt_rows_equal_the_reference(budget, most):
 
 
 def dense():
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8, bias=False), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5))
+    tail = nn.Linear(9, 8, bias=False), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), *tail)
 
 
 def maps():
-    return nn.Sequential(nn.Conv2d(3, 4, 2), nn.MaxPool2d(1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5))
+    tail = nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5)
+    return nn.Sequential(nn.Conv2d(3, 4, 2), nn.MaxPool2d(1), nn.ReLU(), *tail)
 
 
 class Skip(nn.Module):

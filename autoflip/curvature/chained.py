@@ -23,6 +23,8 @@ _RESHAPES = ("View", "UnsafeView", "ReshapeAlias")
 
 
 class Chained(Layer):
+    """A layer that finds who wrote what it read."""
+
     gate: Tensor | None = None  # what ReLU left of the output of the layer before, shaped like this one's input
 
     def only(self, rows: Rows) -> None:

@@ -35,8 +35,8 @@ class Root:
     Attributes:
         factors: columns of ``S`` that a sample has.
         weight: ``(rows,)``, each row's trace of ``S S^T``.
-        draw: (signs, rows) -> ``S @ signs``, whose expected outer product is ``H_out``; signs are shaped like the output,
-            or like those of its rows that are named, which may come twice.
+        draw: (signs, rows) -> ``S @ signs``, whose expected outer product is ``H_out``; signs are shaped like the
+            output, or like those of its rows that are named, which may come twice.
         columns: the columns of all samples side by side, each shaped like the output.
     """
 
@@ -127,7 +127,7 @@ def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
 def _labels(y: Tensor, classes: int, ignored: int) -> bool:
     """Whether all are classes, and none is one that is left out."""
     low, high = (int(v) for v in y.aminmax())
-    return 0 <= low and high < classes and not low <= ignored <= high
+    return low >= 0 and high < classes and not low <= ignored <= high
 
 
 def _hvp(problem: Problem, f: Tensor) -> Callable[[Tensor], Tensor]:

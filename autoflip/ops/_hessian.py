@@ -196,8 +196,12 @@ def dense_pull_back(
     (n, o), k = d[0].shape, weight.shape[1]
     # a few factors have too little to do with each weight that is loaded, a matrix product has all samples
     kernels = _extension(backend.serve("dense_pull_back", weight.device), weight) if len(d) >= _FEW else None
+    if kernels is None and len(d) == 1:
+        v = d[0] @ weight
+        v = v if gate is None else torch.ops.aten.threshold_backward(v, gate, 0)
+        return v.square() if squared else v.unsqueeze(0), 2 * n * o * k
     if kernels is None:
-        factors = d[0].unsqueeze(0) if len(d) == 1 else torch.stack(d)
+        factors = torch.stack(d)
         return reference.dense_pull_back(factors, weight, gate, squared), 2 * len(d) * n * o * k
     out = weight.new_empty((n, k) if squared else (len(d), n, k))
     pointers = ([one.data_ptr() for one in d], weight.data_ptr(), 0 if gate is None else gate.data_ptr())
@@ -278,9 +282,7 @@ def _(d: list[Tensor], weight: Tensor, input_size: list[int], *rest: Any) -> tup
 
 
 @torch.library.register_fake("autoflip::dense_pull_back", lib=_lib)
-def _(
-    d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False
-) -> tuple[Tensor, Tensor]:
+def _(d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False) -> tuple[Tensor, Tensor]:
     size = len(d[0]), weight.shape[1]
     return weight.new_empty(size if squared else (len(d), *size)), torch.empty((), dtype=torch.int64)
 

@@ -1,7 +1,8 @@
-"""Factors of softmax's second derivative ``scale (diag p - p p^T)``, row by row, likeliest class first.
+"""Factors of softmax's second derivative ``scale (diag p - p p^T)``, row by row; rows dealt by their weights.
 
-Where two classes compete, as in a trained model, the first column is nearly all there is: a draw of signs then has
-next to no variance, while the symmetric root's columns would cancel or add up at random. Nothing here is differentiable.
+The factor has the likeliest class first. Where two classes compete, as in a trained model, its first column is nearly
+all there is: a draw of signs then has next to no variance, while the symmetric root's columns would cancel or add up
+at random. Nothing here is differentiable.
 
 Source: the closed form of the Cholesky factor of Tanabe and Sagae, "An exact Cholesky decomposition and the generalized
 inverse of the variance-covariance matrix of the multinomial distribution", JRSS B 1992.
@@ -107,8 +108,8 @@ def deal_rows(weight: Tensor, budget: float, most: int, chance: float) -> tuple[
     """
     if weight.dtype != torch.float64 or weight.device.type != "cpu" or weight.dim() != 1:
         raise ValueError(
-            f"deal_rows: weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; wanted torch.float64 (N,) on "
-            "the CPU"
+            f"deal_rows: weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; wanted torch.float64 (N,) "
+            "on the CPU"
         )
     kernels = backend.extension("_C")[0] if backend.serve("softmax_draw", weight.device) == "cpp" else None
     if kernels is None:
@@ -125,7 +126,7 @@ def _check(op: str, f: Tensor, scale: Tensor, dim: int) -> None:
     wanted = (*f.shape[:dim], 1, *f.shape[dim + 1 :])
     if tuple(scale.shape) != wanted:
         raise ValueError(
-            f"{op}: scale has shape {tuple(scale.shape)}; wanted {wanted}: f {tuple(f.shape)} with one class in axis {dim}"
+            f"{op}: scale has shape {tuple(scale.shape)}; wanted {wanted}: f's with one class in axis {dim}"
         )
 
 

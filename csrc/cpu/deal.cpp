@@ -11,7 +11,8 @@ Dealt deal_rows(const double* weight, int64_t samples, double budget, int64_t mo
                 int64_t* sample, int64_t* turn, double* scale, int64_t* seen, int64_t* place) {
   std::vector<int64_t> order(samples);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [weight](int64_t a, int64_t b) { return weight[a] > weight[b]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [weight](int64_t a, int64_t b) { return weight[a] > weight[b]; });
   double unit = budget / std::accumulate(weight, weight + samples, 0.0), running = 0;
   Dealt dealt{0, 0};
   for (int64_t n : order) {
@@ -27,7 +28,8 @@ Dealt deal_rows(const double* weight, int64_t samples, double budget, int64_t mo
     if (count == 0) continue;
     double factor = 1 / std::sqrt(due < 1 ? due : static_cast<double>(count));
     for (int64_t i = 0; i < count; ++i, ++dealt.rows) {
-      sample[dealt.rows] = n, turn[dealt.rows] = i, scale[dealt.rows] = factor, place[dealt.rows] = dealt.seen;
+      sample[dealt.rows] = n, turn[dealt.rows] = i, scale[dealt.rows] = factor,
+      place[dealt.rows] = dealt.seen;
     }
     seen[dealt.seen++] = n;
   }

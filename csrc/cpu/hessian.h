@@ -17,8 +17,8 @@ struct SquaresShape {
   int64_t columns() const { return channels / groups * kernel_height * kernel_width; }
 };
 
-// A dense layer on sequences; the strides in floats, of d's factors (samples, outputs, positions) and of u (samples,
-// positions, columns next to each other).
+// A dense layer on sequences; the strides in floats, of d's factors (samples, outputs, positions) and of u
+// (samples, positions, columns next to each other).
 struct StepsShape {
   int64_t factors, samples, outputs, positions, columns;
   int64_t d_sample, d_output, d_position, u_sample, u_position;
@@ -42,8 +42,8 @@ struct HessianKernels {
   // and does nothing when more than the share `most_alive` of d is not zero.
   int64_t (*squared_matmul)(const float* d, const float* a, float* out, int64_t samples, int64_t outputs,
                             int64_t columns, bool squared, float most_alive, int threads);
-  // out[q, n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[n, k] > 0), gate may be null; `squared`: out[n, k] is the
-  // sum over q of their squares. Returns the multiply-adds that ran.
+  // out[q, n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[n, k] > 0), gate may be null; `squared`: out[n, k] is
+  // the sum over q of their squares. Returns the multiply-adds that ran.
   int64_t (*dense_pull_back)(const float* const* d, const float* w, const float* gate, float* out,
                              int64_t factors, int64_t samples, int64_t outputs, int64_t columns, bool squared,
                              int threads);

@@ -1,6 +1,8 @@
-// v[q][n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[n, k] > 0), or only sum_q v[q]^2: a dense layer's pull of Q factors.
+// v[q][n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[n, k] > 0), or only sum_q v[q]^2: a dense layer's pull of Q
+// factors.
 //
-// Work     a tile of columns of w at a time, which stays in the second-level cache; for each sample its factors'
+// Work     a tile of columns of w at a time, which stays in the second-level cache; for each sample its
+// factors'
 //          sums stand in registers while the rows of w go by, so each row is loaded once for all of them.
 // Zeros    a row whose factors are all zero, as behind a ReLU, is not read: factors of one sample share them.
 //          A matrix product of all samples could skip none.
@@ -66,7 +68,8 @@ struct PullGroups {
   int64_t begin(int64_t g) const { return g * factors / groups; }
 };
 
-// Of sample n from n * O on: the outputs that are not zero in all its factors. Returns how many there are in all.
+// Of sample n from n * O on: the outputs that are not zero in all its factors. Returns how many there are in
+// all.
 inline int64_t pull_lists(const float* const* d, int64_t Q, int64_t N, int64_t O, int32_t* lists,
                           int64_t* counts) {
   std::unique_ptr<int32_t[]> memory(new int32_t[O + 1]);

@@ -1,6 +1,8 @@
-// D[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, p, k])^2: a dense layer's squares where a sample has many positions.
+// D[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, p, k])^2: a dense layer's squares where a sample has many
+// positions.
 //
-// Work     per sample: its inputs as tiles of four vectors of columns, its gradients as panels of a few outputs,
+// Work     per sample: its inputs as tiles of four vectors of columns, its gradients as panels of a few
+// outputs,
 //          both packed, so that tensors may lie time first. A panel times a tile stays in registers over all
 //          positions, is squared and added to D; no sample's gradient is ever stored. (A matrix product by
 //          itself writes and reads each of them, as large as the weight.)
@@ -63,7 +65,8 @@ inline void steps_columns(const float* u, const StepsShape& s, float* to) {
   }
 }
 
-int64_t sequence_squares(const float* const* d, const float* u, float* out, const StepsShape& s, int threads) {
+int64_t sequence_squares(const float* const* d, const float* u, float* out, const StepsShape& s,
+                         int threads) {
   int64_t tiles = (s.columns + kStepColumns - 1) / kStepColumns, ld = tiles * kStepColumns;
   int64_t panels = (s.outputs + kMaxRows - 1) / kMaxRows;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -82,7 +85,8 @@ int64_t sequence_squares(const float* const* d, const float* u, float* out, cons
         steps_panels(d[q] + n * s.d_sample, s, begin, end, to_d);
         for (int64_t t = 0; t < tiles; ++t)
           for (int64_t i = 0; i < count; ++i) {
-            const float *tile = to_u + t * s.positions * kStepColumns, *panel = to_d + i * s.positions * kMaxRows;
+            const float *tile = to_u + t * s.positions * kStepColumns,
+                        *panel = to_d + i * s.positions * kMaxRows;
             float* sums = D + i * kMaxRows * ld + t * kStepColumns;
             if (s.columns - t * kStepColumns > W)
               steps_tile<4>(tile, panel, s.positions, sums, ld);

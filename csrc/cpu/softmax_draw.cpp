@@ -8,7 +8,8 @@
 
 namespace autoflip {
 
-void softmax_draw(const float* f, const float* scale, const float* signs, float* v, int64_t rows, int64_t classes) {
+void softmax_draw(const float* f, const float* scale, const float* signs, float* v, int64_t rows,
+                  int64_t classes) {
   constexpr double tiny = std::numeric_limits<double>::min();
   std::vector<int64_t> order(classes);
   std::vector<double> p(classes), tail(classes + 1);
