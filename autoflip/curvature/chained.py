@@ -25,6 +25,7 @@ _RESHAPES = ("View", "UnsafeView", "ReshapeAlias")
 class Chained(Layer):
     """A layer that finds who wrote what it read."""
 
+    before: Chained | None
     gate: Tensor | None = None  # what ReLU left of the output of the layer before, shaped like this one's input
 
     def only(self, rows: Rows) -> None:
@@ -32,6 +33,10 @@ class Chained(Layer):
         self.x = self.input()[rows.samples]
         self.version = self.x._version
         self.gate = None if self.gate is None else self.gate[rows.samples]
+
+    def receive(self, d: Tensor) -> None:
+        """Take in a gradient that may be written to."""
+        self.add(d)
 
     def _find(self, node: Any, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
         """Walk from what was read back to the layer that wrote it, past reshapes and one ReLU."""
@@ -67,7 +72,8 @@ class Linear(Chained):
 
     def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
         """Find who wrote what the product read."""
-        node, kind = self.edge.node, self.edge.node.name()
+        node: Any = self.edge.node
+        kind = node.name()
         if self.x.dim() != 2 or kind not in ("AddmmBackward0", "MmBackward0"):
             return
         self._find(node.next_functions[1 if kind.startswith("Addmm") else 0][0], others, readers)
@@ -90,7 +96,7 @@ class Linear(Chained):
             before.squared = pulled if before.squared is None else before.squared.add_(pulled)
         elif before is not None:
             for d in ops.dense_pull_back(waiting, self.weight, self.gate):
-                before.add(d.view(len(d), *before.written))
+                before.receive(d.view(len(d), *before.written))
 
     def take(self) -> Iterator[tuple[int, str, Tensor]]:
         """Yield as every layer does; one product serves all factors."""
@@ -159,6 +165,10 @@ class Conv(Chained):
         """Take in a gradient at the output, or at the pooled output."""
         super().add(d if self.kept is None else d * self.kept)
 
+    def receive(self, d: Tensor) -> None:
+        """Take in a gradient that may be written to."""
+        super().add(d if self.kept is None else d.mul_(self.kept))
+
     def flush(self) -> None:
         """Square what waits; hand it on."""
         if self.before is not None and self.waiting:
@@ -170,7 +180,7 @@ class Conv(Chained):
             for d in ops.conv_pull_back(
                 self.waiting, self.node._saved_weight, (size[0], size[1], size[2]), self.at, **geometry
             ):
-                self.before.add(d if self.gate is None else d * (self.gate > 0))
+                self.before.receive(d if self.gate is None else d.mul_(self.gate > 0))
         super().flush()
 
     def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ class Layer(ABC):
         self.module, self.x, self.version, self.chunk = module, x.detach(), x._version, chunk
         self.edge = get_gradient_edge(y)  # taken now: an in-place ReLU would move y to another node
         self.shape = y.shape
-        self.before: Layer | None = None  # gets its gradient from this layer, not from autograd
+        self.before: Any = None  # gets its gradient from this layer, not from autograd
         self.run: Any = None  # of a recurrent layer: told when nobody needs its weight's whole gradient
         self.waiting: list[Tensor] = []
         self.segments = [slice(None)]  # samples that are summed by themselves: one client's each

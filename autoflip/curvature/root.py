@@ -194,6 +194,12 @@ def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
 
     def columns() -> Iterator[Tensor]:
         here, below, p, order = ops.softmax_factor(f, scale, dim)
+        if f.dim() == 2:
+            lower = (p.unsqueeze(1) * -below.unsqueeze(2)).triu_(1)  # (N, column, class)
+            lower.diagonal(dim1=1, dim2=2).copy_(here)
+            at = order.unsqueeze(1).expand_as(lower)
+            yield from torch.empty_like(lower).scatter_(2, at, lower).transpose(0, 1)[: classes - 1]
+            return
         for c in range(classes - 1):
             column = -p * below.narrow(dim, c, 1)
             column.narrow(dim, 0, c).zero_()
