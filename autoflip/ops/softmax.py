@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoflip.ops import backend, reference
+from autoflip.ops import backend
+from autoflip.ops import reference_softmax as reference
 
 __all__ = ["deal_rows", "softmax_draw", "softmax_factor", "softmax_weight"]
 
