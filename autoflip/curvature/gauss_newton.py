@@ -9,9 +9,9 @@ dealt to the samples by what they carry (:mod:`deal`): a trained CNN's diagonal 
 
 What four draws cost at least, in gradients of three products a layer: 1/3 forward, then 2/3 a draw, where the squares
 take as long as the products behind them: 3. Less is to be had where zeros are skipped (behind max-pooling; dense layers
-behind ReLU), where squares of several draws are added first (dense layers), and by looking at fewer samples. Where only known layers,
-ReLU, max-pooling and reshapes stand between the loss and the input (:mod:`chained`), gradients go from layer to layer
-by hand, all factors in one product, and those of the dealt rows alone.
+behind ReLU), where squares of several draws are added first (dense layers), and by looking at fewer samples. Where only
+known layers, ReLU, max-pooling and reshapes stand between the loss and the input (:mod:`chained`), gradients go from
+layer to layer by hand, all factors in one product, and those of the dealt rows alone.
 
 Parameters that no known layer owns (or that several use, or that see samples mixed by batch statistics) are
 handled with what always holds: a draw squares the gradient of the whole batch, equally unbiased but noisier; the
