@@ -6,7 +6,9 @@
 
 #include "bindings.h"
 #include "common/cpu.h"
+#include "cpu/deal.h"
 #include "cpu/hessian.h"
+#include "cpu/softmax_draw.h"
 
 namespace autoflip {
 namespace {
@@ -29,16 +31,6 @@ std::vector<const float*> pointers(const Addresses& d) {
   std::vector<const float*> values;
   for (uintptr_t address : d) values.push_back(at<float>(address));
   return values;
-}
-
-int64_t squares(const Addresses& d, uintptr_t x, uintptr_t at_, uintptr_t out, const SquaresShape& shape,
-                bool rows, int threads) {
-  const HessianKernels& k = kernels();
-  threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions(), threads);
-  auto buffer = scratch(k.squares_scratch(shape, threads));
-  std::vector<const float*> values = pointers(d);
-  return k.squares(values.data(), at<float>(x), at<int64_t>(at_), at<float>(out), buffer.get(), shape, rows,
-                   threads);
 }
 
 // entries, samples, outputs, groups, channels, height, width, out_height, out_width, kernel_height,
@@ -68,7 +60,13 @@ SquaresShape shape_of(const Addresses& d, const Sizes& s) {
 
 int64_t conv_squares(const Addresses& d, uintptr_t x, uintptr_t at_, uintptr_t out, const Sizes& sizes,
                      int threads) {
-  return squares(d, x, at_, out, shape_of(d, sizes), false, threads);
+  const HessianKernels& k = kernels();
+  SquaresShape shape = shape_of(d, sizes);
+  threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions(), threads);
+  auto buffer = scratch(k.squares_scratch(shape, threads));
+  std::vector<const float*> values = pointers(d);
+  return k.squares(values.data(), at<float>(x), at<int64_t>(at_), at<float>(out), buffer.get(), shape,
+                   threads);
 }
 
 int64_t conv_pull_back(const Addresses& d, uintptr_t weight, uintptr_t at_, uintptr_t dx, const Sizes& sizes,
@@ -82,12 +80,14 @@ int64_t conv_pull_back(const Addresses& d, uintptr_t weight, uintptr_t at_, uint
                      threads);
 }
 
-int64_t sequence_squares(const Addresses& d, uintptr_t u, uintptr_t out, int64_t samples, int64_t outputs,
-                         int64_t positions, int64_t columns, int threads) {
-  int64_t factors = static_cast<int64_t>(d.size());
-  SquaresShape shape = {factors, samples, outputs, 1, columns, positions, 1, positions, 1,
-                        1,       1,       1,       1, 0,       0,         1, 1,         positions};
-  return squares(d, u, 0, out, shape, true, threads);
+// sizes: samples, outputs, positions, columns, then the strides as StepsShape has them
+int64_t sequence_squares(const Addresses& d, uintptr_t u, uintptr_t out, const std::array<int64_t, 9>& sizes,
+                         int threads) {
+  const auto& s = sizes;
+  StepsShape shape = {static_cast<int64_t>(d.size()), s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
+  threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions, threads);
+  std::vector<const float*> values = pointers(d);
+  return kernels().sequence_squares(values.data(), at<float>(u), at<float>(out), shape, threads);
 }
 
 int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t out, int64_t samples, int64_t outputs,
@@ -97,8 +97,32 @@ int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t out, int64_t samples,
                                   squared, most_alive, threads);
 }
 
+int64_t dense_pull_back(const Addresses& d, uintptr_t w, uintptr_t gate, uintptr_t out, int64_t samples,
+                        int64_t outputs, int64_t columns, bool squared, int threads) {
+  int64_t factors = static_cast<int64_t>(d.size());
+  threads = threads_for(factors * samples * outputs * columns / 16, threads);
+  std::vector<const float*> values = pointers(d);
+  return kernels().dense_pull_back(values.data(), at<float>(w), at<float>(gate), at<float>(out), factors,
+                                   samples, outputs, columns, squared, threads);
+}
+
 void rademacher(uint64_t seed, uint64_t stream, uintptr_t out, int64_t count, int threads) {
   kernels().rademacher(seed, stream, at<float>(out), count, threads_for(count, threads));
+}
+
+void draw(uintptr_t f, uintptr_t scale, uintptr_t signs, uintptr_t out, int64_t rows, int64_t classes) {
+  softmax_draw(at<float>(f), at<float>(scale), at<float>(signs), at<float>(out), rows, classes);
+}
+
+void weight(uintptr_t f, uintptr_t scale, uintptr_t out, int64_t rows, int64_t classes) {
+  softmax_weight(at<float>(f), at<float>(scale), at<double>(out), rows, classes);
+}
+
+std::array<int64_t, 2> deal(uintptr_t weight, int64_t samples, double budget, int64_t most, double chance,
+                            const std::array<uintptr_t, 5>& out) {
+  Dealt dealt = deal_rows(at<double>(weight), samples, budget, most, chance, at<int64_t>(out[0]),
+                          at<int64_t>(out[1]), at<double>(out[2]), at<int64_t>(out[3]), at<int64_t>(out[4]));
+  return {dealt.rows, dealt.seen};
 }
 
 }  // namespace
@@ -110,6 +134,10 @@ void bind_hessian(pybind11::module_& m) {
   m.def("sequence_squares", sequence_squares, "returns the multiply-adds that ran", release());
   m.def("squared_matmul", squared_matmul,
         "returns the multiply-adds that ran; -1: too few zeros, nothing ran", release());
+  m.def("dense_pull_back", dense_pull_back, "returns the multiply-adds that ran", release());
+  m.def("softmax_draw", draw, release());
+  m.def("softmax_weight", weight, release());
+  m.def("deal_rows", deal, "returns how many rows and how many samples with rows there are", release());
   m.def("rademacher", rademacher, release());
 }
 

@@ -10,15 +10,17 @@ it would go to those that carry little.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from autoflip import ops
+
 # draws -> rows dealt, by samples of the batch
-_BUDGET = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
+_BUDGET = {1: 0.75, 2: 1.25, 3: 1.5, 4: 1.75}
 # rows of one sample; two orthogonal draws err less than four independent ones
-_MOST, _MOST_FLAT = 4, 2
+_MOST = 4
 # samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
 _MOST_ALIKE = 0.6
 _LEAST_SAMPLES = 32  # of fewer a draw each costs little more than the calls it makes
@@ -32,17 +34,26 @@ class Rows:
         samples: ``(M,)``, int64: the sample that each row is.
         turns: ``(M,)``, int64: which of its sample's draws it is.
         scale: ``(M,)``, float64: factor of the row's gradient at the output, ``k_n^-1/2`` or ``m_n^-1/2``.
+        seen: ``(U,)``, int64: the samples that have rows, each once, in the rows' order.
+        places: ``(M,)``, int64: where in ``seen`` a row's sample stands.
     """
 
     samples: Tensor
     turns: Tensor
     scale: Tensor
+    seen: Tensor
+    places: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the same on a device."""
+        return Rows(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def effective(weight: Tensor) -> float:
     """Return how many samples would carry the curvature if all carried alike: ``(sum h)^2 / sum h^2``."""
-    total = float(weight.sum())
-    return total * total / float(weight.square().sum()) if total > 0 else 0.0
+    h = weight.numpy()
+    total = float(h.sum())
+    return total * total / float(h @ h) if total > 0 else 0.0
 
 
 def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
@@ -54,19 +65,10 @@ def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
         most: rows of one sample, a power of two.
         chance: uniform in [0, 1): where the sampling begins.
     """
-    w, order = weight.sort(descending=True)
-    due = (w * (budget / float(w.sum()))).clamp(max=most)
-    light = due < 1
-    place = ((due * light).cumsum(0) + chance).floor()  # a row for every whole number that is passed
-    passed = place.diff(prepend=place.new_zeros(1))
-    rows = torch.where(light, passed, due.clamp(min=1).log2().floor().exp2()).to(torch.int64)
-    scale = torch.where(light, due.clamp(min=torch.finfo(w.dtype).tiny), rows.clamp(min=1).to(w.dtype)).rsqrt()
-    ends = rows.cumsum(0)
-    turns = torch.arange(int(ends[-1])) - (ends - rows).repeat_interleave(rows)
-    return Rows(order.repeat_interleave(rows), turns, scale.repeat_interleave(rows))
+    return Rows(*ops.deal_rows(weight, budget, most, chance))
 
 
-def rows_for(weight: Tensor, draws: int, factors: int, *, flat: bool) -> Rows | None:
+def rows_for(weight: Tensor, draws: int, factors: int) -> Rows | None:
     """Return the rows that ``draws`` a sample are worth, None where dealing saves nothing: every sample gets its draws.
 
     That is where there are few samples, or all carry much alike, or many draws to average. Draws one number from
@@ -76,12 +78,11 @@ def rows_for(weight: Tensor, draws: int, factors: int, *, flat: bool) -> Rows | 
         weight: ``(N,)``: ``h_n``.
         draws: wanted of every sample.
         factors: columns of ``S_n``; as many orthogonal draws are exact.
-        flat: whether all layers are dense, so that a sample's rows share a pass.
     """
     h = weight.detach().double().cpu()
     if draws not in _BUDGET or len(h) < _LEAST_SAMPLES or effective(h) > _MOST_ALIKE * len(h):
         return None
-    most = min(_MOST_FLAT if flat else _MOST, power_from(draws) * (1 if flat else 2), power_from(factors))
+    most = min(_MOST, 2 * power_from(draws), power_from(factors))
     return deal(h, _BUDGET[draws] * len(h), most, float(torch.rand(())))
 
 

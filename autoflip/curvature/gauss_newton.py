@@ -5,12 +5,13 @@
 gives ``sum_n (J_n^T S_n r_n)^2``, whose mean it is; signs are fresh for each sample, so samples do not mix. Draws
 come in blocks whose signs are orthogonal (Hadamard): a block of as many draws as there are factors is exact, and one of
 four loses 60 times less than four independent draws on a trained network (bench_hessian.py). Up to four draws are
-dealt to the samples by what they carry (:mod:`deal`): a trained CNN's diagonal errs 6 % instead of 29 % at 0.83 instead
-of 0.96 of a gradient's time.
+dealt to the samples by what they carry (:mod:`deal`): a trained CNN's diagonal errs 6 % instead of 29 % in less time.
 
 What four draws cost at least, in gradients of three products a layer: 1/3 forward, then 2/3 a draw, where the squares
 take as long as the products behind them: 3. Less is to be had where zeros are skipped (behind max-pooling; dense layers
-behind ReLU), where squares of several draws are added first (dense layers), and by looking at fewer samples.
+behind ReLU), where squares of several draws are added first (dense layers), and by looking at fewer samples. Where only
+known layers, ReLU, max-pooling and reshapes stand between the loss and the input (:mod:`chained`), gradients go from
+layer to layer by hand, all factors in one product, and those of the dealt rows alone.
 
 Parameters that no known layer owns (or that several use, or that see samples mixed by batch statistics) are
 handled with what always holds: a draw squares the gradient of the whole batch, equally unbiased but noisier; the
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
@@ -29,9 +30,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from autoflip import ops
+from autoflip.curvature.chained import Chained
 from autoflip.curvature.deal import Rows, power_from, rows_for
 from autoflip.curvature.graph import Graph, inspect
-from autoflip.curvature.layers import Layer, watch
+from autoflip.curvature.layer import Layer
+from autoflip.curvature.layers import watch
 from autoflip.curvature.problem import Problem
 from autoflip.curvature.recurrent import unrolled
 from autoflip.curvature.root import Root, output_root, side_by_side
@@ -101,24 +104,26 @@ class GaussNewton:
         return gn
 
     def dealt(self, draws: int) -> GaussNewton:
-        """Deal ``draws`` to the samples by their curvature, and run the model on those rows; this object is used up.
+        """Deal ``draws`` to the samples by their curvature, and look at those rows only; this object is used up.
 
-        A model of dense layers only is not run again: its squares skip what is zero, and are most of its cost.
-        Every sample stays a row, looked at ``draws`` times, where dealing saves nothing (:func:`deal.rows_for`), and
-        where the model does not say the same about a sample whatever else is in the batch (dropout, batch statistics,
-        parameters of unknown layers).
+        A chain of known layers goes on with the rows of what it read; other models run again on them. Every sample
+        stays a row, looked at ``draws`` times, where dealing saves nothing (:func:`deal.rows_for`), and where the model
+        does not say the same about a sample whatever else is in the batch (dropout, batch statistics, parameters of
+        unknown layers).
         """
         if self.segments or len(self.shape) != 2 or self.shape[0] != self.problem.samples:
             return self
-        flat = _flat(self.ran)
-        rows = rows_for(self.root.weight, draws, self.root.factors, flat=flat)
+        rows = rows_for(self.root.weight, draws, self.root.factors)
         if rows is None:
             return self
-        if flat:
-            self.rows = None if self.rest or self.graph.coupled else rows
+        rows = rows.to(self.output.device)
+        if self.chain is not None:
+            self.rows = rows
+            for layer in self.chain:
+                layer.only(rows)
             return self
+        at = rows.samples
         whole, self.output, self.ran = self.output.detach(), self.output.detach(), []  # lets the graph go
-        at = rows.samples.to(whole.device)
         problem = replace(self.problem, inputs=self.problem.inputs[at], target=self.problem.target[at])
         try:
             output, ran = _forward(problem, self.chunk)
@@ -147,6 +152,15 @@ class GaussNewton:
             if layer.run is not None:
                 layer.run.weight_gradient = False
         return layers
+
+    @cached_property
+    def chain(self) -> list[Chained] | None:
+        """The layers, where gradients pass from the output to all of them by hand; samples do not mix there."""
+        fed = {id(layer.before) for layer in self.layers}
+        last = [layer for layer in self.layers if id(layer) not in fed]
+        chain = [layer for layer in self.layers if isinstance(layer, Chained)]
+        whole = len(last) == 1 and len(chain) == len(self.layers) and not self.rest
+        return chain if whole and last[0].edge.node is self.output.grad_fn else None
 
     @cached_property
     def rest(self) -> list[str]:
@@ -203,25 +217,19 @@ class GaussNewton:
         return self._mean(range(count), 1 << min(count.bit_length() - 1, _MAX_BLOCK_BITS))
 
     def _dealt_mean(self, rows: Rows) -> list[Diagonal]:
-        most = int(rows.turns.max()) + 1
-        turns, samples = rows.turns.to(self.output.device), rows.samples.to(self.output.device)
-        scale = rows.scale.to(self.root.weight)
-        draws = [self.root.draw(self._signs(i, power_from(most))) for i in range(most)]
-        if not _flat(self.ran):
-            self._chunks(1)
-            self._backward(torch.stack(draws)[turns, samples] * scale.unsqueeze(1), [])
-            return self._collect({})
-        self._chunks(most)
-        share = scale.new_zeros(most, self.shape[0]).index_put_((turns, samples), scale)
-        for draw, factor in zip(draws, share):
-            self._backward(draw * factor.unsqueeze(1), [])
+        signs = self._signs(0, 1)[rows.samples]
+        if (most := int(rows.turns.max()) + 1) > 1:
+            signs *= _flips(power_from(most), signs.shape[1]).to(signs)[rows.turns]
+        v = self.root.draw(signs, rows.samples)
+        self._chunks(1)
+        self._backward(v.mul_(rows.scale.to(v).unsqueeze(1)), [])
         return self._collect({})
 
     def _mean(self, draws: range, block: int) -> list[Diagonal]:
         total = self._empty()
         self._chunks(len(draws))
         for i in draws:
-            self._backward(self.root.draw(self._signs(i, block)), self.rest, total)
+            self._backward(self.root.draw(self._signs(i, block), None), self.rest, total)
         means = self._collect(total)
         if len(draws) == 1:
             return means
@@ -242,7 +250,7 @@ class GaussNewton:
         stream, row = divmod(draw, block)
         signs = ops.rademacher(self.seed, stream, self.shape, dtype=torch.promote_types(v.dtype, torch.float32))
         if row:
-            flips = signs.new_tensor([1 - 2 * ((i & row).bit_count() & 1) for i in range(block)])
+            flips = _flips(block, block).to(signs)[row]
             signs *= flips.repeat(-(-signs.numel() // block))[: signs.numel()].view(signs.shape)
         return signs.to(v.device)
 
@@ -251,6 +259,9 @@ class GaussNewton:
         return {name: torch.zeros_like(self.problem.params[name], requires_grad=False) for name in self.rest}
 
     def _backward(self, v: Tensor, names: list[str], total: Diagonal | None = None, *, layers: bool = True) -> None:
+        if layers and self.chain is not None:
+            self.chain[-1].add(v.to(self.output.dtype))
+            return
         fed = {id(layer.before) for layer in self.layers}
         asked = [layer for layer in self.layers if id(layer) not in fed] if layers else []
         edges = [layer.edge for layer in asked] + [get_gradient_edge(self.problem.params[name]) for name in names]
@@ -289,8 +300,11 @@ def _forward(problem: Problem, chunk: int) -> tuple[Tensor, list[Layer]]:
         return problem.output(), ran
 
 
-def _flat(ran: Sequence[Layer]) -> bool:
-    return all(len(layer.shape) == 2 for layer in ran)
+@lru_cache(maxsize=16)
+def _flips(block: int, width: int) -> Tensor:
+    """Return ``(block, width)`` signs: a Hadamard matrix, whose rows are orthogonal, beside itself."""
+    rows = [[1.0 - 2 * ((i & row).bit_count() & 1) for i in range(block)] for row in range(block)]
+    return torch.tensor(rows).repeat(1, -(-width // block))[:, :width]
 
 
 def _close(got: Tensor, want: Tensor) -> bool:

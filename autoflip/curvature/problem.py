@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,9 +47,8 @@ class Problem:
                 "curvature: no parameter of the model requires grad, so there is nothing to take a second "
                 "derivative of; call requires_grad_() on those you mean"
             )
-        # all at once; a sum of finite squares may overflow, so a hit is looked at again
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm([p.detach() for p in params.values()])])
-        if not bool(norms.isfinite().all()):
+        # a sum of finite numbers may overflow, so a hit is looked at again
+        if not all(math.isfinite(p.detach().sum()) for p in params.values()):
             for name, p in params.items():
                 _check_finite(f"parameter {name!r}", p)
         once = list({id(module): module for _, module in modules}.values())

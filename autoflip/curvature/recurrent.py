@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from autoflip.curvature.layers import Layer
+from autoflip import ops
+from autoflip.curvature.layer import Layer
 
 
 class Projection(Layer):
@@ -32,12 +33,7 @@ class Projection(Layer):
     def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         """Return sums of squared gradients of the weight and, if there is one, the bias."""
         weight, bias = (next((n for n in self.params if n.startswith(kind)), "") for kind in ("weight", "bias"))
-        total = x.new_zeros(d[0].shape[2], x.shape[2])
-        one = torch.empty_like(total)
-        for factor in d:
-            for n in range(x.shape[1]):  # one sample's gradient stays in the cache
-                torch.mm(factor[:, n].T, x[:, n], out=one)
-                total.addcmul_(one, one)
+        total = ops.sequence_squares([factor.permute(1, 2, 0) for factor in d], x.transpose(0, 1))
         return {weight: total, bias: torch.stack([factor.sum(0).square().sum(0) for factor in d]).sum(0)}
 
 

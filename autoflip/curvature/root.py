@@ -8,6 +8,7 @@ sum over samples gets its block a sample by as many products as a sample has out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,13 +35,14 @@ class Root:
     Attributes:
         factors: columns of ``S`` that a sample has.
         weight: ``(rows,)``, each row's trace of ``S S^T``.
-        draw: signs shaped like the output -> ``S @ signs``, whose expected outer product is ``H_out``.
+        draw: (signs, rows) -> ``S @ signs``, whose expected outer product is ``H_out``; signs are shaped like the
+            output, or like those of its rows that are named, which may come twice.
         columns: the columns of all samples side by side, each shaped like the output.
     """
 
     factors: int
     weight: Tensor
-    draw: Callable[[Tensor], Tensor]
+    draw: Callable[[Tensor, Tensor | None], Tensor]
     columns: Callable[[], Iterator[Tensor]]
 
 
@@ -98,8 +100,9 @@ def loss_curvature(problem: Problem, output: Tensor) -> tuple[Tensor, Callable[[
 def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
     """Join clients' roots: ``roots[k]`` is that of the samples ``segments[k]``."""
 
-    def draw(signs: Tensor) -> Tensor:
-        return torch.cat([root.draw(signs[s]) for root, s in zip(roots, segments)])
+    def draw(signs: Tensor, rows: Tensor | None) -> Tensor:
+        assert rows is None  # clients' rows are not dealt
+        return torch.cat([root.draw(signs[s], None) for root, s in zip(roots, segments)])
 
     def columns() -> Iterator[Tensor]:
         for parts in zip(*(root.columns() for root in roots), strict=True):
@@ -114,9 +117,17 @@ def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
     module = fn if type(fn) is nn.CrossEntropyLoss else _PLAIN_CROSS_ENTROPY if fn is F.cross_entropy else None
     if module is None or module.weight is not None or module.reduction == "none" or y.dtype != torch.int64:
         return None
-    problem.loss(f)  # shapes, labels and finiteness
+    if y.shape == f.shape[:1] and _labels(y, f.shape[1], module.ignore_index) and math.isfinite(f.sum()):
+        return f.new_full((len(f), 1), 1 / len(f) if module.reduction == "mean" else 1.0)
+    problem.loss(f)  # says what is wrong with shapes, labels or finiteness
     valid = (y != module.ignore_index).to(f.dtype)
     return (valid / valid.sum() if module.reduction == "mean" else valid).unsqueeze(1)
+
+
+def _labels(y: Tensor, classes: int, ignored: int) -> bool:
+    """Whether all are classes, and none is one that is left out."""
+    low, high = (int(v) for v in y.aminmax())
+    return low >= 0 and high < classes and not low <= ignored <= high
 
 
 def _hvp(problem: Problem, f: Tensor) -> Callable[[Tensor], Tensor]:
@@ -175,34 +186,27 @@ def _softmax_scale(problem: Problem, f: Tensor, dim: int) -> Tensor | None:
 
 
 def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
-    """Factor ``scale (diag p - p p^T)`` by Cholesky, likeliest class first (closed form of Tanabe and Sagae, 1992).
-
-    Where two classes compete, as in a trained model, the first column is nearly all there is: a draw of signs then
-    has next to no variance, while the symmetric root's columns would cancel or add up at random.
-    """
-    p, order = f.detach().softmax(dim).sort(dim, descending=True)
-    tail = p.flip(dim).cumsum(dim).flip(dim)  # sums of small numbers first: 1 - cumsum would cancel
+    """Factor ``scale (diag p - p p^T)`` by Cholesky (:func:`ops.softmax_factor`)."""
     classes = f.shape[dim]
-    zero = torch.zeros_like(p.narrow(dim, 0, 1))
-    after = torch.cat([tail.narrow(dim, 1, classes - 1), zero], dim)
-    tiny = torch.finfo(p.dtype).tiny
-    size = scale.sqrt()
-    here = size * (p * after / tail.clamp(min=tiny)).sqrt()
-    below = size * (p / (tail * after).clamp(min=tiny)).sqrt()
 
-    def draw(signs: Tensor) -> Tensor:
-        before = torch.cat([zero, (below * signs).narrow(dim, 0, classes - 1).cumsum(dim)], dim)
-        s = here * signs - p * before
-        return torch.empty_like(s).scatter_(dim, order, s)
+    def draw(signs: Tensor, rows: Tensor | None) -> Tensor:
+        return ops.softmax_draw(f if rows is None else f[rows], scale if rows is None else scale[rows], signs, dim)
 
     def columns() -> Iterator[Tensor]:
+        here, below, p, order = ops.softmax_factor(f, scale, dim)
+        if f.dim() == 2:
+            lower = (p.unsqueeze(1) * -below.unsqueeze(2)).triu_(1)  # (N, column, class)
+            lower.diagonal(dim1=1, dim2=2).copy_(here)
+            at = order.unsqueeze(1).expand_as(lower)
+            yield from torch.empty_like(lower).scatter_(2, at, lower).transpose(0, 1)[: classes - 1]
+            return
         for c in range(classes - 1):
             column = -p * below.narrow(dim, c, 1)
             column.narrow(dim, 0, c).zero_()
             column.narrow(dim, c, 1).copy_(here.narrow(dim, c, 1))
             yield from _one_position_each(torch.empty_like(p).scatter_(dim, order, column), dim)
 
-    weight = (2 * scale * p * after).flatten(1).sum(1)  # 1 - sum p^2 would cancel, too
+    weight = ops.softmax_weight(f, scale, dim)
     return Root((classes - 1) * (f[0].numel() // classes), weight, draw, columns)
 
 
@@ -234,7 +238,10 @@ def _diagonal_root(h: Tensor) -> Root:
             column[:, j] = q.reshape(len(q), -1)[:, j]
             yield column.view(q.shape)
 
-    return Root(q[0].numel(), h.flatten(1).sum(1), lambda signs: q * signs, columns)
+    def draw(signs: Tensor, rows: Tensor | None) -> Tensor:
+        return (q if rows is None else q[rows]) * signs
+
+    return Root(q[0].numel(), h.flatten(1).sum(1), draw, columns)
 
 
 def _block_root(f: Tensor, hvp: Callable[[Tensor], Tensor], r: Tensor, hr: Tensor) -> Root:
@@ -256,8 +263,8 @@ def _block_root(f: Tensor, hvp: Callable[[Tensor], Tensor], r: Tensor, hr: Tenso
         raise _not_convex()
     s = vectors * values.clamp(min=0).sqrt()[:, None]
 
-    def draw(signs: Tensor) -> Tensor:
-        return (s @ signs.reshape(rows, width, 1)).view(f.shape)
+    def draw(signs: Tensor, rows: Tensor | None) -> Tensor:
+        return ((s if rows is None else s[rows]) @ signs.reshape(-1, width, 1)).view(signs.shape)
 
     weight = s.square().sum((1, 2))
     return Root(width, weight, draw, lambda: (s[:, :, j].reshape(f.shape) for j in range(width)))

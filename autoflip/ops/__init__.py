@@ -19,6 +19,7 @@ from autoflip.ops.grouped import grouped_linear as grouped_linear
 # hessian
 from autoflip.ops.hessian import conv_pull_back as conv_pull_back
 from autoflip.ops.hessian import conv_squares as conv_squares
+from autoflip.ops.hessian import dense_pull_back as dense_pull_back
 from autoflip.ops.hessian import rademacher as rademacher
 from autoflip.ops.hessian import sequence_squares as sequence_squares
 from autoflip.ops.hessian import squared_matmul as squared_matmul
@@ -39,3 +40,9 @@ from autoflip.ops.masked_matmul import zero_pruned as zero_pruned
 from autoflip.ops.recurrent import RecurrentPack as RecurrentPack
 from autoflip.ops.recurrent import masked_recurrent as masked_recurrent
 from autoflip.ops.recurrent import recurrent_here as recurrent_here
+
+# softmax
+from autoflip.ops.softmax import deal_rows as deal_rows
+from autoflip.ops.softmax import softmax_draw as softmax_draw
+from autoflip.ops.softmax import softmax_factor as softmax_factor
+from autoflip.ops.softmax import softmax_weight as softmax_weight

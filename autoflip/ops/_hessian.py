@@ -19,10 +19,14 @@ for _name in ("squared_matmul", "sequence_squares", "conv_squares", "rademacher"
     backend.register(_name, "cpp", "cuda", "triton", optional=True, asked=("cuda",))
 # on a GPU torch's dense product is as good: values behind max-pooling are scattered first
 backend.register("conv_pull_back", "cpp", optional=True)
+# there torch's product reads the weight once, too
+backend.register("dense_pull_back", "cpp", optional=True)
 
 # with more of d alive the matrix product of materialised squares is faster (N 256, O 200, K 784, one Zen 4 thread:
 # 0.80 ms at any density, the kernel 0.71 at 0.6 and 0.44 at 0.3)
 _MOST_ALIVE = 0.65
+
+_FEW = 3
 
 _HOMES = {"cpp": "_C", "cuda": "_cuda"}
 
@@ -107,20 +111,23 @@ def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, int]:
         from autoflip.kernels import hessian
 
         one, (p, k) = (1, 1), u.shape[1:]
-        image = u.transpose(1, 2).unsqueeze(3)  # positions are an image's rows
+        image = u.contiguous().transpose(1, 2).unsqueeze(3)  # positions are an image's rows
         out = hessian.conv_squares(torch.stack(d), image, (p, 1), one, one, (0, 0), one, 1, (p * k, 1, k, 0))
         return out, full
     if (kernels := _extension(served, u)) is None:
         return reference.sequence_squares(torch.stack(d), u), full
     if served == "cuda":
-        image, (p, k) = u.transpose(1, 2).unsqueeze(3), u.shape[1:]  # positions are an image's rows
+        image, (p, k) = u.contiguous().transpose(1, 2).unsqueeze(3), u.shape[1:]  # positions are an image's rows
         image = image.as_strided(image.shape, (p * k, 1, k, 0))
         return _cuda_conv(kernels, torch.stack(d), image, (p, 1), [1, 1, 1, 1, 0, 0, 1, 1], 1), full
+    if u.stride(2) != 1:
+        u = u.contiguous()
+    if any(one.stride() != d[0].stride() for one in d):
+        d = [one.contiguous() for one in d]
     out = u.new_empty(d[0].shape[1], u.shape[2])
+    sizes = (*d[0].shape, u.shape[2], *d[0].stride(), *u.stride()[:2])
     factors = [one.data_ptr() for one in d]
-    ran = kernels.sequence_squares(
-        factors, u.data_ptr(), out.data_ptr(), *d[0].shape, u.shape[2], torch.get_num_threads()
-    )
+    ran = kernels.sequence_squares(factors, u.data_ptr(), out.data_ptr(), sizes, torch.get_num_threads())
     return out, 2 * ran
 
 
@@ -182,6 +189,26 @@ def conv_pull_back(
     return out, 2 * kernels.conv_pull_back(*pointers, sizes, torch.get_num_threads())
 
 
+def dense_pull_back(
+    d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False
+) -> tuple[Tensor, int]:
+    """See hessian.dense_pull_back."""
+    (n, o), k = d[0].shape, weight.shape[1]
+    # a few factors have too little to do with each weight that is loaded, a matrix product has all samples
+    kernels = _extension(backend.serve("dense_pull_back", weight.device), weight) if len(d) >= _FEW else None
+    if kernels is None and len(d) == 1:
+        v = d[0] @ weight
+        v = v if gate is None else torch.ops.aten.threshold_backward(v, gate, 0)
+        return v.square() if squared else v.unsqueeze(0), 2 * n * o * k
+    if kernels is None:
+        factors = torch.stack(d)
+        return reference.dense_pull_back(factors, weight, gate, squared), 2 * len(d) * n * o * k
+    out = weight.new_empty((n, k) if squared else (len(d), n, k))
+    pointers = ([one.data_ptr() for one in d], weight.data_ptr(), 0 if gate is None else gate.data_ptr())
+    ran = kernels.dense_pull_back(*pointers, out.data_ptr(), n, o, k, squared, torch.get_num_threads())
+    return out, 2 * ran
+
+
 def positions(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Pair:
     """Return a convolution's output height and width from its input's."""
     height, width = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
@@ -218,8 +245,9 @@ _lib.define(
     "conv_pull_back(Tensor[] d, Tensor weight, int[] input_size, Tensor at, int[] stride, int[] padding,"
     " int[] dilation, int groups) -> (Tensor, Tensor)"
 )
+_lib.define("dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False) -> (Tensor, Tensor)")
 for _device in ("CPU", "CUDA"):
-    for _op in (conv_pull_back, squared_matmul, sequence_squares, conv_squares):
+    for _op in (conv_pull_back, dense_pull_back, squared_matmul, sequence_squares, conv_squares):
         _lib.impl(_op.__name__, _counted(_op), _device)
 
 
@@ -253,8 +281,20 @@ def _(d: list[Tensor], weight: Tensor, input_size: list[int], *rest: Any) -> tup
     return weight.new_empty(len(d), len(d[0]), *input_size), torch.empty((), dtype=torch.int64)
 
 
+@torch.library.register_fake("autoflip::dense_pull_back", lib=_lib)
+def _(d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False) -> tuple[Tensor, Tensor]:
+    size = len(d[0]), weight.shape[1]
+    return weight.new_empty(size if squared else (len(d), *size)), torch.empty((), dtype=torch.int64)
+
+
 _OPS = torch.ops.autoflip
-_COUNTED = (_OPS.squared_matmul, _OPS.sequence_squares, _OPS.conv_squares, _OPS.conv_pull_back)
+_COUNTED = (
+    _OPS.squared_matmul,
+    _OPS.sequence_squares,
+    _OPS.conv_squares,
+    _OPS.conv_pull_back,
+    _OPS.dense_pull_back,
+)
 
 
 @register_flop_formula([*_COUNTED], get_raw=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from autoflip.ops import _hessian, backend, reference
 from autoflip.ops._hessian import Pair
 
-__all__ = ["conv_pull_back", "conv_squares", "rademacher", "sequence_squares", "squared_matmul"]
+__all__ = ["conv_pull_back", "conv_squares", "dense_pull_back", "rademacher", "sequence_squares", "squared_matmul"]
 
 Factors = Tensor | Sequence[Tensor]  # iterating gives one tensor a factor
 
@@ -58,7 +58,7 @@ def sequence_squares(d: Factors, u: Tensor) -> Tensor:
 
     Args:
         d: Q tensors ``(N, O, P)`` (or one ``(Q, N, O, P)``), floating: Q factors' gradients at the output of a layer
-            that serves P positions.
+            that serves P positions. Views of tensors with another order of axes are fine, like ``u``'s.
         u: ``(N, P, K)``, dtype and device of ``d``, the layer's input at each position.
 
     Returns:
@@ -67,16 +67,16 @@ def sequence_squares(d: Factors, u: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * Q * N * O * P * K`` FLOPs, less where the C++ kernel skips positions at which ``d`` is zero.
+    Cost: ``2 * Q * N * O * P * K`` FLOPs.
     """
-    d = _factors("sequence_squares", d)
+    d = _factors("sequence_squares", d, contiguous=False)
     _check_pair("sequence_squares", "d", d[0], 3, "u", u, 3)
     if (d[0].shape[0], d[0].shape[2]) != (u.shape[0], u.shape[1]):
         raise ValueError(
             f"sequence_squares: d has {len(d)} factors (N, O, P) of shape {tuple(d[0].shape)} and u (N, P, K) has "
             f"{tuple(u.shape)}; samples N and positions P must agree. Is u still (N, K, P)? Then transpose it."
         )
-    u = u.detach().contiguous()
+    u = u.detach()
     return (torch.ops.autoflip.sequence_squares.default(d, u) if _traced() else _hessian.sequence_squares(d, u))[0]
 
 
@@ -134,6 +134,44 @@ def conv_squares(
     x = x.detach().contiguous()
     arguments = (d, x, list(kernel_size), list(stride), list(padding), list(dilation), groups, at)
     return (torch.ops.autoflip.conv_squares.default(*arguments) if _traced() else _hessian.conv_squares(*arguments))[0]
+
+
+def dense_pull_back(d: Factors, weight: Tensor, gate: Tensor | None = None, *, squared: bool = False) -> Tensor:
+    """Return a dense layer's gradient at its input, behind a ReLU: ``v[q] = (d[q] @ weight) * (gate > 0)``.
+
+    Args:
+        d: Q tensors ``(N, O)`` (or one with Q in front), floating: Q factors' gradients at the layer's output. A
+            sample's are zero alike where a ReLU behind the layer was.
+        weight: ``(O, K)``, dtype and device of ``d``.
+        gate: ``(N, K)``, like ``weight``: what the ReLU in front of the layer left; None where there is none.
+        squared: return ``sum_q v[q]^2``, which then never holds all factors.
+
+    Returns:
+        ``(Q, N, K)``, or ``(N, K)`` when ``squared``; dtype of ``d``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+
+    Cost: ``2 * Q * N * O * K`` FLOPs, less where the C++ kernel skips outputs that are zero for all of a sample's
+    factors.
+    """
+    d = _factors("dense_pull_back", d)
+    _check_pair("dense_pull_back", "d", d[0], 2, "weight", weight, 2)
+    if d[0].shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"dense_pull_back: d's factors (N, O) have shape {tuple(d[0].shape)} and weight (O, K) has "
+            f"{tuple(weight.shape)}; O must agree"
+        )
+    wanted = len(d[0]), weight.shape[1]
+    if gate is not None and (gate.shape != wanted or gate.dtype != weight.dtype or gate.device != weight.device):
+        raise ValueError(
+            f"dense_pull_back: gate is {gate.dtype} {tuple(gate.shape)} on {gate.device}; wanted {weight.dtype} "
+            f"{wanted} on {weight.device}: what the layer read"
+        )
+    gate = None if gate is None else gate.detach().contiguous()
+    arguments = d, weight.detach().contiguous(), gate, squared
+    op = torch.ops.autoflip.dense_pull_back.default if _traced() else _hessian.dense_pull_back
+    return op(*arguments)[0]
 
 
 def conv_pull_back(
@@ -223,8 +261,8 @@ def rademacher(
     return reference.rademacher(seed, stream, tuple(shape)).to(device, dtype)
 
 
-def _factors(op: str, d: Factors) -> list[Tensor]:
-    factors = [one.detach().contiguous() for one in d]
+def _factors(op: str, d: Factors, *, contiguous: bool = True) -> list[Tensor]:
+    factors = [one.detach().contiguous() if contiguous else one.detach() for one in d]
     if not factors or any(one.shape != factors[0].shape or one.dtype != factors[0].dtype for one in factors):
         got = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in factors[:4])
         raise ValueError(f"{op}: d holds {len(factors)} factors ({got}); wanted one or more of one shape and dtype")

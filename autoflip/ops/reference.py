@@ -222,6 +222,14 @@ def squared_matmul(d: Tensor, a: Tensor, squared: bool = False) -> Tensor:
     return (d if squared else d.square()).T @ a.square()
 
 
+def dense_pull_back(d: Tensor, weight: Tensor, gate: Tensor | None = None, squared: bool = False) -> Tensor:
+    """``v[q, n] = (d[q, n] @ weight) * (gate[n] > 0)`` for ``d (Q, N, O)``; ``sum_q v[q]^2`` when ``squared``."""
+    v = (d.flatten(0, 1) @ weight).view(*d.shape[:2], -1)
+    if gate is not None:
+        v = torch.ops.aten.threshold_backward(v, gate.expand_as(v), 0)
+    return v.square().sum(0) if squared else v
+
+
 def sequence_squares(d: Tensor, u: Tensor) -> Tensor:
     """``D[o, k] = sum_qn (sum_p d[q, n, o, p] u[n, p, k])^2`` for ``d (Q, N, O, P)``, ``u (N, P, K)``."""
     out = u.new_zeros(d.shape[2], u.shape[2])

@@ -4,7 +4,7 @@
 
 namespace autoflip {
 
-// A convolution with its batch, or (kernel 1, height = positions, width 1) a sequence of rows.
+// A convolution with its batch.
 struct SquaresShape {
   int64_t factors, samples, outputs, groups;
   int64_t channels, height, width;      // of the input
@@ -17,14 +17,21 @@ struct SquaresShape {
   int64_t columns() const { return channels / groups * kernel_height * kernel_width; }
 };
 
+// A dense layer on sequences; the strides in floats, of d's factors (samples, outputs, positions) and of u
+// (samples, positions, columns next to each other).
+struct StepsShape {
+  int64_t factors, samples, outputs, positions, columns;
+  int64_t d_sample, d_output, d_position, u_sample, u_position;
+};
+
 struct HessianKernels {
   // Scratch, in floats, that `squares` needs for `threads` threads.
   int64_t (*squares_scratch)(const SquaresShape&, int threads);
   // out[o, k] = sum_qn (sum_e d[q][n, o, e] u[n, p, k])^2, p = at[n, o, e], or e when `at` is null; u the
-  // patches of x; x is NCHW, or (N, P, K) rows when `rows`. Returns the multiply-adds that ran. The sums do
+  // patches of x; x is NCHW. Returns the multiply-adds that ran. The sums do
   // not depend on the number of threads.
   int64_t (*squares)(const float* const* d, const float* x, const int64_t* at, float* out, float* scratch,
-                     const SquaresShape&, bool rows, int threads);
+                     const SquaresShape&, int threads);
   // Scratch of `pull_back`, in floats.
   int64_t (*pull_back_scratch)(const SquaresShape&, int threads);
   // dx[q, n, c, i, j] = sum_e d[q][n, o, e] weight[o, c, ...] over the outputs that read it, e at at[n, o,
@@ -35,6 +42,14 @@ struct HessianKernels {
   // and does nothing when more than the share `most_alive` of d is not zero.
   int64_t (*squared_matmul)(const float* d, const float* a, float* out, int64_t samples, int64_t outputs,
                             int64_t columns, bool squared, float most_alive, int threads);
+  // out[q, n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[n, k] > 0), gate may be null; `squared`: out[n, k] is
+  // the sum over q of their squares. Returns the multiply-adds that ran.
+  int64_t (*dense_pull_back)(const float* const* d, const float* w, const float* gate, float* out,
+                             int64_t factors, int64_t samples, int64_t outputs, int64_t columns, bool squared,
+                             int threads);
+  // out[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, p, k])^2. Returns the multiply-adds that ran.
+  int64_t (*sequence_squares)(const float* const* d, const float* u, float* out, const StepsShape&,
+                              int threads);
   // out[i] = +-1, bit i % 64 of SplitMix64's word i / 64
   void (*rademacher)(uint64_t seed, uint64_t stream, float* out, int64_t count, int threads);
 };

@@ -1,8 +1,10 @@
 #include "cpu/hessian_back.h"
 #include "cpu/hessian_dense.h"
 #include "cpu/hessian_impl.h"
+#include "cpu/hessian_pull.h"
+#include "cpu/hessian_steps.h"
 
 namespace autoflip {
-const HessianKernels kHessianBase = {squares_scratch, squares,        pull_back_scratch,
-                                     pull_back,       squared_matmul, rademacher};
+const HessianKernels kHessianBase = {squares_scratch, squares,         pull_back_scratch, pull_back,
+                                     squared_matmul,  dense_pull_back, sequence_squares,  rademacher};
 }

@@ -226,20 +226,13 @@ void patches(const float* x, const SquaresShape& c, const Plan& plan, float* ima
 }
 
 int64_t squares(const float* const* d, const float* x, const int64_t* at, float* out, float* scratch,
-                const SquaresShape& c, bool given_rows, int threads) {
+                const SquaresShape& c, int threads) {
   Plan plan = plan_of(c, at);
   scratch = aligned(scratch);
   int64_t P = plan.positions, K = plan.columns, C = c.channels / c.groups, pixels = c.height * c.width;
   auto fill = [&](int64_t n, const Scratch& s) {
-    if (given_rows) {
-      for (int64_t p = 0; p < P; ++p) {
-        std::memcpy(s.u + p * plan.ld, x + (n * P + p) * K, sizeof(float) * K);
-        for (int64_t k = K; k < plan.ld; ++k) s.u[p * plan.ld + k] = 0.f;
-      }
-    } else {
-      for (int64_t g = 0; g < c.groups; ++g)
-        patches(x + (n * c.channels + g * C) * pixels, c, plan, s.image, s.u + g * P * plan.ld);
-    }
+    for (int64_t g = 0; g < c.groups; ++g)
+      patches(x + (n * c.channels + g * C) * pixels, c, plan, s.image, s.u + g * P * plan.ld);
   };
   auto row = [&](int64_t n, int64_t r) {
     return d[r % c.factors] + (n * c.outputs + r / c.factors) * c.entries;

@@ -1,0 +1,138 @@
+"""Factors of softmax's second derivative ``scale (diag p - p p^T)``, row by row; rows dealt by their weights.
+
+The factor has the likeliest class first. Where two classes compete, as in a trained model, its first column is nearly
+all there is: a draw of signs then has next to no variance, while the symmetric root's columns would cancel or add up
+at random. Nothing here is differentiable.
+
+Source: the closed form of the Cholesky factor of Tanabe and Sagae, "An exact Cholesky decomposition and the generalized
+inverse of the variance-covariance matrix of the multinomial distribution", JRSS B 1992.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoflip.ops import backend
+from autoflip.ops import reference_softmax as reference
+
+__all__ = ["deal_rows", "softmax_draw", "softmax_factor", "softmax_weight"]
+
+backend.register("softmax_draw", "cpp", optional=True)
+
+
+def softmax_factor(f: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``S`` with ``S S^T = scale (diag p - p p^T)``, ``p = softmax(f, dim)``, in its closed form.
+
+    Args:
+        f: logits, ``(N, ..., classes, ...)``, floating.
+        scale: like ``f`` with 1 class, no entry below 0.
+        dim: of the classes.
+
+    Returns:
+        ``(here, below, p, order)`` like ``f``, classes sorted by ``order``: column c of S is ``here[c]`` at c,
+        ``-p[i] below[c]`` at each later i, and 0 at earlier ones.
+    """
+    return reference.softmax_factor(f, scale, dim)
+
+
+def softmax_draw(f: Tensor, scale: Tensor, signs: Tensor, dim: int = 1) -> Tensor:
+    """Return ``S signs`` for :func:`softmax_factor`'s S, at each row and position.
+
+    Args:
+        f: logits, floating.
+        scale: like ``f`` with 1 class.
+        signs: like ``f``: one for each column, likeliest class first.
+        dim: of the classes.
+
+    Returns:
+        Like ``f``, classes in its order.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check("softmax_draw", f, scale, dim)
+    if signs.shape != f.shape:
+        raise ValueError(f"softmax_draw: signs have shape {tuple(signs.shape)}, f {tuple(f.shape)}; wanted the same")
+    if (kernels := _kernels(f)) is None:
+        return reference.softmax_draw(f, scale, signs, dim)
+    f, scale, signs = f.detach().contiguous(), scale.to(f).contiguous(), signs.to(f).contiguous()
+    out = torch.empty_like(f)
+    kernels.softmax_draw(f.data_ptr(), scale.data_ptr(), signs.data_ptr(), out.data_ptr(), *f.shape)
+    return out
+
+
+def softmax_weight(f: Tensor, scale: Tensor, dim: int = 1) -> Tensor:
+    """Return the trace of ``scale (diag p - p p^T)`` a row: ``sum scale (1 - sum p^2)`` over positions.
+
+    Args:
+        f: logits, floating.
+        scale: like ``f`` with 1 class.
+        dim: of the classes.
+
+    Returns:
+        ``(N,)``, floating; small values are as exact as large ones.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check("softmax_weight", f, scale, dim)
+    if (kernels := _kernels(f)) is None:
+        return reference.softmax_weight(f, scale, dim)
+    f, scale = f.detach().contiguous(), scale.to(f).contiguous()
+    out = torch.empty(len(f), dtype=torch.float64)
+    kernels.softmax_weight(f.data_ptr(), scale.data_ptr(), out.data_ptr(), *f.shape)
+    return out
+
+
+def deal_rows(weight: Tensor, budget: float, most: int, chance: float) -> tuple[Tensor, ...]:
+    """Deal about ``budget`` rows to samples by their weights, most to the heaviest.
+
+    A sample is due ``m = min(budget weight / sum, most)`` rows: from one on it gets k, the power of two below, else one
+    with the chance m (systematic sampling, Madow 1949, begun at ``chance``).
+
+    Args:
+        weight: ``(N,)``, float64 on the CPU, no entry below 0, some above.
+        budget: rows.
+        most: of one sample, a power of two.
+        chance: in [0, 1).
+
+    Returns:
+        ``(samples, turns, scale, seen, places)``: of each row its sample, which of its sample's rows it is, and
+        ``k^-1/2`` or ``m^-1/2``; the samples that have rows, each once; of each row its sample's place among these.
+        int64 but for scale, float64; a sample's rows are next to each other.
+
+    Raises:
+        ValueError: weight is of another dtype, device or shape.
+    """
+    if weight.dtype != torch.float64 or weight.device.type != "cpu" or weight.dim() != 1:
+        raise ValueError(
+            f"deal_rows: weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; wanted torch.float64 (N,) "
+            "on the CPU"
+        )
+    kernels = backend.extension("_C")[0] if backend.serve("softmax_draw", weight.device) == "cpp" else None
+    if kernels is None:
+        return reference.deal_rows(weight, budget, most, chance)
+    weight = weight.contiguous()
+    whole = torch.empty(4, len(weight) * most, dtype=torch.int64).unbind()
+    scale = torch.empty(len(weight) * most, dtype=torch.float64)
+    out = [part.data_ptr() for part in (*whole[:2], scale, *whole[2:])]
+    rows, seen = kernels.deal_rows(weight.data_ptr(), len(weight), budget, most, chance, out)
+    return whole[0][:rows], whole[1][:rows], scale[:rows], whole[2][:seen], whole[3][:rows]
+
+
+def _check(op: str, f: Tensor, scale: Tensor, dim: int) -> None:
+    wanted = (*f.shape[:dim], 1, *f.shape[dim + 1 :])
+    if tuple(scale.shape) != wanted:
+        raise ValueError(
+            f"{op}: scale has shape {tuple(scale.shape)}; wanted {wanted}: f's with one class in axis {dim}"
+        )
+
+
+def _kernels(f: Tensor) -> Any:
+    """Return the C++ kernels where they can: float32 rows with at least one class on the CPU."""
+    if f.dim() != 2 or f.dtype != torch.float32 or f.shape[1] == 0:
+        return None
+    return backend.extension("_C")[0] if backend.serve("softmax_draw", f.device) == "cpp" else None

@@ -1,0 +1,17 @@
+// Softmax's second derivative at the output of a network, scale (diag p - p p^T), row by row: a draw by its
+// Cholesky factor with the likeliest class first (Tanabe and Sagae, 1992), and its trace. A few hundred rows
+// of a few classes: one pass in double precision takes as long as one call of a tensor library, which would
+// make twenty.
+#pragma once
+#include <cstdint>
+
+namespace autoflip {
+
+// v[n, order[i]] = (S signs[n])[i], S S^T = scale[n] (diag p - p p^T) of f's row n sorted by `order`, largest
+// first
+void softmax_draw(const float* f, const float* scale, const float* signs, float* v, int64_t rows,
+                  int64_t classes);
+// out[n] = scale[n] (1 - sum p^2)
+void softmax_weight(const float* f, const float* scale, double* out, int64_t rows, int64_t classes);
+
+}  // namespace autoflip
