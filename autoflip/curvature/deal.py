@@ -17,8 +17,9 @@ from torch import Tensor
 
 from autoflip import ops
 
-# draws -> rows dealt, by samples of the batch
-_BUDGET = {1: 0.75, 2: 1.25, 3: 1.5, 4: 1.75}
+# draws -> rows dealt, by samples of the batch: where the model runs again on them, and where its layers go on with them
+_AGAIN = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
+_ONWARD = {1: 0.75, 2: 1.25, 3: 1.5, 4: 1.75}
 # rows of one sample; two orthogonal draws err less than four independent ones
 _MOST = 4
 # samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
@@ -68,7 +69,7 @@ def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
     return Rows(*ops.deal_rows(weight, budget, most, chance))
 
 
-def rows_for(weight: Tensor, draws: int, factors: int) -> Rows | None:
+def rows_for(weight: Tensor, draws: int, factors: int, *, again: bool) -> Rows | None:
     """Return the rows that ``draws`` a sample are worth, None where dealing saves nothing: every sample gets its draws.
 
     That is where there are few samples, or all carry much alike, or many draws to average. Draws one number from
@@ -78,12 +79,13 @@ def rows_for(weight: Tensor, draws: int, factors: int) -> Rows | None:
         weight: ``(N,)``: ``h_n``.
         draws: wanted of every sample.
         factors: columns of ``S_n``; as many orthogonal draws are exact.
+        again: whether the model has to run again on the rows.
     """
-    h = weight.detach().double().cpu()
-    if draws not in _BUDGET or len(h) < _LEAST_SAMPLES or effective(h) > _MOST_ALIKE * len(h):
+    h, budget = weight.detach().double().cpu(), _AGAIN if again else _ONWARD
+    if draws not in budget or len(h) < _LEAST_SAMPLES or effective(h) > _MOST_ALIKE * len(h):
         return None
     most = min(_MOST, 2 * power_from(draws), power_from(factors))
-    return deal(h, _BUDGET[draws] * len(h), most, float(torch.rand(())))
+    return deal(h, budget[draws] * len(h), most, float(torch.rand(())))
 
 
 def power_from(count: int) -> int:
