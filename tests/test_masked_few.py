@@ -1,6 +1,7 @@
 """The kernels for few rows of x, which compute every product, against float64; as a path of the masked product."""
 
 import pytest
+import second_derivatives
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,13 +65,4 @@ def test_it_is_the_same_op_to_counters_checks_and_second_derivatives(few):
         ops.masked_linear(x, w, b, pack).backward(dy)
     assert count.get_total_flops() == 3 * 2 * 4 * mask.numel()  # every product is computed
     torch.library.opcheck(torch.ops.autoflip.masked_linear.default, (x, w, b, True, *pack.parts(4)))
-
-    def hvp(layer, dtype):
-        p = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
-        g = torch.autograd.grad(layer(*p).pow(3).sum(), p, create_graph=True)
-        return torch.autograd.grad(sum(t.pow(2).sum() for t in g), p)
-
-    got = hvp(lambda x, w, b: ops.masked_linear(x, w, b, pack), torch.float32)
-    want = hvp(lambda x, w, b: reference.masked_matmul(x, w, mask) + b, torch.float64)
-    for a, c in zip(got, want, strict=True):
-        torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-2)  # cubes of sums: values reach 1e5
+    second_derivatives.check(x, w, b, mask, pack, atol=1e-2)  # cubes of sums: values reach 1e5

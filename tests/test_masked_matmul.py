@@ -5,6 +5,7 @@ from pathlib import Path
 
 import instruction_sets
 import pytest
+import second_derivatives
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -128,16 +129,7 @@ def test_result_does_not_depend_on_the_thread_count(N, O, K, density):
 def test_every_order_of_derivative_exists():
     x, w, b, mask, _ = case(3, 5, 4, 0.5)
     pack = Pack(mask, path="sparse")
-
-    def hvp(layer, dtype):
-        p = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
-        g = torch.autograd.grad(layer(*p).pow(3).sum(), p, create_graph=True)
-        return torch.autograd.grad(sum(t.pow(2).sum() for t in g), p)
-
-    got = hvp(lambda x, w, b: ops.masked_linear(x, w, b, pack), torch.float32)
-    want = hvp(lambda x, w, b: reference.masked_matmul(x, w, mask) + b, torch.float64)
-    for a, c in zip(got, want, strict=True):
-        torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-3)  # cubes of sums: values reach 1e4
+    second_derivatives.check(x, w, b, mask, pack, atol=1e-3)  # cubes of sums: values reach 1e4
     x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
     assert torch.autograd.gradgradcheck(lambda *p: ops.masked_linear(*p, pack, "relu"), (x64, w64, b64))
 

@@ -1,17 +1,14 @@
 """The kernels for blocks of 16 and 4 rows against float64, on every instruction set of this CPU."""
 
-import os
-import subprocess
-import sys
-
+import instruction_sets
 import pytest
+import second_derivatives
 import torch
 
 from autoflip import ops
 from autoflip.ops import Pack, _masked_kernels, paths, reference, trials
 
 pytestmark = pytest.mark.skipif(_masked_kernels.CPP is None, reason="no CPU extension")
-ISAS = ["base", "avx2", "avx512"]
 
 
 def block_mask(O, K, height, density):
@@ -80,21 +77,9 @@ def test_equals_float64_reference(height, density, activation):
             check(N, O, K, height if density < 1 else 16, density, activation)
 
 
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_equals_float64_reference_on(isa):
-    """The same on a lower instruction set: it is chosen when a process starts."""
-    code = (
-        "import test_masked_rows as t\n"
-        f"assert t._masked_kernels.CPP.isa() == {isa!r} or {isa!r} == 'avx2'\n"
-        "for height in (4, 16):\n"
-        "    for density in (0.02, 0.5):\n"
-        "        for (O, K), N in zip(t.SHAPES * 2, t.BATCHES + t.BATCHES[:3]):\n"
-        "            t.check(N, O, K, height, density, 'relu')\n"
-    )
-    path = os.pathsep.join([os.path.dirname(__file__), os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "AUTOFLIP_CPU": isa, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("isa", instruction_sets.LEVELS[:-1])
+def test_every_instruction_set_equals_float64_reference(isa):
+    instruction_sets.rerun(__file__, isa, "test_equals_float64_reference")
 
 
 def test_result_does_not_depend_on_the_thread_count():
@@ -144,13 +129,4 @@ def test_double_backward_and_the_registered_op():
         w.nan_to_num_(0.0)
     pack = block_pack(mask, 16)
     torch.library.opcheck(torch.ops.autoflip.masked_linear.default, (x, w, b, True, *pack.parts(4)))
-
-    def hvp(layer, dtype):
-        p = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
-        g = torch.autograd.grad(layer(*p).pow(3).sum(), p, create_graph=True)
-        return torch.autograd.grad(sum(t.pow(2).sum() for t in g), p)
-
-    got = hvp(lambda x, w, b: ops.masked_linear(x, w, b, pack), torch.float32)
-    want = hvp(lambda x, w, b: reference.masked_matmul(x, w, mask) + b, torch.float64)
-    for a, c in zip(got, want, strict=True):
-        torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-2)  # cubes of sums: values reach 1e5
+    second_derivatives.check(x, w, b, mask, pack, atol=1e-2)  # cubes of sums: values reach 1e5

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from autoflip.codec.reader import varint
-from autoflip.ops import entropy as ans
+from autoflip.ops import entropy
 from autoflip.ops.entropy import PLAIN
 
 __all__ = [
@@ -85,7 +85,7 @@ def packed_size(raw: Buffer, level: int, times: float) -> int:
     size = len(_squeeze(raw, level))
     own = None
     if length(raw) >= _LITTLE:  # what a sample of more bytes tells is 2 % off, too much to choose by
-        own, _ = ans.encode_below(raw, PLAIN, 0 if length(raw) <= ans.SAMPLE else int(_NEAR * size))
+        own, _ = entropy.encode_below(raw, PLAIN, 0 if length(raw) <= entropy.SAMPLE else int(_NEAR * size))
     return int(times * (size if own is None else min(size, own)))
 
 
@@ -114,10 +114,10 @@ def smallest(
     best = min(packed.values(), key=len)
     if len(view) > _NOISY and len(best) >= len(view):  # zstd found nothing: does a quarter show anything?
         quarter = len(view) // 4
-        seen = ans.estimate(view[:quarter], key, None if beside is None else beside[:quarter])
+        seen = entropy.estimate(view[:quarter], key, None if beside is None else beside[:quarter])
         if seen is not None and seen > _WORTH_MUCH * quarter:
             return STORED, raw
-    own, coded = ans.encode_below(raw, key, int(min(_WORTH * len(best), PAYS * len(view))), beside)
+    own, coded = entropy.encode_below(raw, key, int(min(_WORTH * len(best), PAYS * len(view))), beside)
     if coded is not None:
         head = varint(len(view))
         if len(head) + len(coded) < _WORTH * len(best):
@@ -134,7 +134,7 @@ def smallest(
 def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) -> tuple[int, Buffer]:
     """Pack what a sample says is best; our own Huffman codes stand for zstd where nothing repeats."""
     part = _sample(view)
-    bare = ans.literals(part, 0)[0] if level <= CHEAP else None
+    bare = entropy.literals(part, 0)[0] if level <= CHEAP else None
     found = len(_squeeze(part, level))
     best, plain = found, False
     if level <= CHEAP and (bare is None or bare > _SAME * found or bare < _BARE * len(part)):
@@ -142,7 +142,7 @@ def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) 
         best, plain = min((found, False), (few, True))
     repeats = bare is None or best < _NOTHING * bare
     expected = (best if repeats or bare is None else min(best, bare)) * len(view) / len(part)
-    _, coded = ans.encode_below(view, key, int(min(_WORTH_MUCH * expected, PAYS * len(view))), beside)
+    _, coded = entropy.encode_below(view, key, int(min(_WORTH_MUCH * expected, PAYS * len(view))), beside)
     # zstd finds far repetitions, which a sample does not have; hardly a tenth of larger parts
     packed: Buffer | None = None
     if len(view) <= _MIDDLE or repeats and coded and len(view) <= _LARGE and len(coded) >= _SURE * expected:
@@ -153,7 +153,7 @@ def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) 
         if len(head) + len(coded) < _WORTH_MUCH * expected:
             return FOLLOWS if beside is None else BESIDE, head + coded
     if bare is not None and bare <= _SAME * best:
-        packed = ans.literals(view, int(PAYS * len(view) if packed is None else expected))[1] or packed
+        packed = entropy.literals(view, int(PAYS * len(view) if packed is None else expected))[1] or packed
     return ZSTD, packed or _squeeze(view, level, plain=plain)
 
 

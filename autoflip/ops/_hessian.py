@@ -246,8 +246,9 @@ _lib.define(
     " int[] dilation, int groups) -> (Tensor, Tensor)"
 )
 _lib.define("dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False) -> (Tensor, Tensor)")
+_COUNTED = (conv_pull_back, dense_pull_back, squared_matmul, sequence_squares, conv_squares)
 for _device in ("CPU", "CUDA"):
-    for _op in (conv_pull_back, dense_pull_back, squared_matmul, sequence_squares, conv_squares):
+    for _op in _COUNTED:
         _lib.impl(_op.__name__, _counted(_op), _device)
 
 
@@ -287,16 +288,6 @@ def _(d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool
     return weight.new_empty(size if squared else (len(d), *size)), torch.empty((), dtype=torch.int64)
 
 
-_OPS = torch.ops.autoflip
-_COUNTED = (
-    _OPS.squared_matmul,
-    _OPS.sequence_squares,
-    _OPS.conv_squares,
-    _OPS.conv_pull_back,
-    _OPS.dense_pull_back,
-)
-
-
-@register_flop_formula([*_COUNTED], get_raw=True)
+@register_flop_formula([getattr(torch.ops.autoflip, op.__name__) for op in _COUNTED], get_raw=True)
 def _squares_flops(*_: Any, out_val: tuple[Tensor, Tensor], **__: Any) -> int:
     return int(out_val[1])  # the kernel counts what it ran: zeros that it skips are known to it alone
