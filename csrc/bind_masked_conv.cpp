@@ -1,5 +1,5 @@
-// Addresses in, 0 for none; sizes as (n, channels, height, width, pad height, pad width) and (height, width,
-// dilation height, dilation width).
+// Addresses in, 0 for none; sizes as (n, channels, height, width, pad height, pad width, 1 where channels come
+// last in memory) and (height, width, dilation height, dilation width).
 #include <pybind11/stl.h>
 
 #include <array>
@@ -16,19 +16,19 @@ namespace py = pybind11;
 namespace autoflip {
 namespace {
 
-using Six = std::array<int64_t, 6>;
+using Seven = std::array<int64_t, 7>;
 using Four = std::array<int64_t, 4>;
 
 const MaskedConv& kernels() { return pick(masked_conv_base, masked_conv_avx2, masked_conv_avx512); }
 
-Images images_of(const Six& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
+Images images_of(const Seven& s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6] != 0}; }
 Kernel kernel_of(const Four& s) { return {s[0], s[1], s[2], s[3]}; }
 
 // a tile of the products is a piece of a row, the gradient's is a rectangle
 int64_t tile_height(bool sample) { return sample ? kernels().sample_height : 1; }
 int64_t tile_width(bool sample) { return sample ? kernels().sample_width : kernels().tile; }
 
-py::bytes layout(uintptr_t mask, int64_t rows, const Six& images, const Four& kernel, bool sample,
+py::bytes layout(uintptr_t mask, int64_t rows, const Seven& images, const Four& kernel, bool sample,
                  bool turned) {
   if (rows * images[1] * kernel[0] * kernel[1] > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument("masked_conv: a mask of 2^31 entries or more has no layout");
@@ -46,7 +46,7 @@ struct Shape {
   Images x, dy;
   Kernel kernel;
 
-  Shape(const Six& x_sizes, const Six& dy_sizes, const Four& kernel_sizes)
+  Shape(const Seven& x_sizes, const Seven& dy_sizes, const Four& kernel_sizes)
       : x(images_of(x_sizes)), dy(images_of(dy_sizes)), kernel(kernel_of(kernel_sizes)) {}
 
   Layout layout(uintptr_t lay, int64_t kept, int64_t rows, const Images& images, bool sample) const {
@@ -54,24 +54,24 @@ struct Shape {
                                  tile_height(sample), tile_width(sample));
   }
 
-  // y (n, rows, height, width) = convolution of a panel with the weight at the layout
-  void multiply(uintptr_t panel, const Images& images, int64_t rows, uintptr_t lay, int64_t kept,
+  // y, images like `out`, = convolution of a panel with the weight at the layout
+  void multiply(uintptr_t panel, const Images& images, const Images& out, uintptr_t lay, int64_t kept,
                 uintptr_t weight, uintptr_t bias, uintptr_t y, int threads) const {
     const MaskedConv& k = kernels();
-    const Layout found = layout(lay, kept, rows, images, false);
+    const Layout found = layout(lay, kept, out.channels, images, false);
     // the values at the end: strips begin at a whole cache line
     const int64_t strips = threads * k.strip_size(images, kernel, found.block);
     float *maps = thread_scratch().take(strips + kept), *values = maps + strips;
     k.gather(at<const int32_t>(lay), kept, at<const float>(weight), values);
     k.multiply(found, values, at<const float>(panel), images, kernel, at<const float>(bias), at<float>(y),
-               maps, threads);
+               out.last, maps, threads);
   }
 
   void forward(uintptr_t in, uintptr_t panel, uintptr_t lay, int64_t kept, uintptr_t weight, uintptr_t bias,
                uintptr_t y, int threads) const {
     py::gil_scoped_release release;
     kernels().to_panel(at<const float>(in), x, at<float>(panel), nullptr, threads);
-    multiply(panel, x, dy.channels, lay, kept, weight, bias, y, threads);
+    multiply(panel, x, dy, lay, kept, weight, bias, y, threads);
     thread_scratch().settle();
   }
 
@@ -94,7 +94,7 @@ struct Shape {
                 int threads) const {
     py::gil_scoped_release release;
     panels(x_in, x_panel, dy_in, dy_panel, db, threads);
-    if (dx) multiply(dy_panel, dy, x.channels, dx_lay, kept, weight, 0, dx, threads);
+    if (dx) multiply(dy_panel, dy, x, dx_lay, kept, weight, 0, dx, threads);
     if (dw)
       kernels().gradient(layout(dw_lay, kept, dy.channels, x, true), at<const int32_t>(dw_lay), kept,
                          at<const float>(x_panel), x, at<const float>(dy_panel), dy, kernel, at<float>(dw),
@@ -109,7 +109,7 @@ void bind_masked_conv(py::module_& m) {
   m.def("masked_conv_layout", layout,
         "the layout of mask (rows, channels, kernel); empty where offsets do not fit");
   py::class_<Shape>(m, "MaskedConvShape")
-      .def(py::init<const Six&, const Six&, const Four&>())
+      .def(py::init<const Seven&, const Seven&, const Four&>())
       .def_property_readonly("x_floats", [](const Shape& s) { return kernels().panel_size(s.x); })
       .def_property_readonly("dy_floats", [](const Shape& s) { return kernels().panel_size(s.dy); })
       .def("forward", &Shape::forward,

@@ -33,6 +33,10 @@ def case(N, O, C, size, kernel, padding, dilation, density):
     return x, w, b, mask
 
 
+def last(t):
+    return t.detach().to(memory_format=torch.channels_last).requires_grad_()
+
+
 def both(x, w, b, mask, pack, padding, dilation):
     """(y, dx, dw, db) of ours and of torch in float64."""
     y = ops.masked_conv2d(x, w, b, pack)
@@ -58,9 +62,33 @@ def test_every_path_equals_float64_reference(shape, density, path):
     assert not got[2][~mask].any()
 
 
+@pytest.mark.parametrize("density", [0.2, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_channels_last_equals_row_major(shape, density):
+    *_, padding, dilation = shape
+    x, w, b, mask = case(*shape, density)
+    pack = ConvPack(mask, padding, dilation, path="sparse")
+    dy = torch.randn(ops.masked_conv2d(x, w, b, pack).shape, generator=torch.Generator().manual_seed(1))
+    want = torch.autograd.grad(ops.masked_conv2d(x, w, b, pack), (x, w, b), dy)
+    for a, c in ((last(x), w), (x, last(w)), (last(x), last(w))):
+        for d in (dy, last(dy).detach()):
+            y = ops.masked_conv2d(a, c, b, pack)
+            assert torch.equal(y, ops.masked_conv2d(x, w, b, pack))
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            got = torch.autograd.grad(y, (a, c, b), d)
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+            assert got[0].stride() == a.stride()
+            torch.testing.assert_close(got[2], want[2], rtol=0, atol=36 * EPS * dy[:, 0].numel() ** 0.5)  # other order
+
+
 @pytest.mark.parametrize("isa", instruction_sets.LEVELS)
 def test_every_instruction_set_equals_float64_reference(isa):
-    names = "test_every_path_equals_float64_reference", "test_result_does_not_depend_on_the_thread_count"
+    names = (
+        "test_every_path_equals_float64_reference",
+        "test_channels_last_equals_row_major",
+        "test_result_does_not_depend_on_the_thread_count",
+    )
     instruction_sets.rerun(__file__, isa, *names)
 
 
@@ -70,7 +98,8 @@ def test_result_does_not_depend_on_the_thread_count():
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(both(x, w, b, mask, ConvPack(mask, (1, 1), path="sparse"), 1, 1)[0])
+        pack = ConvPack(mask, (1, 1), path="sparse")
+        results.append([t for form in (x, last(x)) for t in both(form, w, b, mask, pack, 1, 1)[0]])
     for other in results[1:]:
         assert all(torch.equal(a, c) for a, c in zip(results[0], other, strict=True))
 
@@ -187,7 +216,7 @@ def test_flops_are_those_that_ran():
 @pytest.mark.parametrize("letters", ["sss", "ddd"])
 def test_ops_pass_opcheck(letters):
     x, w, b, mask = case(9, 6, 3, (5, 4), (3, 3), (1, 1), (1, 1), 0.4)
-    parts = ConvPack(mask, (1, 1), path="sparse").parts(16, 5, 4)._replace(path=letters)
+    parts = ConvPack(mask, (1, 1), path="sparse").parts(x, w)._replace(path=letters)
     dy = torch.randn(9, 6, 5, 4, requires_grad=True)
     for op, inputs in (
         (torch.ops.autoflip.masked_conv2d, (x, w, b)),
@@ -195,6 +224,20 @@ def test_ops_pass_opcheck(letters):
         (torch.ops.autoflip.masked_conv2d_dw, (dy, x)),
     ):
         torch.library.opcheck(op.default, (*inputs, *parts))
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_few_channels_that_are_all_kept_may_take_the_kernel(form, monkeypatch):
+    layer = nn.MaskedConv2d(8, 8, 3, padding=1).to(memory_format=form)
+    layer.set_mask(torch.ones(8, 8, 3, 3, dtype=torch.bool))
+    x = torch.randn(9, 8, 6, 5).to(memory_format=form)
+    want = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(x), want)
+    pack = layer._conv_pack(layer.weight_mask)
+    pack.path = "sparse"
+    pack._parts.clear()
+    monkeypatch.setattr(F, "conv2d", None)  # torch's convolution must not run
+    torch.testing.assert_close(layer(x), want)
 
 
 def test_trials_choose_once_and_see_no_flops(monkeypatch, tmp_path):

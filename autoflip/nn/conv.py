@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Masked, channels_last
-from autoflip.ops import ConvPack, conv_weight, masked_conv2d, traced, version_of
+from autoflip.nn.masked import Masked
+from autoflip.ops import ConvPack, channels_last, conv_weight, few_channels, masked_conv2d, traced, version_of
 
 __all__ = ["MaskedConv2d"]
 
@@ -18,8 +18,9 @@ class MaskedConv2d(Masked, nn.Conv2d):
     """``torch.nn.Conv2d`` on ``weight * mask``; torch's own until a mask is set.
 
     Pruned weights do no work where the sparse kernel is the faster one: float32 on a CPU, stride 1, one group, zero
-    padding, 8 samples or more, a weight that is not channels_last; see :func:`autoflip.ops.masked_conv2d`. Elsewhere
-    the dense convolution runs, and time and FLOPs fall when whole channels go: :func:`autoflip.compact` removes them.
+    padding, 8 samples or more; see :func:`autoflip.ops.masked_conv2d`. Elsewhere the dense convolution runs, and time
+    and FLOPs fall when whole channels go: :func:`autoflip.compact` removes them. Of fewer than 16 channels the kernel
+    may be the faster one without a pruned weight too: a mask that keeps everything has it tried.
 
     Arguments, parameters and ``state_dict()`` are torch's. Pruned weights are zero, get exactly zero
     gradients, and so stay zero under SGD with momentum and weight decay and under Adam(W). Momentum gathered
@@ -52,25 +53,23 @@ class MaskedConv2d(Masked, nn.Conv2d):
             return self._conv_forward(input, weight if mask is None else conv_weight(weight, mask), bias)
         known = self.__dict__.get("_pack")  # asked first: the rest of the way costs a small layer a percent or two
         if known is None or mask is None or known[0] is not mask or known[1] != version_of(mask):
-            mask = self._mask_of("weight")
-            if mask is None:
+            if mask is None or (self._mask_of("weight") is None and not few_channels(mask)):
                 return self._conv_forward(input, weight, bias)
             pack = self._conv_pack(mask)
         else:
             pack = known[2]
-        if not traced() and (pack is None or self._all_dense(pack, input)) and self._stands(input, weight, mask):
-            return self._conv_forward(input, weight, bias)
-        if channels_last(weight):  # torch's convolution keeps that layout; the sparse kernel has its own
-            return self._conv_forward(input, self._effective("weight"), bias)
-        if pack is None:
+        if pack is None or self._all_dense(pack, input, weight):
+            whole = self._mask_of("weight") is None if pack is None else pack.whole
+            if whole or (not traced() and self._stands(input, weight, mask)):
+                return self._conv_forward(input, weight, bias)
+            if channels_last(weight):  # torch's convolution keeps that layout
+                return self._conv_forward(input, self._effective("weight"), bias)
             return self._conv_forward(input, conv_weight(weight, mask), bias)
         return masked_conv2d(input, weight, bias, pack)
 
     @staticmethod
-    def _all_dense(pack: ConvPack, input: Tensor) -> bool:
-        if input.dim() != 4 or input.dtype is not torch.float32:
-            return True
-        return pack.parts(len(input), input.shape[2], input.shape[3]) is None
+    def _all_dense(pack: ConvPack, input: Tensor, weight: Tensor) -> bool:
+        return input.dim() != 4 or input.dtype is not torch.float32 or pack.parts(input, weight) is None
 
     def _forget(self) -> None:
         super()._forget()

@@ -8,18 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.ops import gradient_hook, looker, masked_weight, version_of, zero_pruned
+from autoflip.ops import channels_last, gradient_hook, looker, masked_weight, version_of, zero_pruned
 
 _compiling = torch.compiler.is_compiling
 
-__all__ = ["Masked", "channels_last", "rows"]
-
-
-def channels_last(tensor: Tensor) -> bool:
-    """Tell whether a tensor lies in memory with its channels last, by its strides: sizes of 1 leave both open."""
-    if tensor.ndim != 4 or tensor.stride(1) != 1 or tensor.stride(3) != tensor.shape[1]:
-        return False
-    return tensor.is_contiguous(memory_format=torch.channels_last)
+__all__ = ["Masked", "rows"]
 
 
 def _laid_out(parameter: Tensor, mask: Tensor) -> Tensor:

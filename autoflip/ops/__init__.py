@@ -8,6 +8,7 @@ from autoflip.ops._masked_matmul import linear_step as linear_step
 
 # masked_weight
 from autoflip.ops._masked_weight import again as again
+from autoflip.ops._masked_weight import channels_last as channels_last
 from autoflip.ops._masked_weight import gradient_hook as gradient_hook
 from autoflip.ops._masked_weight import looker as looker
 from autoflip.ops._masked_weight import traced as traced
@@ -27,6 +28,7 @@ from autoflip.ops.hessian import squared_matmul as squared_matmul
 # masked_conv
 from autoflip.ops.masked_conv import ConvPack as ConvPack
 from autoflip.ops.masked_conv import conv_weight as conv_weight
+from autoflip.ops.masked_conv import few_channels as few_channels
 from autoflip.ops.masked_conv import masked_conv2d as masked_conv2d
 from autoflip.ops.masked_matmul import Pack as Pack
 from autoflip.ops.masked_matmul import linear_job as linear_job

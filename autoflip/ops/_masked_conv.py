@@ -26,7 +26,7 @@ def _forward_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) 
     if parts.path[0] == "s":
         y, made = cpu_forward(x, weight, bias, parts)
         panels.give(made)
-        return y
+        return y.contiguous()
     return F.conv2d(x, weights.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation).contiguous()
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops._masked_weight import CPP
+from autoflip.ops._masked_weight import CPP, channels_last
 
 Pair = tuple[int, int]
-Sizes = tuple[int, int, int, int, int, int]  # n, channels, height, width, padding
+Sizes = tuple[int, int, int, int, int, int, int]  # n, channels, height, width, padding, 1: channels last in memory
 
 
 class Parts(NamedTuple):
@@ -51,17 +51,28 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _geometry(n: int, high: int, wide: int, weight: tuple[int, ...], padding: Pair, dilation: Pair) -> Geometry:
+def _geometry(
+    n: int, high: int, wide: int, last: Pair, weight: tuple[int, ...], padding: Pair, dilation: Pair
+) -> Geometry:
     reach = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
     out = [s + 2 * p - r for s, p, r in zip((high, wide), padding, reach, strict=True)]
-    x = (n, weight[1], high, wide, *padding)
-    dy = (n, weight[0], out[0], out[1], reach[0] - padding[0], reach[1] - padding[1])
+    x = (n, weight[1], high, wide, *padding, last[0])
+    dy = (n, weight[0], out[0], out[1], reach[0] - padding[0], reach[1] - padding[1], last[1])
     return Geometry(x, dy, CPP.MaskedConvShape(x, dy, (weight[2], weight[3], *dilation)))
 
 
-def geometry(x: Tensor, parts: Parts) -> Geometry:
-    """Return the sizes for x of this shape."""
-    return _geometry(len(x), x.shape[2], x.shape[3], parts.mask.shape, tuple(parts.padding), tuple(parts.dilation))
+def geometry(x: Tensor, parts: Parts, y_last: bool) -> Geometry:
+    """Return the sizes for x of this shape and memory format; ``y_last``: channels come last in y, or in dy."""
+    last = int(channels_last(x)), int(y_last)
+    return _geometry(len(x), *x.shape[2:], last, parts.mask.shape, tuple(parts.padding), tuple(parts.dilation))
+
+
+def _laid_out(sizes: Sizes) -> Tensor:
+    return torch.empty(sizes[:4], memory_format=torch.channels_last if sizes[6] else torch.contiguous_format)
+
+
+def _as(t: Tensor, sizes: Sizes) -> Tensor:
+    return t if sizes[6] else t.contiguous()
 
 
 def make_layout(mask: Tensor, sizes: Sizes, kernel: tuple[int, int, int, int], step: str) -> Tensor:
@@ -103,11 +114,11 @@ panels = _Panels()
 
 
 def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Return (y, panel of x)."""
-    sizes = geometry(x, parts)
-    x, weight = x.contiguous(), weight.contiguous()
+    """Return (y, panel of x); y's channels come last where those of x or of the weight do, as torch's would."""
+    sizes = geometry(x, parts, channels_last(x) or channels_last(weight))
+    x, weight = _as(x, sizes.x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    panel, y = panels.take(sizes.shape.x_floats), torch.empty(sizes.dy[:4])
+    panel, y = panels.take(sizes.shape.x_floats), _laid_out(sizes.dy)
     sizes.shape.forward(
         x.data_ptr(),
         panel.data_ptr(),
@@ -143,15 +154,15 @@ def cpu_backward(
 
     Panels that are given are used up: they must not be read again.
     """
-    sizes = geometry(x, parts)
+    sizes = geometry(x, parts, channels_last(dy))
     x_new = dy_new = None
     if wanted.dw and x_panel is None:
-        x_new, x_panel = x.contiguous(), panels.take(sizes.shape.x_floats)
+        x_new, x_panel = _as(x, sizes.x), panels.take(sizes.shape.x_floats)
     if dy_panel is None:
-        dy_new, dy_panel = dy.contiguous(), panels.take(sizes.shape.dy_floats)
+        dy_new, dy_panel = _as(dy, sizes.dy), panels.take(sizes.shape.dy_floats)
     weight = weight.contiguous() if wanted.dx else weight
     found = Gradients(
-        torch.empty(sizes.x[:4]) if wanted.dx else None,
+        _laid_out(sizes.x) if wanted.dx else None,
         torch.zeros(parts.mask.shape) if wanted.dw else None,  # zeros where it is pruned
         torch.empty(sizes.dy[1]) if wanted.db else None,
     )

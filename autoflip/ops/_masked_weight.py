@@ -21,6 +21,13 @@ _tracing, _compiling = torch._C._is_tracing, torch.compiler.is_compiling
 _old_vmap = torch._C._functorch.is_legacy_batchedtensor
 
 
+def channels_last(tensor: Tensor) -> bool:
+    """Tell whether a tensor lies in memory with its channels last, by its strides: sizes of 1 leave both open."""
+    if tensor.ndim != 4 or tensor.stride(1) != 1 or tensor.stride(3) != tensor.shape[1]:
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def transformed(*tensors: Tensor) -> bool:
     """Tell whether a function transform (vmap, grad, jvp) is at work on the tensors."""
     return _stack() is not None or any(map(_old_vmap, tensors))

@@ -22,7 +22,7 @@ from autoflip.ops import backend, paths, trials
 from autoflip.ops._masked_conv_kernels import Pair, Parts
 from autoflip.ops._masked_weight import CPP
 
-__all__ = ["ConvPack", "conv_weight", "masked_conv2d"]
+__all__ = ["ConvPack", "conv_weight", "few_channels", "masked_conv2d"]
 
 LEAST_BATCH = 8  # samples are SIMD lanes
 # multiply-adds of the dense convolution below which a sparse call costs more than it saves, and is not tried
@@ -37,6 +37,11 @@ RULE = {
     "avx2": {"forward": 0.2, "dx": 0.2, "dw": 0.2},
     "base": {"forward": 0.05, "dx": 0.05, "dw": 0.0},
 }
+
+
+def few_channels(mask: Tensor) -> bool:
+    """Tell whether so few channels go in or out that the sparse kernels may gain at any density."""
+    return min(mask.shape[:2]) < FEW_CHANNELS
 
 
 class ConvPack:
@@ -62,22 +67,29 @@ class ConvPack:
         self.mask = mask if mask.is_contiguous() else mask.contiguous()
         self.padding, self.dilation, self.path = padding, dilation, path
         self.kept = int(mask.sum())
-        self._parts: dict[tuple[int, int, int, int], Parts | None] = {}
+        self._parts: dict[tuple[int, int, int, bool, bool, int], Parts | None] = {}
         self._layouts: dict[tuple[str, int, int], Tensor] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether the mask keeps everything."""
+        return self.kept == self.mask.numel()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parts": {}, "_layouts": {}}
 
-    def parts(self, n: int, height: int, width: int) -> Parts | None:
-        """Return what the ops take for x of this size, None where all three steps are dense."""
+    def parts(self, x: Tensor, weight: Tensor) -> Parts | None:
+        """Return what the ops take for tensors of these sizes and formats, None where all three steps are dense."""
+        n, _, height, width = x.shape
         if n < LEAST_BATCH:
             return None
-        key = (min(64, paths.bucket(n)), height, width, torch.get_num_threads())
+        x_last, last = weights.channels_last(x), weights.channels_last(weight)
+        key = (min(64, paths.bucket(n)), height, width, x_last, x_last or last, torch.get_num_threads())
         if key not in self._parts:
-            self._parts[key] = self._make_parts(*key[:3])
+            self._parts[key] = self._make_parts(*key[:5])
         return self._parts[key]
 
-    def _make_parts(self, n: int, height: int, width: int) -> Parts | None:
+    def _make_parts(self, n: int, height: int, width: int, x_last: bool, last: bool) -> Parts | None:
         span = [d * (k - 1) for d, k in zip(self.dilation, self.mask.shape[2:], strict=True)]
         out = [s + 2 * p - r for s, p, r in zip((height, width), self.padding, span, strict=True)]
         # dx pads dy by what x's padding leaves of the kernel's span
@@ -88,11 +100,11 @@ class ConvPack:
             density = self.kept / self.mask.numel()
             if n * out[0] * out[1] * self.mask.numel() < LEAST_WORK:
                 return None
-            if density > TRIED_BELOW and min(self.mask.shape[:2]) >= FEW_CHANNELS:
+            if density > TRIED_BELOW and not few_channels(self.mask):
                 return None
         nothing = torch.empty(0, dtype=torch.uint8)
         bare = Parts(self.mask, nothing, nothing, nothing, self.kept, self.padding, self.dilation, "sss")
-        trial = _Trial(n, height, width, bare, self._layout)
+        trial = _Trial(n, height, width, x_last, last, bare, self._layout)
         if any(trial.layout(step).numel() == 0 for step in kernels.STEPS) and self.kept:
             return None
         path = "sss" if self.path == "sparse" else trial.letters()
@@ -116,10 +128,13 @@ class ConvPack:
 class _Trial:
     """What one geometry's trials compare."""
 
-    def __init__(self, n: int, height: int, width: int, parts: Parts, layout: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, n: int, height: int, width: int, x_last: bool, last: bool, parts: Parts, layout: Callable[..., Tensor]
+    ) -> None:
         self.n, self.size, self.parts, self._layout = n, (height, width), parts, layout
+        self.x_last, self.last = x_last, last
         self._made: tuple[Tensor, Tensor, Tensor, Parts] | None = None
-        self.geometry = conv.geometry(torch.empty(1).expand(n, parts.mask.shape[1], height, width), parts)
+        self.geometry = conv.geometry(torch.empty(1).expand(n, parts.mask.shape[1], height, width), parts, False)
 
     def layout(self, step: str) -> Tensor:
         sizes = self.geometry.dy if step == "dx" else self.geometry.x
@@ -129,12 +144,15 @@ class _Trial:
         mask, kept = self.parts.mask, self.parts.kept
         density = kept / mask.numel()
         if not trials.enabled():
+            if self.last:
+                return "ddd"
             limits = RULE[CPP.isa()]
             return "".join("s" if density < limits[step] else "d" for step in kernels.STEPS)
         shape = "x".join(map(str, mask.shape))
+        form = " channels last" * self.last + " but in x" * (self.last and not self.x_last)
         key = (
             f"masked_conv2d {shape} map {self.size[0]}x{self.size[1]} padding {self.parts.padding} dilation "
-            f"{self.parts.dilation} n{self.n} density {trials.near(density)} threads {torch.get_num_threads()}"
+            f"{self.parts.dilation} n{self.n} density {trials.near(density)}{form} threads {torch.get_num_threads()}"
         )
         found = ""
         for step in kernels.STEPS:
@@ -152,7 +170,10 @@ class _Trial:
             forward, dx, dw = (self.layout(step) for step in kernels.STEPS)
             parts = self.parts._replace(forward=forward, dx=dx, dw=dw)
             x, dy = (torch.randn(sizes[:4], generator=g) for sizes in self.geometry[:2])
-            self._made = x, dy, weights.select(torch.randn(parts.mask.shape, generator=g), parts.mask), parts
+            weight = weights.select(torch.randn(parts.mask.shape, generator=g), parts.mask)
+            if self.last:
+                dy, weight = (t.to(memory_format=torch.channels_last) for t in (dy, weight))
+            self._made = x.to(memory_format=torch.channels_last) if self.x_last else x, dy, weight, parts
         return self._made
 
     def dense(self, step: str) -> object:
@@ -227,11 +248,11 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if x.dim() == 4 and not torch.is_autocast_enabled("cpu"):
         if weights.kernel_here(*tensors):
-            parts = pack.parts(len(x), x.shape[2], x.shape[3])
+            parts = pack.parts(x, weight)
             if parts is not None:
                 return steps.train(x, weight, bias, parts)
         elif _counted(*tensors):
-            parts = pack.parts(len(x), x.shape[2], x.shape[3])
+            parts = pack.parts(x, weight)
             if parts is not None:
                 return steps.forward_op(x, weight, bias, *parts)  # type: ignore[no-any-return]
     return F.conv2d(x, conv_weight(weight, mask), bias, 1, pack.padding, pack.dilation)

@@ -18,9 +18,11 @@
 
 namespace autoflip {
 
-// n images of some channels, padded by (pad_height, pad_width) on each side
+// n images of some channels, padded by (pad_height, pad_width) on each side; `last`: outside of panels they lie
+// (n, height, width, channels), else (n, channels, height, width)
 struct Images {
   int64_t n, channels, height, width, pad_height, pad_width;
+  bool last;
   int64_t full_height() const { return height + 2 * pad_height; }
   int64_t full_width() const { return width + 2 * pad_width; }
 };
@@ -39,15 +41,15 @@ struct MaskedConv {
   int64_t sample_height, sample_width;  // and the gradient's rectangle
   // floats of a panel
   int64_t (*panel_size)(Images images);
-  // panel = x (n, channels, height, width). sums, unless null: (groups of lanes, channels), what each channel
-  // adds up to over its group's samples and positions
+  // panel = x. sums, unless null: (groups of lanes, channels), what each channel adds up to over its group's
+  // samples and positions
   void (*to_panel)(const float* x, Images images, float* panel, float* sums, int threads);
   // values[i] = w[index[i]]
   void (*gather)(const int32_t* index, int64_t kept, const float* w, float* values);
-  // y (n, rows, out height, out width) = convolution of the panel plus bias (rows) or null. scratch:
+  // y, rows channels of n images, `last` or not, = convolution of the panel plus bias (rows) or null. scratch:
   // strip_size floats a thread
   void (*multiply)(Layout layout, const float* values, const float* panel, Images images, Kernel kernel,
-                   const float* bias, float* y, float* scratch, int threads);
+                   const float* bias, float* y, bool last, float* scratch, int threads);
   int64_t (*strip_size)(Images images, Kernel kernel, int64_t block);
   // dw[index[i]] = sum over samples and positions of dy * x at the i-th kept weight. Panels of x and dy.
   // scratch: kept floats

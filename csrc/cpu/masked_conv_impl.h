@@ -4,98 +4,13 @@
 #pragma once
 #include <cstddef>
 
-#include "cpu/masked_conv.h"
+#include "cpu/masked_conv_panel.h"
 #include "cpu/masked_matmul_runs.h"
 
 namespace autoflip {
 namespace {
 
 constexpr int64_t kTall = 4, kWide = 8;  // the gradient's tiles
-
-int64_t panel_size(Images images) {
-  return ceil_div(images.n, kVector) * images.channels * images.full_height() * images.full_width() * kVector;
-}
-
-AF_INLINE void copy(const float* from, int64_t vectors, float* to) {
-  for (int64_t i = 0; i < vectors; ++i) store(to + i * kVector, load(from + i * kVector));
-}
-AF_INLINE void clear(float* to, int64_t vectors) {
-  for (int64_t i = 0; i < vectors; ++i) store(to + i * kVector, vec{});
-}
-
-// what is added up to four vectors at a time: a sum waits four cycles for the one before it
-struct Sums {
-  vec part[4] = {};
-  AF_INLINE void add(const float* from, int64_t vectors) {
-    int64_t i = 0;
-    for (; i + 4 <= vectors; i += 4)
-      unroll<0, 4>([&](auto j)
-                       AF_LAMBDA { part[j.value] = part[j.value] + load(from + (i + j.value) * kVector); });
-    for (; i < vectors; ++i) part[0] = part[0] + load(from + i * kVector);
-  }
-  AF_INLINE float total() const {
-    alignas(64) float lanes[kVector];
-    store(lanes, (part[0] + part[1]) + (part[2] + part[3]));
-    float sum = 0;
-    for (float lane : lanes) sum += lane;
-    return sum;
-  }
-};
-
-// One channel of one group of samples; `maps` are n apart by `stride`. Returns its sum if asked.
-template <bool Sum>
-float pad_channel(const float* maps, int64_t stride, int64_t samples, Images images, float* out) {
-  constexpr int64_t kPiece = 64;
-  const int64_t full = images.full_width(), left = images.pad_width, width = images.width;
-  const int64_t area = images.height * width;
-  Sums sums;
-  clear(out, images.pad_height * full);
-  out += images.pad_height * full * kVector;
-  alignas(64) float piece[kPiece * kVector];
-  int64_t column = 0;
-  float* to = out;
-  for (int64_t begin = 0; begin < area; begin += kPiece) {
-    const int64_t count = area - begin < kPiece ? area - begin : kPiece;
-    float* straight = left ? piece : to;
-    transpose<true>(maps + begin, stride, samples, count, straight, kVector);
-    if constexpr (Sum) sums.add(straight, count);
-    if (left == 0) to += count * kVector;
-    for (int64_t done = 0; left && done < count;) {
-      if (column == 0) {
-        clear(to, left);
-        to += left * kVector;
-      }
-      const int64_t part = count - done < width - column ? count - done : width - column;
-      copy(piece + done * kVector, part, to);
-      to += part * kVector;
-      done += part;
-      column += part;
-      if (column == width) {
-        clear(to, left);
-        to += left * kVector;
-        column = 0;
-      }
-    }
-  }
-  clear(out + images.height * full * kVector, images.pad_height * full);
-  return Sum ? sums.total() : 0.0f;
-}
-
-void to_panel(const float* x, Images images, float* panel, float* sums, int threads) {
-  const int64_t stride = images.channels * images.height * images.width, area = images.height * images.width,
-                full = images.full_height() * images.full_width() * kVector;
-  const int64_t tasks = ceil_div(images.n, kVector) * images.channels;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < tasks; ++t) {
-    const int64_t begin = t / images.channels * kVector, channel = t % images.channels;
-    const int64_t samples = images.n - begin < kVector ? images.n - begin : kVector;
-    const float* maps = x + begin * stride + channel * area;
-    if (sums)
-      sums[t] = pad_channel<true>(maps, stride, samples, images, panel + t * full);
-    else
-      pad_channel<false>(maps, stride, samples, images, panel + t * full);
-  }
-}
 
 void gather(const int32_t* index, int64_t kept, const float* w, float* values) {
   for (int64_t i = 0; i < kept; ++i) values[i] = w[index[i]];
@@ -123,7 +38,7 @@ int64_t strip_size(Images images, Kernel kernel, int64_t block) {
 }
 
 void multiply(Layout layout, const float* values, const float* panel, Images images, Kernel kernel,
-              const float* bias, float* y, float* scratch, int threads) {
+              const float* bias, float* y, bool last, float* scratch, int threads) {
   const int64_t blocks = ceil_div(layout.rows, layout.block), chunks = ceil_div(layout.cols, layout.chunk);
   const int64_t full = images.full_width(), map = images.full_height() * full * kVector;
   const int64_t height = images.full_height() - kernel.span_height(), width = full - kernel.span_width();
@@ -152,13 +67,14 @@ void multiply(Layout layout, const float* values, const float* panel, Images ima
           for (int64_t c = 0; c < chunks; ++c)
             kAddTile[count - 1](layout, b * chunks + c, values,
                                 x + c * step + (line * full + column) * kVector, sums);
+          const int64_t at = line * width + column;
           for (int64_t r = 0; r < rows; ++r)
-            copy(sums + r * count * kVector, count,
-                 strip + r * row_stride + (line * width + column) * kVector);
+            for (int64_t v = 0; v < count; ++v)
+              store(strip + (last ? ((at + v) * rows + r) * kVector : r * row_stride + (at + v) * kVector),
+                    load(sums + (r * count + v) * kVector));
         }
-        for (int64_t r = 0; r < rows; ++r)
-          transpose<false>(strip + r * row_stride, kVector, lines * width, samples,
-                           y + (first * layout.rows + row + r) * area + top * width, layout.rows * area);
+        write_rows(strip, row_stride, row, rows, layout.rows, top * width, lines * width, area, samples, last,
+                   y + first * layout.rows * area);
       }
     }
   }

@@ -1,0 +1,178 @@
+// The panels of masked_conv.h: images in, samples as SIMD lanes out, and back.
+#pragma once
+#include <cstddef>
+
+#include "cpu/masked_conv.h"
+#include "cpu/masked_matmul_simd.h"
+
+namespace autoflip {
+namespace {
+
+int64_t panel_size(Images images) {
+  return ceil_div(images.n, kVector) * images.channels * images.full_height() * images.full_width() * kVector;
+}
+
+AF_INLINE void copy(const float* from, int64_t vectors, float* to) {
+  for (int64_t i = 0; i < vectors; ++i) store(to + i * kVector, load(from + i * kVector));
+}
+AF_INLINE void clear(float* to, int64_t vectors) {
+  for (int64_t i = 0; i < vectors; ++i) store(to + i * kVector, vec{});
+}
+
+// what is added up to four vectors at a time: a sum waits four cycles for the one before it
+struct Sums {
+  vec part[4] = {};
+  AF_INLINE void add(const float* from, int64_t vectors) {
+    int64_t i = 0;
+    for (; i + 4 <= vectors; i += 4)
+      unroll<0, 4>([&](auto j)
+                       AF_LAMBDA { part[j.value] = part[j.value] + load(from + (i + j.value) * kVector); });
+    for (; i < vectors; ++i) part[0] = part[0] + load(from + i * kVector);
+  }
+  AF_INLINE float total() const {
+    alignas(64) float lanes[kVector];
+    store(lanes, (part[0] + part[1]) + (part[2] + part[3]));
+    float sum = 0;
+    for (float lane : lanes) sum += lane;
+    return sum;
+  }
+};
+
+// One channel of one group of samples; `maps` are n apart by `stride`. Returns its sum if asked.
+template <bool Sum>
+float pad_channel(const float* maps, int64_t stride, int64_t samples, Images images, float* out) {
+  constexpr int64_t kPiece = 64;
+  const int64_t full = images.full_width(), left = images.pad_width, width = images.width;
+  const int64_t area = images.height * width;
+  Sums sums;
+  clear(out, images.pad_height * full);
+  out += images.pad_height * full * kVector;
+  alignas(64) float piece[kPiece * kVector];
+  int64_t column = 0;
+  float* to = out;
+  for (int64_t begin = 0; begin < area; begin += kPiece) {
+    const int64_t count = area - begin < kPiece ? area - begin : kPiece;
+    float* straight = left ? piece : to;
+    transpose<true>(maps + begin, stride, samples, count, straight, kVector);
+    if constexpr (Sum) sums.add(straight, count);
+    if (left == 0) to += count * kVector;
+    for (int64_t done = 0; left && done < count;) {
+      if (column == 0) {
+        clear(to, left);
+        to += left * kVector;
+      }
+      const int64_t part = count - done < width - column ? count - done : width - column;
+      copy(piece + done * kVector, part, to);
+      to += part * kVector;
+      done += part;
+      column += part;
+      if (column == width) {
+        clear(to, left);
+        to += left * kVector;
+        column = 0;
+      }
+    }
+  }
+  clear(out + images.height * full * kVector, images.pad_height * full);
+  return Sum ? sums.total() : 0.0f;
+}
+
+// The lines of one group of samples whose channels come last, into all channels of the panel; `x` is the
+// group's first sample.
+void spread_lines(const float* x, int64_t samples, Images images, int64_t begin, int64_t end, float* out) {
+  constexpr int64_t kPiece = 128;
+  const int64_t full = images.full_width(), map = images.full_height() * full * kVector;
+  const int64_t left = images.pad_width, line = images.width * images.channels;
+  alignas(64) float piece[kPiece * kVector];
+  for (int64_t h = begin; h < end; ++h) {
+    float* to = out + (images.pad_height + h) * full * kVector;
+    for (int64_t c = 0; left && c < images.channels; ++c) {
+      clear(to + c * map, left);
+      clear(to + c * map + (left + images.width) * kVector, left);
+    }
+    to += left * kVector;
+    int64_t channel = 0;
+    for (int64_t at = 0; at < line; at += kPiece) {
+      const int64_t count = line - at < kPiece ? line - at : kPiece;
+      transpose<true>(x + h * line + at, images.height * line, samples, count, piece, kVector);
+      for (int64_t i = 0; i < count; ++i) {
+        store(to + channel * map, load(piece + i * kVector));
+        if (++channel == images.channels) {
+          channel = 0;
+          to += kVector;
+        }
+      }
+    }
+  }
+}
+
+float sum_channel(Images images, const float* panel) {
+  const int64_t full = images.full_width();
+  Sums sums;
+  panel += (images.pad_height * full + images.pad_width) * kVector;
+  for (int64_t h = 0; h < images.height; ++h) sums.add(panel + h * full * kVector, images.width);
+  return sums.total();
+}
+
+void last_to_panel(const float* x, Images images, float* panel, float* sums, int threads) {
+  const int64_t sample = images.channels * images.height * images.width, groups = ceil_div(images.n, kVector),
+                edge = images.pad_height * images.full_width(),
+                full = images.full_height() * images.full_width() * kVector;
+  // a piece of lines a task, whichever thread takes it
+  const int64_t pieces = threads > 1 ? ceil_div(images.height, 4) : 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for
+    for (int64_t t = 0; t < groups * pieces; ++t) {
+      const int64_t group = t / pieces, first = group * kVector, piece = t % pieces;
+      spread_lines(x + first * sample, images.n - first < kVector ? images.n - first : kVector, images,
+                   images.height * piece / pieces, images.height * (piece + 1) / pieces,
+                   panel + group * images.channels * full);
+    }
+#pragma omp for
+    for (int64_t t = 0; t < groups * images.channels; ++t) {
+      clear(panel + t * full, edge);
+      clear(panel + (t + 1) * full - edge * kVector, edge);
+      if (sums) sums[t] = sum_channel(images, panel + t * full);
+    }
+  }
+}
+
+void to_panel(const float* x, Images images, float* panel, float* sums, int threads) {
+  if (images.last) return last_to_panel(x, images, panel, sums, threads);
+  const int64_t stride = images.channels * images.height * images.width, area = images.height * images.width,
+                full = images.full_height() * images.full_width() * kVector;
+  const int64_t tasks = ceil_div(images.n, kVector) * images.channels;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t t = 0; t < tasks; ++t) {
+    const int64_t begin = t / images.channels * kVector, channel = t % images.channels;
+    const int64_t samples = images.n - begin < kVector ? images.n - begin : kVector;
+    const float* maps = x + begin * stride + channel * area;
+    if (sums)
+      sums[t] = pad_channel<true>(maps, stride, samples, images, panel + t * full);
+    else
+      pad_channel<false>(maps, stride, samples, images, panel + t * full);
+  }
+}
+
+// y of one block's rows, a strip of positions: of (rows, positions), a row `stride` floats from the next, or of
+// (positions, rows) where channels come last
+AF_INLINE void write_rows(const float* strip, int64_t stride, int64_t row, int64_t rows, int64_t all_rows,
+                          int64_t top, int64_t positions, int64_t area, int64_t samples, bool last, float* y) {
+  if (!last) {
+    for (int64_t r = 0; r < rows; ++r)
+      transpose<false>(strip + r * stride, kVector, positions, samples, y + (row + r) * area + top,
+                       all_rows * area);
+    return;
+  }
+  y += top * all_rows + row;
+  if (rows == all_rows) {
+    transpose<false>(strip, kVector, positions * rows, samples, y, all_rows * area);
+    return;
+  }
+  for (int64_t p = 0; p < positions; ++p)
+    transpose<false>(strip + p * rows * kVector, kVector, rows, samples, y + p * all_rows, all_rows * area);
+}
+
+}  // namespace
+}  // namespace autoflip
