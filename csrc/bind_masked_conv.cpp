@@ -1,5 +1,5 @@
-// Addresses in, 0 for none; sizes as (n, channels, height, width, pad height, pad width, 1 where channels come
-// last in memory) and (height, width, dilation height, dilation width).
+// Addresses in, 0 for none; sizes as (n, channels, height, width, pad height, pad width, 1 where channels
+// come last in memory) and (height, width, dilation height, dilation width).
 #include <pybind11/stl.h>
 
 #include <array>

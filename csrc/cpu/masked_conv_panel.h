@@ -155,10 +155,11 @@ void to_panel(const float* x, Images images, float* panel, float* sums, int thre
   }
 }
 
-// y of one block's rows, a strip of positions: of (rows, positions), a row `stride` floats from the next, or of
-// (positions, rows) where channels come last
+// y of one block's rows, a strip of positions: of (rows, positions), a row `stride` floats from the next, or
+// of (positions, rows) where channels come last
 AF_INLINE void write_rows(const float* strip, int64_t stride, int64_t row, int64_t rows, int64_t all_rows,
-                          int64_t top, int64_t positions, int64_t area, int64_t samples, bool last, float* y) {
+                          int64_t top, int64_t positions, int64_t area, int64_t samples, bool last,
+                          float* y) {
   if (!last) {
     for (int64_t r = 0; r < rows; ++r)
       transpose<false>(strip + r * stride, kVector, positions, samples, y + (row + r) * area + top,
