@@ -18,8 +18,8 @@
 
 namespace autoflip {
 
-// n images of some channels, padded by (pad_height, pad_width) on each side; `last`: outside of panels they lie
-// (n, height, width, channels), else (n, channels, height, width)
+// n images of some channels, padded by (pad_height, pad_width) on each side; `last`: outside of panels they
+// lie (n, height, width, channels), else (n, channels, height, width)
 struct Images {
   int64_t n, channels, height, width, pad_height, pad_width;
   bool last;
@@ -46,8 +46,8 @@ struct MaskedConv {
   void (*to_panel)(const float* x, Images images, float* panel, float* sums, int threads);
   // values[i] = w[index[i]]
   void (*gather)(const int32_t* index, int64_t kept, const float* w, float* values);
-  // y, rows channels of n images, `last` or not, = convolution of the panel plus bias (rows) or null. scratch:
-  // strip_size floats a thread
+  // y, rows channels of n images, `last` or not, = convolution of the panel plus bias (rows) or null.
+  // scratch: strip_size floats a thread
   void (*multiply)(Layout layout, const float* values, const float* panel, Images images, Kernel kernel,
                    const float* bias, float* y, bool last, float* scratch, int threads);
   int64_t (*strip_size)(Images images, Kernel kernel, int64_t block);
