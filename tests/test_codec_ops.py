@@ -98,7 +98,7 @@ def test_crc_is_zlibs():
     raw = np.random.default_rng(0).integers(0, 256, 3000, np.uint8)
     ext = backend.extension("_C")[0]
     for first in (0, 1, 7):
-        for size in (*range(0, 200), 1023, 1024, 2990):
+        for size in (*range(0, 200), 255, 256, 319, 511, 512, 1023, 1024, 2990):
             part = raw[first : first + size].tobytes()
             wanted = zlib.crc32(part, zlib.crc32(b"before"))
             assert delta_coding.crc32(part, zlib.crc32(b"before")) == wanted
