@@ -15,7 +15,7 @@ constexpr int64_t kSlack = 64;   // whole vectors are stored and loaded past the
 
 int64_t count(const uint64_t* words, int64_t num_words) {
   int64_t total = 0;
-  for (int64_t i = 0; i < num_words; ++i) total += __builtin_popcountll(words[i]);
+  for (int64_t i = 0; i < num_words; ++i) total += set_bits(words[i]);
   return total;
 }
 
@@ -171,7 +171,7 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
     }
     for (int i = 0; i < 64; ++i) bad |= (bits_of(p[i]) & 0x7F800000u) == 0x7F800000u;
     // eight at a time: how many a word has is a branch that no CPU foresees
-    const int hits = __builtin_popcountll(word);
+    const int hits = set_bits(word);
     for (int done = 0; done < hits; done += 8)
       for (int i = 0; i < 8; ++i, word &= word - 1)
         out[rank + done + i] = p[__builtin_ctzll(word | 1ULL << 63)];
