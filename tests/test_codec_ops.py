@@ -168,6 +168,21 @@ def test_varint_round_trip(n, density, seed, served):
         assert torch.equal(again.words, mask.words)
 
 
+@needs_cpp
+@pytest.mark.parametrize("kept", [[], [0], [5], [1_300_000], [262_143, 262_144, 1_048_575], range(3, 1_300_000, 129)])
+def test_any_number_of_threads_writes_the_same_varints(kept):
+    mask = torch.zeros(5 * delta.CHUNK + 77, dtype=torch.bool)
+    mask[list(kept)] = True
+    pack, found, before = delta.pack(mask), set(), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.add(bytes(delta_coding.varint_encode(pack)))
+    finally:
+        torch.set_num_threads(before)
+    assert found == {bytes(reference.varint_encode(pack.words, pack.numel))}
+
+
 @pytest.mark.parametrize("served", ["auto", "reference"])
 def test_varint_decode_refuses_bad_streams(served, monkeypatch):
     monkeypatch.setenv("AUTOFLIP_BACKEND", served)
