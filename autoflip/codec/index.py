@@ -58,11 +58,12 @@ def choose(mask: Pack, entropy: str = "none", level: int = 1) -> tuple[int, int,
         best = min(best, (RICE, k, -(-bits // 8)), key=lambda b: b[2])
     if entropy == "none" or not mask.kept:
         return best
-    repeats = True
     if 4 * mask.kept <= mask.numel:  # a varint has a byte or more: at higher density packing it is work for nothing
         size, repeats = packed_size(codes.varint_encode(part), level, times)
         best = min(best, (VARINT, 0, size), key=lambda b: b[2])
-    size, _ = packed_size(_bitmap(part), level, mask.numel / part.numel, repeats=repeats)  # as the gaps do, so do bits
+        if not repeats:  # then bits do not either, and gaps tell more of each other than bytes of bits do
+            return best
+    size, _ = packed_size(_bitmap(part), level, mask.numel / part.numel)
     return min(best, (BITMAP, 0, size), key=lambda b: b[2])
 
 

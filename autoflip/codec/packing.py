@@ -80,20 +80,15 @@ def _squeeze(raw: Buffer, level: int, *, plain: bool = False) -> bytes:
     return packer.compress(raw)
 
 
-def packed_size(raw: Buffer, level: int, times: float, *, repeats: bool = True) -> tuple[int, bool]:
+def packed_size(raw: Buffer, level: int, times: float) -> tuple[int, bool]:
     """Return about how many bytes ``times`` as much as ``raw``, and like it, would take after the entropy stage.
 
-    And whether something repeats in ``raw``, as far as zstd sees; ``repeats`` False: it is known that nothing does.
+    And whether something repeats in ``raw``, as far as zstd sees.
     """
-    own = None
-    if length(raw) >= _LITTLE and not repeats:
-        own = entropy.estimate(raw, PLAIN)
-    if own is not None:
-        return int(times * own), False
     size = len(_squeeze(raw, level))
+    bare, own = entropy.literals(raw, 0)[0], None
     if length(raw) >= _LITTLE:  # what a sample of more bytes tells is 2 % off, too much to choose by
         own, _ = entropy.encode_below(raw, PLAIN, 0 if length(raw) <= entropy.SAMPLE else int(_NEAR * size))
-    bare = entropy.literals(raw, 0)[0]
     return int(times * (size if own is None else min(size, own))), bare is None or size < _NOTHING * bare
 
 
