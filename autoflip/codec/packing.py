@@ -161,7 +161,7 @@ def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) 
 
 
 def _sample(view: memoryview) -> bytes:
-    size = SMALL // 8
+    size = SMALL // (8 if len(view) <= _MIDDLE else 16)
     last = len(view) - size
     return b"".join(view[start : start + size] for start in (0, last // 3, 2 * last // 3, last))
 
