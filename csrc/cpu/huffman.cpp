@@ -115,31 +115,25 @@ void measure(Block& b, const Table& table, bool& pending) {
     pending = false;
 }
 
-// From the last byte of each to the first, without vectors; in turn, because a code's place waits for the one
-// before it in its stream.
+// Behind each other and from the last byte to the first, without vectors.
 void streams(const uint8_t* raw, const int64_t* size, const HuffmanCodes& codes, uint8_t* const* to) {
-  const uint8_t* from[4];
-  BackwardBits out[4];
-  const int64_t most = size[3] / 4 * 4;  // the last stream is up to three bytes shorter
   for (int i = 0; i < 4; raw += size[i++]) {
-    from[i] = raw, out[i] = {to[i]};
-    for (int64_t at = size[i]; at > most; --at)
-      out[i].put(codes[raw[at - 1]] & 0xFFFF, int(codes[raw[at - 1]] >> 16));
-  }
-  for (int64_t at = most; at; at -= 4)
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    BackwardBits out{to[i]};
+    int64_t at = size[i];
+    for (; at >= 4; at -= 4) {
       uint64_t four = 0;
       int bits = 0;
 #pragma GCC unroll 4
       for (int j = 1; j <= 4; ++j) {
-        const uint32_t c = codes[from[i][at - j]];
+        const uint32_t c = codes[raw[at - j]];
         four |= uint64_t(c & 0xFFFF) << bits;
         bits += int(c >> 16);
       }
-      out[i].put(four, bits);
+      out.put(four, bits);
     }
-  for (BackwardBits& one : out) one.finish();
+    for (; at; --at) out.put(codes[raw[at - 1]] & 0xFFFF, int(codes[raw[at - 1]] >> 16));
+    out.finish();
+  }
 }
 
 void write_block(const Block& b, const Table& table, bool last, uint8_t* to) {

@@ -17,7 +17,7 @@ using HuffmanLengths = std::array<uint8_t, 256>;
 
 // Bits filled from the lowest; zstd reads such a stream from its end, which a set bit marks.
 struct BackwardBits {
-  uint8_t* to = nullptr;
+  uint8_t* to;
   uint64_t held = 0;
   int filled = 0;                        // below 8 between calls
   void put(uint64_t value, int count) {  // at most 56
