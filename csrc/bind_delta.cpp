@@ -195,7 +195,8 @@ bool delta_encode(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offset
   const auto one = [&](int64_t word, int64_t first, int64_t size, int64_t chunk) {
     const float* b = base ? at<float>(base) + first : nullptr;
     uint64_t* w = words ? at<uint64_t>(words) + word : nullptr;
-    if (find && threads > 1) {  // the count of the chunk before is a short wait: the threads take them in turn
+    if (find &&
+        threads > 1) {  // the count of the chunk before is a short wait: the threads take them in turn
       kernels().pack_nonzero(at<float>(x) + first, size, w);
       const int64_t kept = kernels().count(w, words_of(size));
       while (ranked.load(std::memory_order_acquire) != chunk) std::this_thread::yield();

@@ -87,7 +87,8 @@ __attribute__((target("avx512f,vpclmulqdq"))) uint32_t by_wide_folding(uint32_t 
                                                                        int64_t bytes) {
   constexpr int64_t kFarLow = power_of_x(2080), kFarHigh = power_of_x(2016);
   constexpr int64_t kNearLow = power_of_x(544), kNearHigh = power_of_x(480);
-  const __m512i far = _mm512_set_epi64(kFarHigh, kFarLow, kFarHigh, kFarLow, kFarHigh, kFarLow, kFarHigh, kFarLow);
+  const __m512i far =
+      _mm512_set_epi64(kFarHigh, kFarLow, kFarHigh, kFarLow, kFarHigh, kFarLow, kFarHigh, kFarLow);
   const __m512i near =
       _mm512_set_epi64(kNearHigh, kNearLow, kNearHigh, kNearLow, kNearHigh, kNearLow, kNearHigh, kNearLow);
   const __m512i start = _mm512_set_epi64(0, 0, 0, 0, 0, 0, 0, int64_t(crc));

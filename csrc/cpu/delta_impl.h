@@ -58,7 +58,8 @@ void pack_nonzero(const float* x, int64_t n, uint64_t* words) {
         return _mm_castps_si128(_mm_cmpneq_ps(_mm_loadu_ps(p + i), _mm_setzero_ps()));
       };
       for (int i = 0; i < 64; i += 16) {
-        const __m128i low = _mm_packs_epi32(four(i), four(i + 4)), high = _mm_packs_epi32(four(i + 8), four(i + 12));
+        const __m128i low = _mm_packs_epi32(four(i), four(i + 4)),
+                      high = _mm_packs_epi32(four(i + 8), four(i + 12));
         word |= uint64_t(uint32_t(_mm_movemask_epi8(_mm_packs_epi16(low, high)))) << i;
       }
 #else

@@ -229,7 +229,8 @@ bool decode_coded(const Part* const* parts, int number, const std::vector<Length
   const uint16_t* slots[2] = {room[0], room[0]};
   Stream s[8];
   for (int i = 0; i < number; ++i) {
-    if (!i || parts[i]->table != parts[0]->table) fill(tables[size_t(parts[i]->table)], room[i]), slots[i] = room[i];
+    if (!i || parts[i]->table != parts[0]->table)
+      fill(tables[size_t(parts[i]->table)], room[i]), slots[i] = room[i];
     if (!open_streams(*parts[i], s + 4 * i)) return false;
   }
   number == 2 ? loads<8>(s, slots) : loads<4>(s, slots);
