@@ -1,6 +1,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
+#include <cstring>
+#include <thread>
 #include <vector>
 
 #include "bindings.h"
@@ -40,6 +43,18 @@ void each_chunk(int64_t n, int threads, Each each) {
   }
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t c = 0; c < chunks; ++c) one(c);
+}
+
+// As each_chunk, but no chunk begins before the one before it has begun.
+template <class Each>
+void each_in_turn(int64_t n, int threads, Each each) {
+  const int64_t entries = 64 * kDeltaChunkWords, chunks = (n + entries - 1) / entries;
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  for (int64_t c; (c = next.fetch_add(1)) < chunks;) {
+    const int64_t first = c * entries;
+    each(c * kDeltaChunkWords, first, n - first < entries ? n - first : entries, c);
+  }
 }
 
 void delta_pack(uintptr_t mask, int64_t n, uintptr_t words, int threads) {
@@ -163,16 +178,11 @@ DeltaCoding coding_of(int kind, const std::array<uintptr_t, 4>& streams, uintptr
   return c;
 }
 
-// offsets may be null with words: then every entry is kept. find: both are filled beforehand, with x != 0, by
-// one thread in the same pass. Returns whether all differences are finite.
+// offsets may be null with words: then every entry is kept. find: both are filled beforehand, with x != 0, in
+// the same pass. Returns whether all differences are finite.
 bool delta_encode(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offsets, int64_t n, int kind,
                   std::array<uintptr_t, 4> streams, uintptr_t scales, float largest, uint32_t key0,
                   uint32_t key1, bool nearest, bool find, int threads) {
-  if (find && threads > 1) {
-    delta_pack_nonzero(x, n, words, threads);
-    delta_offsets(words, n, offsets, threads);
-    find = false;
-  }
   DeltaCoding c = coding_of(kind, streams, scales);
   c.largest = largest, c.key = key_of(key0, key1, nearest);
   int64_t* ranks = at<int64_t>(offsets);
@@ -180,16 +190,28 @@ bool delta_encode(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offset
   auto rank = [&](int64_t chunk) { return words ? ranks[chunk] : chunk < chunks ? chunk * entries : n; };
   std::vector<float> loose(size_t(chunks) * 2 * kDeltaBlock);
   int bad = 0;
-  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t chunk) {
+  std::atomic<int64_t> ranked{0};  // chunks before which the kept entries are counted
+  if (find) ranks[0] = 0;
+  const auto one = [&](int64_t word, int64_t first, int64_t size, int64_t chunk) {
     const float* b = base ? at<float>(base) + first : nullptr;
     uint64_t* w = words ? at<uint64_t>(words) + word : nullptr;
+    if (find &&
+        threads > 1) {  // the count of the chunk before is a short wait: the threads take them in turn
+      kernels().pack_nonzero(at<float>(x) + first, size, w);
+      const int64_t kept = kernels().count(w, words_of(size));
+      while (ranked.load(std::memory_order_acquire) != chunk) std::this_thread::yield();
+      ranks[chunk + 1] = ranks[chunk] + kept;
+      ranked.store(chunk + 1, std::memory_order_release);
+    }
+    const bool fresh = find && threads == 1;
     if (kernels().encode(at<float>(x) + first, b, w, size, rank(chunk), c,
-                         &loose[size_t(chunk) * 2 * kDeltaBlock], find ? w : nullptr)) {
+                         &loose[size_t(chunk) * 2 * kDeltaBlock], fresh ? w : nullptr)) {
 #pragma omp atomic write
       bad = 1;
     }
-    if (find) ranks[chunk + 1] = ranks[chunk] + kernels().count(w, words_of(size));
-  });
+    if (fresh) ranks[chunk + 1] = ranks[chunk] + kernels().count(w, words_of(size));
+  };
+  find ? each_in_turn(n, threads, one) : each_chunk(n, threads, one);
   if (bad || (kind != kInt8 && kind != kInt4)) return !bad;
   // blocks that reach over a range's end, put together here
   float block[kDeltaBlock];
@@ -262,8 +284,30 @@ int64_t delta_rice_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t kept
   return kernels().rice_decode(at<uint8_t>(data), bytes, n, kept, k, at<uint64_t>(words));
 }
 
-int64_t delta_varint_encode(uintptr_t words, int64_t n, uintptr_t out) {
-  return kernels().varint_encode(at<uint64_t>(words), words_of(n), at<uint8_t>(out));
+// Bytes that each 2^18 entries may take beyond their share of what n take: those of a gap that began before
+// them, and those stored past the end.
+constexpr int64_t kVarintRange = 16 + kVarintSlack;
+
+int64_t delta_varint_encode(uintptr_t words, uintptr_t offsets, int64_t n, uintptr_t out, int threads) {
+  const uint64_t* held = at<uint64_t>(words);
+  const int64_t* ranks = at<int64_t>(offsets);
+  uint8_t* to = at<uint8_t>(out);
+  if (threads <= 1 || n <= 64 * kDeltaChunkWords) return kernels().varint_encode(held, words_of(n), 0, to);
+  const int64_t entries = 64 * kDeltaChunkWords;
+  std::vector<int64_t> bytes(size_t((n + entries - 1) / entries));
+  const auto place = [&](int64_t c) {
+    return to + ranks[c] + (c * entries - ranks[c]) / 128 + c * kVarintRange;
+  };
+  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t c) {
+    int64_t last = word;  // the last word before these that keeps an entry
+    while (last && !held[last - 1]) --last;
+    const int64_t skipped = first - 64 * last + (last ? __builtin_clzll(held[last - 1]) : 0);
+    bytes[size_t(c)] = kernels().varint_encode(held + word, words_of(size), skipped, place(c));
+  });
+  int64_t total = 0;
+  for (size_t c = 0; c < bytes.size(); total += bytes[c++])
+    std::memmove(to + total, place(int64_t(c)), size_t(bytes[c]));
+  return total;
 }
 
 int64_t delta_varint_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t kept, uintptr_t words) {
@@ -300,6 +344,7 @@ void bind_delta(py::module_& m) {
   m.def("delta_rice_bits", delta_rice_bits, free_gil());
   m.def("delta_rice_encode", delta_rice_encode, free_gil());
   m.def("delta_rice_decode", delta_rice_decode, free_gil());
+  m.attr("VARINT_RANGE") = kVarintRange;
   m.def("delta_varint_encode", delta_varint_encode, free_gil());
   m.def("delta_varint_decode", delta_varint_decode, free_gil());
 }

@@ -98,7 +98,7 @@ def test_crc_is_zlibs():
     raw = np.random.default_rng(0).integers(0, 256, 3000, np.uint8)
     ext = backend.extension("_C")[0]
     for first in (0, 1, 7):
-        for size in (*range(0, 200), 1023, 1024, 2990):
+        for size in (*range(0, 200), 255, 256, 319, 511, 512, 1023, 1024, 2990):
             part = raw[first : first + size].tobytes()
             wanted = zlib.crc32(part, zlib.crc32(b"before"))
             assert delta_coding.crc32(part, zlib.crc32(b"before")) == wanted
@@ -166,6 +166,21 @@ def test_varint_round_trip(n, density, seed, served):
         again, used = delta_coding.varint_decode(code + b"tail", n, mask.kept)
         assert used == len(code)
         assert torch.equal(again.words, mask.words)
+
+
+@needs_cpp
+@pytest.mark.parametrize("kept", [[], [0], [5], [1_300_000], [262_143, 262_144, 1_048_575], range(3, 1_300_000, 129)])
+def test_any_number_of_threads_writes_the_same_varints(kept):
+    mask = torch.zeros(5 * delta.CHUNK + 77, dtype=torch.bool)
+    mask[list(kept)] = True
+    pack, found, before = delta.pack(mask), set(), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.add(bytes(delta_coding.varint_encode(pack)))
+    finally:
+        torch.set_num_threads(before)
+    assert found == {bytes(reference.varint_encode(pack.words, pack.numel))}
 
 
 @pytest.mark.parametrize("served", ["auto", "reference"])

@@ -21,7 +21,7 @@ RANKS = 8  # added to the last three: ranks among the entries that a shared mask
 NAMES = {WHOLE: "whole", SHARED: "shared mask", BITMAP: "bitmap", RICE: "rice", VARINT: "varint"}
 NAMES |= {RANKS | coding: f"ranks, {NAMES[coding]}" for coding in (BITMAP, RICE, VARINT)}
 _MAX_K = 31
-_SAMPLE = 1 << 15  # kept entries; of larger sets four runs stand for the whole when codings are compared
+_SAMPLE = 1 << 14  # kept entries; of larger sets four runs stand for the whole when codings are compared
 
 Set = tuple[int, int, Pack]  # (coding, Rice parameter, entries)
 
@@ -58,10 +58,13 @@ def choose(mask: Pack, entropy: str = "none", level: int = 1) -> tuple[int, int,
         best = min(best, (RICE, k, -(-bits // 8)), key=lambda b: b[2])
     if entropy == "none" or not mask.kept:
         return best
-    packed = [(BITMAP, 0, packed_size(_bitmap(part), level, mask.numel / part.numel))]
     if 4 * mask.kept <= mask.numel:  # a varint has a byte or more: at higher density packing it is work for nothing
-        packed.append((VARINT, 0, packed_size(codes.varint_encode(part), level, times)))
-    return min(best, *packed, key=lambda b: b[2])
+        size, repeats = packed_size(codes.varint_encode(part), level, times)
+        best = min(best, (VARINT, 0, size), key=lambda b: b[2])
+        if not repeats:  # then bits do not either, and gaps tell more of each other than bytes of bits do
+            return best
+    size, _ = packed_size(_bitmap(part), level, mask.numel / part.numel)
+    return min(best, (BITMAP, 0, size), key=lambda b: b[2])
 
 
 def _bitmap(mask: Pack) -> memoryview:

@@ -80,13 +80,16 @@ def _squeeze(raw: Buffer, level: int, *, plain: bool = False) -> bytes:
     return packer.compress(raw)
 
 
-def packed_size(raw: Buffer, level: int, times: float) -> int:
-    """Return about how many bytes ``times`` as much as ``raw``, and like it, would take after the entropy stage."""
+def packed_size(raw: Buffer, level: int, times: float) -> tuple[int, bool]:
+    """Return about how many bytes ``times`` as much as ``raw``, and like it, would take after the entropy stage.
+
+    And whether something repeats in ``raw``, as far as zstd sees.
+    """
     size = len(_squeeze(raw, level))
-    own = None
+    bare, own = entropy.literals(raw, 0)[0], None
     if length(raw) >= _LITTLE:  # what a sample of more bytes tells is 2 % off, too much to choose by
         own, _ = entropy.encode_below(raw, PLAIN, 0 if length(raw) <= entropy.SAMPLE else int(_NEAR * size))
-    return int(times * (size if own is None else min(size, own)))
+    return int(times * (size if own is None else min(size, own))), bare is None or size < _NOTHING * bare
 
 
 def little(size: int, level: int) -> bool:
@@ -158,7 +161,7 @@ def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) 
 
 
 def _sample(view: memoryview) -> bytes:
-    size = SMALL // 8
+    size = SMALL // (8 if len(view) <= _MIDDLE else 16)
     last = len(view) - size
     return b"".join(view[start : start + size] for start in (0, last // 3, 2 * last // 3, last))
 

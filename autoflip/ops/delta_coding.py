@@ -38,7 +38,6 @@ Key = tuple[int, int] | None
 
 BLOCK = 256  # kept entries that share one scale
 _SMALL = 1 << 12
-_VARINT_SLACK = 64  # the extension stores whole vectors
 _RICE_BYTES = 7  # the longest Rice code has 56 bits
 _INDEX_ERRORS = {
     -1: "ends early",
@@ -191,8 +190,10 @@ def varint_encode(mask: Pack) -> bytes | memoryview:
     """LEB128 code of the gaps between kept entries."""
     if ext := cpp():
         # each byte of a gap after the first one stands for 128 skipped entries or more
-        out = np.empty(mask.kept + (mask.numel - mask.kept) // 128 + _VARINT_SLACK, np.uint8)
-        return out[: ext.delta_varint_encode(mask.words.data_ptr(), mask.numel, out.ctypes.data)].data
+        room = mask.kept + (mask.numel - mask.kept) // 128 + len(mask.offsets) * ext.VARINT_RANGE
+        out = np.empty(room, np.uint8)
+        places = (mask.words.data_ptr(), mask.offsets.data_ptr(), mask.numel, out.ctypes.data)
+        return out[: ext.delta_varint_encode(*places, torch.get_num_threads())].data
     return reference.varint_encode(mask.words, mask.numel)
 
 

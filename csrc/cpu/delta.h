@@ -81,8 +81,9 @@ struct DeltaKernels {
   int64_t (*rice_encode)(const uint64_t* words, int64_t num_words, int k, uint8_t* out);
   // reads `kept` positions below n into zeroed words; returns bytes used or an IndexError. `data` is hostile.
   int64_t (*rice_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, int k, uint64_t* words);
-  // gaps as LEB128, with room for kVarintSlack bytes behind the last; varint_decode as rice_decode
-  int64_t (*varint_encode)(const uint64_t* words, int64_t num_words, uint8_t* out);
+  // gaps as LEB128, with room for kVarintSlack bytes behind the last; `skipped` entries lie between the last
+  // kept one and the words; varint_decode as rice_decode
+  int64_t (*varint_encode)(const uint64_t* words, int64_t num_words, int64_t skipped, uint8_t* out);
   int64_t (*varint_decode)(const uint8_t* data, int64_t bytes, int64_t n, int64_t kept, uint64_t* words);
 };
 

@@ -21,5 +21,17 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
+// Set bits of a word; without the instruction the compiler's own function would be called for each.
+inline int set_bits(uint64_t word) {
+#if defined(__POPCNT__) || !defined(__x86_64__)
+  return __builtin_popcountll(word);
+#else
+  word -= word >> 1 & 0x5555555555555555ULL;
+  word = (word & 0x3333333333333333ULL) + (word >> 2 & 0x3333333333333333ULL);
+  word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0FULL;
+  return int(word * 0x0101010101010101ULL >> 56);
+#endif
+}
+
 }  // namespace
 }  // namespace autoflip

@@ -56,13 +56,13 @@ __attribute__((target("avx512vbmi2"))) int64_t expand_codes(const DeltaCoding& c
 
 // As varint_encode: inside a word no gap needs a second byte, only that before its first bit may.
 __attribute__((target("avx512vbmi,avx512vbmi2"))) int64_t varint_words(const uint64_t* words,
-                                                                       int64_t num_words, uint8_t* out) {
+                                                                       int64_t num_words, uint64_t skipped,
+                                                                       uint8_t* out) {
   alignas(64) uint8_t count[64];
   for (int i = 0; i < 64; ++i) count[i] = uint8_t(i);
   const __m512i places = _mm512_load_si512(count), one = _mm512_set1_epi8(1);
   const __m512i left = _mm512_sub_epi8(places, one);  // lane i takes lane i - 1
   uint8_t* to = out;
-  uint64_t skipped = 0;
   for (int64_t w = 0; w < num_words; ++w) {
     const uint64_t word = words[w];
     if (!word) {

@@ -15,7 +15,7 @@ constexpr int64_t kSlack = 64;   // whole vectors are stored and loaded past the
 
 int64_t count(const uint64_t* words, int64_t num_words) {
   int64_t total = 0;
-  for (int64_t i = 0; i < num_words; ++i) total += __builtin_popcountll(words[i]);
+  for (int64_t i = 0; i < num_words; ++i) total += set_bits(words[i]);
   return total;
 }
 
@@ -96,6 +96,7 @@ bool gather_vectors(const float* x, const float* base, const uint64_t* words, in
   return tail;
 }
 
+template <bool kCheck = true>  // which costs nothing here
 bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
                  float* out) {
   if (fetches_ahead())
@@ -128,6 +129,8 @@ inline __m256i ranks_of(uint32_t m) {
   return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(_pdep_u64(0x0706050403020100ULL, bytes))));
 }
 
+// kCheck: tells of NaN and infinity.
+template <bool kCheck = true>
 bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
                  float* out) {
   const __m256i exponent = _mm256_set1_epi32(0x7F800000);
@@ -139,8 +142,10 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
     for (int i = 0; i < 8; ++i, word >>= 8) {
       __m256 d = _mm256_loadu_ps(x + 64 * w + 8 * i);
       if (base) d = _mm256_sub_ps(d, _mm256_loadu_ps(base + 64 * w + 8 * i));
-      const __m256i field = _mm256_and_si256(_mm256_castps_si256(d), exponent);
-      bad = _mm256_or_si256(bad, _mm256_cmpeq_epi32(field, exponent));
+      if (kCheck) {
+        const __m256i field = _mm256_and_si256(_mm256_castps_si256(d), exponent);
+        bad = _mm256_or_si256(bad, _mm256_cmpeq_epi32(field, exponent));
+      }
       uint32_t m = uint32_t(word & 0xFF);
       if (rank + 8 <= kept) {
         _mm256_storeu_ps(out + rank, _mm256_permutevar8x32_ps(d, lanes_of(m)));
@@ -158,6 +163,8 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
   return tail;
 }
 #else
+// kCheck: tells of NaN and infinity.
+template <bool kCheck = true>
 bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
                  float* out) {
   uint32_t bad = 0;
@@ -169,9 +176,10 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
       rank += gather_word(p, q, word, lesser(64, n - start), bad, out + rank);
       continue;
     }
-    for (int i = 0; i < 64; ++i) bad |= (bits_of(p[i]) & 0x7F800000u) == 0x7F800000u;
+    if (kCheck)
+      for (int i = 0; i < 64; ++i) bad |= (bits_of(p[i]) & 0x7F800000u) == 0x7F800000u;
     // eight at a time: how many a word has is a branch that no CPU foresees
-    const int hits = __builtin_popcountll(word);
+    const int hits = set_bits(word);
     for (int done = 0; done < hits; done += 8)
       for (int i = 0; i < 8; ++i, word &= word - 1)
         out[rank + done + i] = p[__builtin_ctzll(word | 1ULL << 63)];

@@ -54,9 +54,13 @@ void pack_nonzero(const float* x, int64_t n, uint64_t* words) {
         word |= uint64_t(uint32_t(_mm256_movemask_ps(hit))) << 8 * i;
       }
 #elif defined(__SSE2__)
-      for (int i = 0; i < 16; ++i) {
-        const __m128 hit = _mm_cmpneq_ps(_mm_loadu_ps(p + 4 * i), _mm_setzero_ps());
-        word |= uint64_t(uint32_t(_mm_movemask_ps(hit))) << 4 * i;
+      const auto four = [&](int i) {
+        return _mm_castps_si128(_mm_cmpneq_ps(_mm_loadu_ps(p + i), _mm_setzero_ps()));
+      };
+      for (int i = 0; i < 64; i += 16) {
+        const __m128i low = _mm_packs_epi32(four(i), four(i + 4)),
+                      high = _mm_packs_epi32(four(i + 8), four(i + 12));
+        word |= uint64_t(uint32_t(_mm_movemask_epi8(_mm_packs_epi16(low, high)))) << i;
       }
 #else
       for (int i = 0; i < 64; ++i) word |= uint64_t(p[i] != 0.0f) << i;
@@ -77,7 +81,7 @@ void within(const uint64_t* mask, int64_t num_words, const uint64_t* ranks, int6
       bits = ranks[at] >> shift;
       if (shift && 64 * (at + 1) < num_ranks) bits |= ranks[at + 1] << (64 - shift);
     }
-    first += __builtin_popcountll(word);
+    first += set_bits(word);
 #if defined(__BMI2__)
     out[w] = _pdep_u64(bits, word);
 #else

@@ -16,7 +16,7 @@ inline int64_t positions(const uint64_t* words, int64_t num_words, uint32_t* out
   int64_t found = 0;
   for (int64_t w = 0; w < num_words; ++w) {
     uint64_t word = words[w];
-    const int hits = __builtin_popcountll(word);
+    const int hits = set_bits(word);
     for (int done = 0; done < hits; done += 8)
       for (int i = 0; i < 8; ++i, word &= word - 1)
         out[found + done + i] = uint32_t(64 * w) + uint32_t(__builtin_ctzll(word | 1ULL << 63));
@@ -136,12 +136,27 @@ inline uint8_t* put_varint(uint64_t gap, uint8_t* to) {
   return to;
 }
 
-int64_t varint_encode(const uint64_t* words, int64_t num_words, uint8_t* out) {
+int64_t varint_encode(const uint64_t* words, int64_t num_words, int64_t skipped, uint8_t* out) {
 #if defined(__AVX512BW__)
-  if (expands_bytes()) return varint_words(words, num_words, out);
+  if (expands_bytes()) return varint_words(words, num_words, uint64_t(skipped), out);
 #endif
   uint8_t* to = out;
-  each_gap(words, num_words, [&](uint64_t gap) { to = put_varint(gap, to); });
+  uint32_t at[64 * kGapWords + 8];
+  int64_t next = -skipped;  // the position that a gap of zero would mean
+  for (int64_t first = 0; first < num_words; first += kGapWords) {
+    const int64_t found = positions(words + first, lesser(kGapWords, num_words - first), at);
+    if (!found) continue;
+    to = put_varint(uint64_t(64 * first + at[0] - next), to);
+    next = 64 * first + at[found - 1] + 1;
+    uint32_t all = 0;
+    for (int64_t i = 1; i < found; ++i) all |= at[i] - at[i - 1] - 1;
+    if (all < 0x80) {
+      for (int64_t i = 1; i < found; ++i) to[i - 1] = uint8_t(at[i] - at[i - 1] - 1);
+      to += found - 1;
+    } else {
+      for (int64_t i = 1; i < found; ++i) to = put_varint(at[i] - at[i - 1] - 1, to);
+    }
+  }
   return to - out;
 }
 

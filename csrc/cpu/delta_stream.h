@@ -14,15 +14,19 @@ struct Scratch {
   alignas(64) float values[kStep + kDeltaBlock + kSlack];
 };
 
+bool not_finite(const float* x, int64_t n) {
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= (bits_of(x[i]) & 0x7F800000u) == 0x7F800000u;
+  return bad;
+}
+
 // out = x - base, every entry; returns whether one is NaN or infinite
 bool take(const float* x, const float* base, int64_t n, float* out) {
-  uint32_t bad = 0;
   if (base)
     for (int64_t i = 0; i < n; ++i) out[i] = x[i] - base[i];
   else
     std::memcpy(out, x, size_t(n) * 4);
-  for (int64_t i = 0; i < n; ++i) bad |= (bits_of(out[i]) & 0x7F800000u) == 0x7F800000u;
-  return bad;
+  return not_finite(out, n);
 }
 
 void pack_nibbles(const int8_t* codes, int64_t n, uint8_t* out) {
@@ -67,7 +71,8 @@ bool encode(const float* x, const float* base, const uint64_t* words, int64_t n,
         if (found) {  // what it reads stays in the first cache
       pack_nonzero(x + start, size, found + start / 64);
       fresh = count(found + start / 64, (size + 63) / 64);
-      bad |= gather_once(x + start, nullptr, found + start / 64, size, fresh + kSlack, s.values + held);
+      gather_once<false>(x + start, nullptr, found + start / 64, size, fresh + kSlack, s.values + held);
+      bad |= not_finite(s.values + held, fresh);  // zeros are
     } else if (words) {
       fresh = count(words + start / 64, (size + 63) / 64);
       bad |= gather_once(x + start, from, words + start / 64, size, fresh + kSlack, s.values + held);

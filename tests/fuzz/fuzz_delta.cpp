@@ -91,7 +91,7 @@ void decode_index(Input in, bool rice) {
       expect(twice.same(words), "round trip");
     } else {
       Exact<uint8_t> again(kept + (n - kept) / 128 + autoflip::kVarintSlack);
-      expect(t->varint_encode(words.data, num_words, again.data) == used, "one form only");
+      expect(t->varint_encode(words.data, num_words, 0, again.data) == used, "one form only");
       expect(!std::memcmp(again.data, bytes.data, size_t(used)), "one form only");
     }
   }
