@@ -186,7 +186,10 @@ def _ways(
         hooked.register_hook(weights.gradient_hook(mask))
         return x.detach().requires_grad_(), w.detach().requires_grad_(), hooked, w.new_zeros(rows).requires_grad_()
 
-    parts_of = cache(make)
+    @cache
+    def parts_of(path: str) -> tuple[kernels.Parts, Callable[[], Tensor], object]:
+        parts = make(path)
+        return parts, case()[4].detach, kernels.plan(parts)
 
     def whole(path: str) -> object:
         dy = case()[1]
@@ -200,7 +203,7 @@ def _ways(
             else:
                 weights.kernel_here(x, w, bias)
                 # a Pack keeps the memory of a large gradient: fresh pages would hide what the ways differ by
-                y = steps.linear_step(x, w, bias, (False, parts_of(path), case()[4].detach))
+                y = steps.linear_step(x, w, bias, (False, *parts_of(path)))
             y.backward(dy)
             return y
 
