@@ -126,7 +126,7 @@ class Pack:
         elif letter in kernels.HEIGHTS:
             layout = self._layout(kernels.make_block_layout, chunk, letter)
         elif "s" in path:
-            groups, back = paths.groups(n_rows, self.density), paths.back(n_rows)
+            groups, back = paths.groups(n_rows, self.density), paths.back(n_rows, self.mask.numel())
             layout = self._layout(kernels.make_layout, chunk, groups, back)
         else:
             layout = self.mask.new_empty(0, dtype=torch.uint8)
