@@ -26,8 +26,9 @@ int64_t values(uintptr_t lay, int64_t chunk, int height, int64_t rows, int64_t c
 
 }  // namespace
 
-void masked_blocks_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, int height, uintptr_t bias,
-             int64_t n, int64_t rows, int64_t cols, bool relu, uintptr_t y, uintptr_t values, int threads) {
+void masked_blocks_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, int height,
+                           uintptr_t bias, int64_t n, int64_t rows, int64_t cols, bool relu, uintptr_t y,
+                           uintptr_t values, int threads) {
   py::gil_scoped_release release;
   threads = useful_threads(n * cols, threads);
   const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);
@@ -38,9 +39,9 @@ void masked_blocks_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t
   scratch.settle();
 }
 
-void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay, int64_t chunk,
-              int height, int64_t n, int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db,
-              int threads) {
+void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay,
+                            int64_t chunk, int height, int64_t n, int64_t rows, int64_t cols, uintptr_t dx,
+                            uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
   threads = useful_threads(n * cols, threads);
   const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);

@@ -33,15 +33,15 @@ py::bytes bits(uintptr_t mask, int64_t rows, int64_t cols) {
 
 }  // namespace
 
-void masked_few_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols, uintptr_t bias,
-             bool relu, uintptr_t y, int threads) {
+void masked_few_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
+                        uintptr_t bias, bool relu, uintptr_t y, int threads) {
   py::gil_scoped_release release;
   kernels().forward(at<const float>(w), at<const uint16_t>(bits), at<const float>(x), n, rows, cols,
                     at<const float>(bias), relu, at<float>(y), useful_threads(rows * cols, threads));
 }
 
-void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
-              uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
+void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows,
+                         int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
   kernels().backward(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), at<const float>(x), n,
                      rows, cols, at<float>(dx), at<float>(dw), at<float>(db),

@@ -80,8 +80,7 @@ PyObject* look(PyObject* capsule, PyObject* weight) {
     Py_RETURN_FALSE;
   const float* w = static_cast<const float*>(address(method(weight, names.data_ptr)));
   if (w != look.weight || !w) {
-    if (!ordinary(weight) || !contiguous(weight) ||
-        number(method(weight, names.numel)) != look.entries)
+    if (!ordinary(weight) || !contiguous(weight) || number(method(weight, names.numel)) != look.entries)
       Py_RETURN_FALSE;
     look.weight = w;
   }
@@ -187,10 +186,14 @@ void meet(py::dict given) {
   torch = {take("tensor"),     take("parameter"), take("float32"),      take("modes"),    take("tracing"),
            take("transforms"), take("batched"),   take("grad_enabled"), take("autocast"), take("threads")};
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
-  names = {name("dtype"),      name("is_cpu"),          name("is_contiguous"), name("numel"),
-           name("data_ptr"),   name("_use_count"),      name("_base"),         name("_version"),
-           name("shape"),      name("cpu"),             name("new_empty"),     name("save_for_backward"),
-           name("saved_tensors"), name("needs_input_grad"), name("job"),       name("operand"),
+  names = {name("dtype"),         name("is_cpu"),
+           name("is_contiguous"), name("numel"),
+           name("data_ptr"),      name("_use_count"),
+           name("_base"),         name("_version"),
+           name("shape"),         name("cpu"),
+           name("new_empty"),     name("save_for_backward"),
+           name("saved_tensors"), name("needs_input_grad"),
+           name("job"),           name("operand"),
            name("values")};
 }
 

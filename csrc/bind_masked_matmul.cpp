@@ -60,8 +60,9 @@ bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, i
 
 }  // namespace
 
-void masked_matmul_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t bias, int64_t n,
-             int64_t rows, int64_t cols, bool relu, uintptr_t y, uintptr_t values, int threads) {
+void masked_matmul_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t bias,
+                           int64_t n, int64_t rows, int64_t cols, bool relu, uintptr_t y, uintptr_t values,
+                           int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
   threads = useful_threads(n * cols, threads);
@@ -72,8 +73,9 @@ void masked_matmul_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t
   scratch.settle();
 }
 
-void masked_matmul_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay, int64_t chunk,
-              int64_t n, int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
+void masked_matmul_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay,
+                            int64_t chunk, int64_t n, int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw,
+                            uintptr_t db, int threads) {
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
   threads = useful_threads(n * cols, threads);
@@ -98,7 +100,8 @@ void bind_masked_matmul(py::module_& m) {
   m.def("masked_matmul_packs", packs, "whether masked_matmul_forward copies the kept weights");
   m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
   m.def("masked_matmul_is_clean", is_clean, "whether w is zero wherever mask is not set");
-  m.def("masked_matmul_forward", masked_matmul_forward, "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
+  m.def("masked_matmul_forward", masked_matmul_forward,
+        "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
   m.def("masked_matmul_backward", masked_matmul_backward,
         "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
         "dy.sum(0)");

@@ -1,5 +1,6 @@
 // A masked linear layer's training step as autograd calls it, one function forward and one back. Written in
-// Python a step of a small layer takes a seventh longer, more where other layers' code has been run in between.
+// Python a step of a small layer takes a seventh longer, more where other layers' code has been run in
+// between.
 #include "masked_calls.h"
 #include "torch_objects.h"
 
@@ -25,9 +26,8 @@ void free_plan(PyObject* capsule) {
 
 py::object make_plan(uintptr_t layout, int64_t chunk, int64_t rows, int64_t cols, int64_t values, int height,
                      py::object owner) {
-  return py::reinterpret_steal<py::object>(
-      PyCapsule_New(new Plan{layout, chunk, rows, cols, values, height, owner.release().ptr()}, nullptr,
-                    free_plan));
+  return py::reinterpret_steal<py::object>(PyCapsule_New(
+      new Plan{layout, chunk, rows, cols, values, height, owner.release().ptr()}, nullptr, free_plan));
 }
 
 // the functions that serve every other case, given once
@@ -172,12 +172,14 @@ py::tuple steps(py::object forward, py::object backward) {
 }  // namespace
 
 void bind_step(py::module_& m) {
-  m.def("masked_plan", make_plan,
-        "what masked_steps' functions need of a mask: its layout, chunk, rows, columns, floats of the copy of "
-        "its kept weights (or 0), rows of its blocks (0: none, -1: the layout is masked_few_bits'), what keeps "
-        "the layout alive");
+  m.def(
+      "masked_plan", make_plan,
+      "what masked_steps' functions need of a mask: its layout, chunk, rows, columns, floats of the copy of "
+      "its kept weights (or 0), rows of its blocks (0: none, -1: the layout is masked_few_bits'), what keeps "
+      "the layout alive");
   m.def("masked_steps", steps,
-        "forward(ctx, x, weight, bias, job) and backward(ctx, dy) of an autograd function, for jobs with a plan "
+        "forward(ctx, x, weight, bias, job) and backward(ctx, dy) of an autograd function, for jobs with a "
+        "plan "
         "and contiguous tensors; takes what to call in all other cases");
 }
 
