@@ -120,7 +120,7 @@ class Pack:
 
     def _make_path(self, n_rows: int, path: str) -> kernels.Parts:
         """Return what a path of the CPU extension takes."""
-        letter, chunk = path[0], paths.chunk(n_rows, self.density, path[0])
+        letter, chunk = path[0], paths.chunk(n_rows, self.density, path[0], self.mask.numel())
         if path == "fff":
             layout = self._bits()
         elif letter in kernels.HEIGHTS:
