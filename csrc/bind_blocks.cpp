@@ -4,6 +4,7 @@
 #include "common/scratch.h"
 #include "cpu/masked_blocks.h"
 #include "cpu/masked_matmul_layout.h"
+#include "masked_calls.h"
 
 namespace py = pybind11;
 
@@ -23,8 +24,11 @@ int64_t values(uintptr_t lay, int64_t chunk, int height, int64_t rows, int64_t c
   return values_of(blocks_at(lay, chunk, height, rows, cols));
 }
 
-void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, int height, uintptr_t bias,
-             int64_t n, int64_t rows, int64_t cols, bool relu, uintptr_t y, uintptr_t values, int threads) {
+}  // namespace
+
+void masked_blocks_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, int height,
+                           uintptr_t bias, int64_t n, int64_t rows, int64_t cols, bool relu, uintptr_t y,
+                           uintptr_t values, int threads) {
   py::gil_scoped_release release;
   threads = useful_threads(n * cols, threads);
   const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);
@@ -35,9 +39,9 @@ void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, int he
   scratch.settle();
 }
 
-void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay, int64_t chunk,
-              int height, int64_t n, int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db,
-              int threads) {
+void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay,
+                            int64_t chunk, int height, int64_t n, int64_t rows, int64_t cols, uintptr_t dx,
+                            uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
   threads = useful_threads(n * cols, threads);
   const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);
@@ -48,14 +52,12 @@ void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uin
   scratch.settle();
 }
 
-}  // namespace
-
 void bind_blocks(py::module_& m) {
   m.def("masked_blocks_values", values, "how many floats the kept weights of these blocks take");
-  m.def("masked_blocks_forward", forward,
+  m.def("masked_blocks_forward", masked_blocks_forward,
         "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias) for a mask of blocks of `height` rows, whose "
         "layout is masked_matmul_layout's of the mask of blocks");
-  m.def("masked_blocks_backward", backward,
+  m.def("masked_blocks_backward", masked_blocks_backward,
         "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
         "dy.sum(0)");
 }

@@ -4,6 +4,7 @@
 #include "bindings.h"
 #include "common/cpu.h"
 #include "cpu/masked_few.h"
+#include "masked_calls.h"
 
 namespace py = pybind11;
 
@@ -30,29 +31,29 @@ py::bytes bits(uintptr_t mask, int64_t rows, int64_t cols) {
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
-void forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols, uintptr_t bias,
-             bool relu, uintptr_t y, int threads) {
+}  // namespace
+
+void masked_few_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
+                        uintptr_t bias, bool relu, uintptr_t y, int threads) {
   py::gil_scoped_release release;
   kernels().forward(at<const float>(w), at<const uint16_t>(bits), at<const float>(x), n, rows, cols,
                     at<const float>(bias), relu, at<float>(y), useful_threads(rows * cols, threads));
 }
 
-void backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
-              uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
+void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows,
+                         int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
   kernels().backward(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), at<const float>(x), n,
                      rows, cols, at<float>(dx), at<float>(dw), at<float>(db),
                      useful_threads(rows * cols, threads));
 }
 
-}  // namespace
-
 void bind_few(py::module_& m) {
   m.def("masked_few_most", most, "the most samples of the functions below; 0: not for this CPU");
   m.def("masked_few_bits", bits, "a mask (rows, cols), 16 columns to a word, each row from a whole word on");
-  m.def("masked_few_forward", forward,
+  m.def("masked_few_forward", masked_few_forward,
         "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias), all products computed");
-  m.def("masked_few_backward", backward,
+  m.def("masked_few_backward", masked_few_backward,
         "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
         "dy.sum(0); all products computed");
 }

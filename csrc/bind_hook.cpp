@@ -4,27 +4,18 @@
 #include <cstring>
 #include <string>
 
-#include "bindings.h"
 #include "common/cpu.h"
 #include "cpu/masked_matmul.h"
+#include "torch_objects.h"
 
 namespace py = pybind11;
 
 namespace autoflip {
 
-bool masked_matmul_wanted();
+Torch torch;
+Names names;
 
 namespace {
-
-// torch's objects, given once by autoflip.ops._masked_weight; they live as long as the process.
-struct Torch {
-  PyObject *tensor, *parameter, *float32;            // types, dtype
-  PyObject *modes, *tracing, *transforms, *batched;  // what of torch is at work on tensors
-  PyObject *grad_enabled, *autocast;
-} torch;
-struct Names {
-  PyObject *dtype, *is_cpu, *is_contiguous, *numel, *data_ptr, *use_count, *base, *version, *shape, *cpu;
-} names;
 
 // Holders of a gradient as a hook sees them: references to the Python object and to the tensor, and where it
 // is a view, to what it is a view of. AccumulateGrad asks less (references to the tensor) before it makes a
@@ -36,46 +27,6 @@ struct Holders {
            base_tensors == o.base_tensors;
   }
 } alone[2];  // of one that nobody but the engine has: no view, and a view; zeros until they are known
-
-PyObject* method(PyObject* object, PyObject* name) {
-  return PyObject_VectorcallMethod(name, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
-}
-
-// Whether an answer is `wanted`; takes the answer. No answer (an exception) is none.
-bool is(PyObject* answer, PyObject* wanted) {
-  if (!answer) PyErr_Clear();
-  Py_XDECREF(answer);
-  return answer == wanted;
-}
-
-long number(PyObject* answer) {
-  const long value = answer ? PyLong_AsLong(answer) : -1;
-  Py_XDECREF(answer);
-  if (PyErr_Occurred()) PyErr_Clear();
-  return value;
-}
-
-void* address(PyObject* answer) {
-  void* value = answer ? PyLong_AsVoidPtr(answer) : nullptr;
-  Py_XDECREF(answer);
-  if (PyErr_Occurred()) PyErr_Clear();
-  return value;
-}
-
-// No dispatch mode, trace or function transform, and AUTOFLIP_BACKEND leaves tensors to this extension.
-bool quiet() {
-  return number(PyObject_CallNoArgs(torch.modes)) == 0 && is(PyObject_CallNoArgs(torch.tracing), Py_False) &&
-         is(PyObject_CallNoArgs(torch.transforms), Py_None) && masked_matmul_wanted();
-}
-
-// An ordinary float32 tensor with an address in the CPU's memory.
-bool ordinary(PyObject* t) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
-  return (type == torch.tensor || type == torch.parameter) &&
-         is(PyObject_GetAttr(t, names.dtype), torch.float32) &&
-         is(PyObject_GetAttr(t, names.is_cpu), Py_True) &&
-         is(PyObject_CallOneArg(torch.batched, t), Py_False);
-}
 
 PyObject* kernel_here(PyObject*, PyObject* const* tensors, Py_ssize_t n) {
   bool here = quiet();
@@ -129,8 +80,7 @@ PyObject* look(PyObject* capsule, PyObject* weight) {
     Py_RETURN_FALSE;
   const float* w = static_cast<const float*>(address(method(weight, names.data_ptr)));
   if (w != look.weight || !w) {
-    if (!ordinary(weight) || !is(method(weight, names.is_contiguous), Py_True) ||
-        number(method(weight, names.numel)) != look.entries)
+    if (!ordinary(weight) || !contiguous(weight) || number(method(weight, names.numel)) != look.entries)
       Py_RETURN_FALSE;
     look.weight = w;
   }
@@ -185,7 +135,7 @@ PyObject* hook(PyObject* capsule, PyObject* g) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(g)) == torch.tensor &&
       is(PyObject_CallNoArgs(torch.grad_enabled), Py_False) &&
       is(PyObject_GetAttr(g, names.dtype), torch.float32) && is(PyObject_GetAttr(g, names.is_cpu), Py_True) &&
-      is(method(g, names.is_contiguous), Py_True) && unseen(g)) {
+      contiguous(g) && unseen(g)) {
     if (void* data = address(method(g, names.data_ptr))) {
       uint32_t* to = static_cast<uint32_t*>(data);
       if (job.entries < kSerialElements) {
@@ -233,11 +183,18 @@ py::object make_hook(uintptr_t mask, int64_t entries, py::object otherwise) {
 
 void meet(py::dict given) {
   const auto take = [&](const char* name) { return py::object(given[name]).release().ptr(); };
-  torch = {take("tensor"),     take("parameter"), take("float32"),      take("modes"),   take("tracing"),
-           take("transforms"), take("batched"),   take("grad_enabled"), take("autocast")};
+  torch = {take("tensor"),     take("parameter"), take("float32"),      take("modes"),    take("tracing"),
+           take("transforms"), take("batched"),   take("grad_enabled"), take("autocast"), take("threads")};
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
-  names = {name("dtype"),      name("is_cpu"), name("is_contiguous"), name("numel"), name("data_ptr"),
-           name("_use_count"), name("_base"),  name("_version"),      name("shape"), name("cpu")};
+  names = {name("dtype"),         name("is_cpu"),
+           name("is_contiguous"), name("numel"),
+           name("data_ptr"),      name("_use_count"),
+           name("_base"),         name("_version"),
+           name("shape"),         name("cpu"),
+           name("new_empty"),     name("save_for_backward"),
+           name("saved_tensors"), name("needs_input_grad"),
+           name("job"),           name("operand"),
+           name("values")};
 }
 
 }  // namespace

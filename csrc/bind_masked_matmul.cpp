@@ -8,6 +8,7 @@
 #include "common/cpu.h"
 #include "common/scratch.h"
 #include "cpu/masked_matmul_layout.h"
+#include "masked_calls.h"
 
 namespace py = pybind11;
 
@@ -40,31 +41,6 @@ bool is_clean(uintptr_t w, uintptr_t mask, int64_t n) {
   return kernels().is_clean(at<const float>(w), at<const uint8_t>(mask), n);
 }
 
-void forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t bias, int64_t n,
-             int64_t rows, int64_t cols, bool relu, uintptr_t y, uintptr_t values, int threads) {
-  py::gil_scoped_release release;
-  const MaskedMatmul& k = kernels();
-  threads = useful_threads(n * cols, threads);
-  const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk);
-  Scratch& scratch = thread_scratch();
-  k.forward(orders, at<const float>(weight), at<const float>(x), n, at<const float>(bias), relu, at<float>(y),
-            at<float>(values), scratch.take(k.forward_scratch(orders, n)), threads);
-  scratch.settle();
-}
-
-void backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay, int64_t chunk,
-              int64_t n, int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
-  py::gil_scoped_release release;
-  const MaskedMatmul& k = kernels();
-  threads = useful_threads(n * cols, threads);
-  const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk);
-  Scratch& scratch = thread_scratch();
-  k.backward(orders, at<const float>(weight), at<const float>(values), at<const float>(dy),
-             at<const float>(x), n, at<float>(dx), at<float>(dw), at<float>(db),
-             scratch.take(k.backward_scratch(orders, n)), threads);
-  scratch.settle();
-}
-
 bool packs(uintptr_t lay, int64_t rows, int64_t cols, int64_t chunk) {
   return kernels().packs(masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk));
 }
@@ -84,6 +60,33 @@ bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, i
 
 }  // namespace
 
+void masked_matmul_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t bias,
+                           int64_t n, int64_t rows, int64_t cols, bool relu, uintptr_t y, uintptr_t values,
+                           int threads) {
+  py::gil_scoped_release release;
+  const MaskedMatmul& k = kernels();
+  threads = useful_threads(n * cols, threads);
+  const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk);
+  Scratch& scratch = thread_scratch();
+  k.forward(orders, at<const float>(weight), at<const float>(x), n, at<const float>(bias), relu, at<float>(y),
+            at<float>(values), scratch.take(k.forward_scratch(orders, n)), threads);
+  scratch.settle();
+}
+
+void masked_matmul_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay,
+                            int64_t chunk, int64_t n, int64_t rows, int64_t cols, uintptr_t dx, uintptr_t dw,
+                            uintptr_t db, int threads) {
+  py::gil_scoped_release release;
+  const MaskedMatmul& k = kernels();
+  threads = useful_threads(n * cols, threads);
+  const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk);
+  Scratch& scratch = thread_scratch();
+  k.backward(orders, at<const float>(weight), at<const float>(values), at<const float>(dy),
+             at<const float>(x), n, at<float>(dx), at<float>(dw), at<float>(db),
+             scratch.take(k.backward_scratch(orders, n)), threads);
+  scratch.settle();
+}
+
 // Whether AUTOFLIP_BACKEND leaves CPU tensors to this extension: os.environ takes ten times as long to ask.
 bool masked_matmul_wanted() {
   const char* wish = std::getenv("AUTOFLIP_BACKEND");
@@ -97,8 +100,9 @@ void bind_masked_matmul(py::module_& m) {
   m.def("masked_matmul_packs", packs, "whether masked_matmul_forward copies the kept weights");
   m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
   m.def("masked_matmul_is_clean", is_clean, "whether w is zero wherever mask is not set");
-  m.def("masked_matmul_forward", forward, "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
-  m.def("masked_matmul_backward", backward,
+  m.def("masked_matmul_forward", masked_matmul_forward,
+        "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");
+  m.def("masked_matmul_backward", masked_matmul_backward,
         "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
         "dy.sum(0)");
   m.def("masked_matmul_outer", outer,

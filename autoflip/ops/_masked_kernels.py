@@ -133,10 +133,10 @@ def dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     name = serves(dy, parts, "dw")
     if name == "dense":
         if weights.kernel_here(dy, x):
-            return cpu_outer(dy, x, parts, torch.empty(parts.mask.shape))
+            return cpu_outer(dy, x, parts, dy.new_empty(parts.mask.shape))
         return torch.where(parts.mask, dy.T @ x, 0)
     if name == "cpp":
-        out = cpu_backward(dy, x, None, parts, dw=torch.empty(parts.mask.shape))[1]
+        out = cpu_backward(dy, x, None, parts, dw=dy.new_empty(parts.mask.shape))[1]
         assert out is not None
         return out
     dy, x = dy.contiguous(), x.contiguous()
@@ -157,15 +157,29 @@ def _at(tensor: Tensor | None) -> int:
 
 def new_values(parts: Parts) -> Tensor | None:
     """Return room for the copy of the kept weights that forward makes and dx reads again; None where there is none."""
+    floats = _floats(parts)
+    return torch.empty(floats, dtype=torch.float32) if floats else None
+
+
+def _floats(parts: Parts) -> int:
     height = _HEIGHT.get(parts.path)
     if height is not None:
         if parts.kept < 1 << 13:  # copied again as fast as memory is found for them
-            return None
-        return torch.empty(CPP.masked_blocks_values(parts.layout.data_ptr(), parts.chunk, height, *parts.mask.shape))
+            return 0
+        return int(CPP.masked_blocks_values(parts.layout.data_ptr(), parts.chunk, height, *parts.mask.shape))
     if parts.mask.numel() < 1 << 18 or "s" not in parts.path:  # smaller ones are read where they stand
-        return None
+        return 0
     packs = CPP.masked_matmul_packs(parts.layout.data_ptr(), *parts.mask.shape, parts.chunk)
-    return torch.empty(parts.kept) if packs else None
+    return parts.kept if packs else 0
+
+
+def plan(parts: Parts) -> Any:
+    """Return what the extension's own training step takes (csrc/bind_step.cpp); None where a step is dense."""
+    if CPP is None or "d" in parts.path or not parts.layout.numel():
+        return None
+    height = -1 if parts.path == "fff" else _HEIGHT.get(parts.path, 0)
+    sizes = (parts.chunk, *parts.mask.shape, _floats(parts), height)
+    return CPP.masked_plan(parts.layout.data_ptr(), *sizes, parts.layout)
 
 
 def cpu_forward(
@@ -176,7 +190,7 @@ def cpu_forward(
     bias = None if bias is None else bias.contiguous()
     rows, cols = parts.mask.shape
     n = x.shape[0]  # len() of a tensor takes three times as long
-    y = torch.empty(n, rows)
+    y = x.new_empty(n, rows)  # float32 whatever torch's default is
     layout, sizes, threads = parts.layout.data_ptr(), (n, rows, cols), torch.get_num_threads()
     if parts.path[0] == "f":
         CPP.masked_few_forward(weight.data_ptr(), layout, x.data_ptr(), *sizes, _at(bias), relu, y.data_ptr(), threads)
@@ -211,8 +225,8 @@ def cpu_backward(
     weight = None if weight is None or not dx else weight.contiguous()
     rows, cols = parts.mask.shape
     n = dy.shape[0]
-    out = torch.empty(n, cols) if dx else None
-    sums = torch.empty(rows) if db else None
+    out = dy.new_empty(n, cols) if dx else None
+    sums = dy.new_empty(rows) if db else None
     results = _at(out), _at(dw), _at(sums), torch.get_num_threads()
     sizes, layout = (n, rows, cols), parts.layout.data_ptr()
     if parts.path[0] == "f":

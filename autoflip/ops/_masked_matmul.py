@@ -155,50 +155,56 @@ def _relu_backward(dy: Tensor, y: Tensor) -> Tensor:
 # --- the way that training on a CPU takes: one call forward, one back
 
 
-# relu, parts, and what returns a tensor for the weight's gradient, (O, K), whatever stands in it
-Job = tuple[bool, Parts, Callable[[], Tensor]]
+# relu, parts, what returns a tensor for the weight's gradient, (O, K), whatever stands in it (None: any new one), and
+# kernels.plan(parts)
+Job = tuple[bool, Parts, Callable[[], Tensor] | None, Any]
+
+
+def _step_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
+    relu, parts, *_ = ctx.job = job
+    ctx.operand = ctx.values = None
+    if parts.path[0] != "d":
+        if parts.path[1] != "d" and ctx.needs_input_grad[0]:
+            ctx.values = kernels.new_values(parts)
+        y = kernels.cpu_forward(x, weight, bias, relu, parts, ctx.values)
+    else:
+        ctx.operand = weights.operand(weight, parts.mask)
+        y = torch.nn.functional.linear(x, ctx.operand, bias)
+        y = y.relu_() if relu else y
+    ctx.save_for_backward(x, weight, y if relu else None)
+    return y
+
+
+def _step_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    need_x, need_w, need_b = ctx.needs_input_grad[:3]
+    if y is not None:
+        dy = _relu_backward(dy, y)
+    _, parts, new, _ = ctx.job
+    if torch.is_grad_enabled() or not weights.kernel_here(dy):  # a second derivative is wanted, or a transform
+        grad_x, grad_w = dx(dy, weight, parts) if need_x else None, dw(dy, x, parts) if need_w else None
+        return grad_x, grad_w, dy.sum(0) if need_b else None, None
+    sparse_x, sparse_w = need_x and parts.path[1] != "d", need_w and parts.path[2] != "d"
+    grad_x = grad_b = None
+    grad_w = None if not need_w else new() if new else dy.new_empty(parts.mask.shape)
+    if sparse_x or sparse_w:
+        target = grad_w if sparse_w else None
+        grad_x, _, grad_b = kernels.cpu_backward(
+            dy, x, weight, parts, dx=sparse_x, dw=target, db=need_b, values=ctx.values
+        )
+    elif need_b:
+        grad_b = dy.sum(0)
+    if need_x and not sparse_x:
+        grad_x = dy @ (ctx.operand if ctx.operand is not None else weights.operand(weight, parts.mask))
+    if grad_w is not None and not sparse_w:
+        kernels.cpu_outer(dy, x, parts, grad_w)
+    return grad_x, grad_w, grad_b, None
 
 
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
-        relu, parts, _ = ctx.job = job
-        ctx.operand = ctx.values = None
-        if parts.path[0] != "d":
-            if parts.path[1] != "d" and ctx.needs_input_grad[0]:
-                ctx.values = kernels.new_values(parts)
-            y = kernels.cpu_forward(x, weight, bias, relu, parts, ctx.values)
-        else:
-            ctx.operand = weights.operand(weight, parts.mask)
-            y = torch.nn.functional.linear(x, ctx.operand, bias)
-            y = y.relu_() if relu else y
-        ctx.save_for_backward(x, weight, y if relu else None)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, y = ctx.saved_tensors
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        if y is not None:
-            dy = _relu_backward(dy, y)
-        _, parts, new = ctx.job
-        if torch.is_grad_enabled() or not weights.kernel_here(dy):  # a second derivative is wanted, or a transform
-            grad_x, grad_w = dx(dy, weight, parts) if need_x else None, dw(dy, x, parts) if need_w else None
-            return grad_x, grad_w, dy.sum(0) if need_b else None, None
-        sparse_x, sparse_w = need_x and parts.path[1] != "d", need_w and parts.path[2] != "d"
-        grad_x = grad_w = grad_b = None
-        if sparse_x or sparse_w:
-            grad_w = new() if sparse_w else None
-            grad_x, grad_w, grad_b = kernels.cpu_backward(
-                dy, x, weight, parts, dx=sparse_x, dw=grad_w, db=need_b, values=ctx.values
-            )
-        elif need_b:
-            grad_b = dy.sum(0)
-        if need_x and not sparse_x:
-            grad_x = dy @ (ctx.operand if ctx.operand is not None else weights.operand(weight, parts.mask))
-        if need_w and not sparse_w:
-            grad_w = kernels.cpu_outer(dy, x, parts, new())
-        return grad_x, grad_w, grad_b, None
+    # the extension's own steps take jobs with a plan and no relu, and leave the others to these two
+    if weights.CPP is not None:
+        forward, backward = map(staticmethod, weights.CPP.masked_steps(_step_forward, _step_backward))
 
 
 # without torch's look for function transforms, which the caller has had: 3 us of some 50
@@ -211,7 +217,7 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Ten
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _apply_linear(x, weight, bias, job)
-    relu, parts, _ = job
+    relu, parts, *_ = job
     if parts.path[0] == "d":
         return kernels.linear_kernel(x, weight, bias, relu, *parts)
     return kernels.cpu_forward(x, weight, bias, relu, parts)

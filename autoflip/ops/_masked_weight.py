@@ -55,6 +55,7 @@ if CPP is not None:
             "batched": _old_vmap,
             "grad_enabled": torch.is_grad_enabled,
             "autocast": torch.is_autocast_enabled,
+            "threads": torch.get_num_threads,
         }
     )
 
@@ -120,7 +121,7 @@ class _Select(torch.autograd.Function):
 
 def _select_kernel(weight: Tensor, mask: Tensor) -> Tensor:
     mask, weight = mask.contiguous(), weight.contiguous()
-    out = torch.empty(weight.shape)
+    out = weight.new_empty(weight.shape)
     CPP.masked_matmul_select(weight.data_ptr(), mask.data_ptr(), mask.numel(), out.data_ptr(), torch.get_num_threads())
     return out
 

@@ -66,7 +66,7 @@ def linear_job(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, *, re
         and (bias is None or bias.shape == weight.shape[:1])
         and not torch.is_autocast_enabled("cpu")
     )
-    return (relu, pack.cpu_parts(x.shape[0]), pack.new_gradient) if here else None
+    return pack.cpu_job(x.shape[0], relu=relu) if here else None
 
 
 def masked_matmul(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:

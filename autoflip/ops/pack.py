@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import backend, paths
+from autoflip.ops._masked_matmul import Job
 
 __all__ = ["Pack"]
 
@@ -55,9 +56,10 @@ class Pack:
         self._live: Tensor | None = None
         self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
         self._gradient: Tensor | None = None
-        self._shape, self._keeps = self.mask.shape, self.mask.numel() >= _KEEP_FROM
+        self._keeps = self.mask.numel() >= _KEEP_FROM
         self._traced = self._make_parts(64, timed=False)
-        self._recent = (-1, 0, self._traced)  # rows, threads, parts of the last call: what most calls need
+        # rows, threads, parts and plan of the last call: what most calls need
+        self._recent: tuple[int, int, kernels.Parts, Any] = (-1, 0, self._traced, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"mask": self.mask, "path": self.path, "kept": self.kept, "density": self.density}
@@ -80,8 +82,14 @@ class Pack:
         """Return :meth:`parts` where the CPU extension is known to serve, in a third of the time."""
         threads = torch.get_num_threads()
         if self._recent[0] != n_rows or self._recent[1] != threads:
-            self._recent = (n_rows, threads, self.parts(n_rows))
+            parts = self.parts(n_rows)
+            self._recent = (n_rows, threads, parts, kernels.plan(parts))
         return self._recent[2]
+
+    def cpu_job(self, n_rows: int, *, relu: bool) -> Job:
+        """Return what a training step takes where the CPU extension is known to serve."""
+        parts = self.cpu_parts(n_rows)
+        return relu, parts, self.new_gradient if self._keeps else None, None if relu else self._recent[3]
 
     def all_dense(self, n_rows: int) -> bool:
         """Tell whether every step takes the dense product for this many rows on a CPU."""
@@ -112,13 +120,13 @@ class Pack:
 
     def _make_path(self, n_rows: int, path: str) -> kernels.Parts:
         """Return what a path of the CPU extension takes."""
-        letter, chunk = path[0], paths.chunk(n_rows, self.density, path[0])
+        letter, chunk = path[0], paths.chunk(n_rows, self.density, path[0], self.mask.numel())
         if path == "fff":
             layout = self._bits()
         elif letter in kernels.HEIGHTS:
             layout = self._layout(kernels.make_block_layout, chunk, letter)
         elif "s" in path:
-            groups, back = paths.groups(n_rows, self.density), paths.back(n_rows)
+            groups, back = paths.groups(n_rows, self.density), paths.back(n_rows, self.mask.numel())
             layout = self._layout(kernels.make_layout, chunk, groups, back)
         else:
             layout = self.mask.new_empty(0, dtype=torch.uint8)
@@ -137,12 +145,10 @@ class Pack:
         return self._layouts[key]
 
     def new_gradient(self) -> Tensor:
-        """Return float32 memory shaped like the mask that nobody else holds; what stands in it means nothing."""
-        if not self._keeps:
-            return torch.empty(*self._shape)
+        """Return kept float32 memory shaped like the mask that nobody else holds; what stands in it means nothing."""
         own = self.__dict__.pop("_gradient", None)  # popped: another thread must not take it too
         if own is None or _holders(own) > _ALONE:
-            own = torch.empty(self.mask.shape)
+            own = torch.empty(self.mask.shape, dtype=torch.float32)
         self._gradient = own
         # another tensor on the same memory: autograd keeps a gradient as it is only where it is the one holder
         return own.detach()

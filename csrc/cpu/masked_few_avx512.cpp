@@ -153,6 +153,8 @@ void any_forward(const float* w, const uint16_t* bits, const float* x, int64_t n
 
 void any_backward(const float* w, const uint16_t* bits, const float* dy, const float* x, int64_t n,
                   int64_t rows, int64_t cols, float* dx, float* dw, float* db, int threads) {
+  if (n == 0 && dw) __builtin_memset(dw, 0, std::size_t(rows * cols) * sizeof(float));
+  if (n == 0 && db) __builtin_memset(db, 0, std::size_t(rows) * sizeof(float));
   unroll<1, kFewSamples + 1>([&](auto i) {
     if (n == i.value) backward<i.value>(w, bits, dy, x, rows, cols, dx, dw, db, threads);
   });

@@ -19,12 +19,37 @@ AF_INLINE bool packs(const Orders& o) { return !o.groups.rows && o.lists.rows * 
 
 // --- the kept weights, copied
 
+// to = those of `cols` weights whose bits are set; asks for all their lines and as many weights ahead
+constexpr int64_t kAhead = 2048;  // floats
+AF_INLINE void pack_row(const float* from, int64_t cols, const uint16_t* bits, const uint16_t* column,
+                        int64_t count, float* to) {
+#if defined(__AVX512F__)
+  (void)column;
+  (void)count;
+  for (int64_t j = 0; j < cols; j += kVector, ++bits) {
+    __builtin_prefetch(from + kAhead + j, 0, 3);
+    const __mmask16 kept = __mmask16(*bits);
+    const int64_t some = __builtin_popcount(*bits);
+    // not past the last of them: there may stand what was packed before
+    _mm512_mask_storeu_ps(to, __mmask16((1u << some) - 1),
+                          _mm512_maskz_compress_ps(kept, _mm512_maskz_loadu_ps(kept, from + j)));
+    to += some;
+  }
+#else
+  (void)bits;
+  for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(from + kAhead + j, 0, 3);
+  for (int64_t j = 0; j < count; ++j) to[j] = from[column[j]];
+#endif
+}
+
 // values = the kept weights of all blocks of rows, cell by cell, row by row; read row by row, from end to
 // end. Lines asked for 8 KB ahead came from memory at 12 to 16 GB/s, 16 KB or none ahead at 8 to 15
 // (densities 0.05 and 0.1).
 void pack_values(const Lists& l, const float* w, float* values, int threads) {
-  constexpr int64_t kMost = 128, kAhead = 2048;  // chunks walked side by side; floats
+  constexpr int64_t kMost = 128;  // chunks walked side by side
   const int64_t blocks = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
+  const int64_t words = words_of(l.chunk);
+  const bool most = int64_t(l.first[blocks * chunks]) * 32 > l.rows * l.cols;  // of its lines are wanted
 #pragma omp parallel for num_threads(threads) if (threads > 1 && blocks > 1)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t row = b * l.block, rows = least(l.block, l.rows - row);
@@ -42,14 +67,12 @@ void pack_values(const Lists& l, const float* w, float* values, int threads) {
         for (int64_t c = 0; c < some; ++c) {
           const int64_t col = (c0 + c) * l.chunk, cols = least(l.chunk, l.cols - col), count = *counts[c]++;
           const float* from = w + (row + r) * l.cols + col;
-          if (count * 24 > cols)  // most of its lines are wanted
-            for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(from + kAhead + j, 0, 3);
-          const uint16_t* column = columns[c];
-          float* out = to[c];
-          int64_t j = 0;
-          for (; j + 4 <= count; j += 4)
-            unroll<0, 4>([&](auto i) AF_LAMBDA { out[j + i.value] = from[column[j + i.value]]; });
-          for (; j < count; ++j) out[j] = from[column[j]];
+          if (most) {
+            const int64_t list = (b * chunks + c0 + c) * l.block + r;
+            pack_row(from, cols, l.bits + list * words, columns[c], count, to[c]);
+          } else {
+            for (int64_t j = 0; j < count; ++j) to[c][j] = from[columns[c][j]];
+          }
           columns[c] += count;
           to[c] += count;
         }

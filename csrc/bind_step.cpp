@@ -1,0 +1,186 @@
+// A masked linear layer's training step as autograd calls it, one function forward and one back. Written in
+// Python a step of a small layer takes a seventh longer, more where other layers' code has been run in
+// between.
+#include "masked_calls.h"
+#include "torch_objects.h"
+
+namespace py = pybind11;
+
+namespace autoflip {
+namespace {
+
+// What the steps of one mask share, whose products are all computed by one kind of kernel.
+struct Plan {
+  uintptr_t layout;
+  int64_t chunk, rows, cols, values;  // values: floats of the copy of the kept weights, 0: none
+  int height;                         // rows of a block; 0: the mask has none; -1: kernels for few samples
+  PyObject* owner;                    // keeps the layout alive
+};
+constexpr int kFew = -1;
+
+void free_plan(PyObject* capsule) {
+  Plan* plan = static_cast<Plan*>(PyCapsule_GetPointer(capsule, nullptr));
+  Py_XDECREF(plan->owner);
+  delete plan;
+}
+
+py::object make_plan(uintptr_t layout, int64_t chunk, int64_t rows, int64_t cols, int64_t values, int height,
+                     py::object owner) {
+  return py::reinterpret_steal<py::object>(PyCapsule_New(
+      new Plan{layout, chunk, rows, cols, values, height, owner.release().ptr()}, nullptr, free_plan));
+}
+
+// the functions that serve every other case, given once
+PyObject *otherwise_forward, *otherwise_backward;
+
+// A job is (relu, parts, what makes the weight's gradient or None, plan or None). Null where it has no plan.
+const Plan* plan_of(PyObject* job) {
+  PyObject* capsule = PyTuple_GET_ITEM(job, 3);
+  return capsule == Py_None ? nullptr : static_cast<Plan*>(PyCapsule_GetPointer(capsule, nullptr));
+}
+
+py::object owned(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+void set(PyObject* object, PyObject* name, PyObject* value) {
+  if (PyObject_SetAttr(object, name, value)) throw py::error_already_set();
+}
+
+// a new tensor like `t`, of one or (cols > 0) two dimensions
+py::object empty(PyObject* t, int64_t rows, int64_t cols) {
+  const py::object first = owned(PyLong_FromLongLong(rows)), second = owned(PyLong_FromLongLong(cols));
+  PyObject* args[] = {t, first.ptr(), second.ptr()};
+  return owned(PyObject_VectorcallMethod(names.new_empty, args,
+                                         (cols < 0 ? 2 : 3) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+}
+
+uintptr_t place(PyObject* t) {
+  return t == Py_None ? 0 : reinterpret_cast<uintptr_t>(address(method(t, names.data_ptr)));
+}
+
+int64_t rows_of(PyObject* t) {
+  const py::object shape = owned(PyObject_GetAttr(t, names.shape));
+  return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), 0));
+}
+
+int threads() { return int(number(PyObject_CallNoArgs(torch.threads))); }
+
+PyObject* forward_here(const Plan& p, PyObject* ctx, PyObject* x, PyObject* weight, PyObject* bias,
+                       PyObject* job) {
+  const int64_t n = rows_of(x);
+  const py::object y = empty(x, n, p.rows);
+  py::object values = py::none();
+  if (p.values) {
+    const py::object needs = owned(PyObject_GetAttr(ctx, names.needs));
+    if (PyTuple_GET_ITEM(needs.ptr(), 0) == Py_True) values = empty(x, p.values, -1);
+  }
+  const uintptr_t from = place(x), w = place(weight), b = place(bias), to = place(y.ptr());
+  if (p.height == kFew)
+    masked_few_forward(w, p.layout, from, n, p.rows, p.cols, b, false, to, threads());
+  else if (p.height)
+    masked_blocks_forward(from, w, p.layout, p.chunk, p.height, b, n, p.rows, p.cols, false, to,
+                          place(values.ptr()), threads());
+  else
+    masked_matmul_forward(from, w, p.layout, p.chunk, b, n, p.rows, p.cols, false, to, place(values.ptr()),
+                          threads());
+  PyObject* args[] = {ctx, x, weight, Py_None};
+  owned(PyObject_VectorcallMethod(names.save, args, 4 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  set(ctx, names.job, job);
+  set(ctx, names.operand, Py_None);
+  set(ctx, names.values, values.ptr());
+  return py::object(y).release().ptr();
+}
+
+PyObject* backward_here(const Plan& p, PyObject* ctx, PyObject* dy, PyObject* x, PyObject* weight,
+                        PyObject* const* needs, PyObject* gradient) {
+  const int64_t n = rows_of(dy);
+  py::object dx = py::none(), dw = py::none(), db = py::none();
+  if (needs[0] == Py_True) dx = empty(dy, n, p.cols);
+  if (needs[1] == Py_True)
+    dw = gradient == Py_None ? empty(dy, p.rows, p.cols) : owned(PyObject_CallNoArgs(gradient));
+  if (needs[2] == Py_True) db = empty(dy, p.rows, -1);
+  const py::object values = owned(PyObject_GetAttr(ctx, names.values));
+  const uintptr_t from = place(dy), in = dw.is_none() ? 0 : place(x), w = dx.is_none() ? 0 : place(weight),
+                  v = place(values.ptr()), to = place(dx.ptr()), to_w = place(dw.ptr()),
+                  to_b = place(db.ptr());
+  if (p.height == kFew)
+    masked_few_backward(w, p.layout, from, in, n, p.rows, p.cols, to, to_w, to_b, threads());
+  else if (p.height)
+    masked_blocks_backward(from, in, w, v, p.layout, p.chunk, p.height, n, p.rows, p.cols, to, to_w, to_b,
+                           threads());
+  else
+    masked_matmul_backward(from, in, w, v, p.layout, p.chunk, n, p.rows, p.cols, to, to_w, to_b, threads());
+  return PyTuple_Pack(4, dx.ptr(), dw.ptr(), db.ptr(), Py_None);
+}
+
+template <class Step>
+PyObject* guarded(Step&& step) {
+  try {
+    return step();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+// (ctx, x, weight, bias or None, job) -> y
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  const Plan* plan = plan_of(args[4]);
+  if (!plan || !contiguous(args[1]) || !contiguous(args[2]) || (args[3] != Py_None && !contiguous(args[3])))
+    return PyObject_Vectorcall(otherwise_forward, args, size_t(n), nullptr);
+  return guarded([&] { return forward_here(*plan, args[0], args[1], args[2], args[3], args[4]); });
+}
+
+// (ctx, dy) -> dx, dw, db, None
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  return guarded([&]() -> PyObject* {
+    PyObject *ctx = args[0], *dy = args[1];
+    const py::object job = owned(PyObject_GetAttr(ctx, names.job));
+    const Plan* plan = plan_of(job.ptr());
+    if (plan && is(PyObject_CallNoArgs(torch.grad_enabled), Py_False) && quiet() && ordinary(dy) &&
+        contiguous(dy)) {
+      const py::object needs = owned(PyObject_GetAttr(ctx, names.needs));
+      const py::object saved = owned(PyObject_GetAttr(ctx, names.saved));
+      PyObject *x = PyTuple_GET_ITEM(saved.ptr(), 0), *weight = PyTuple_GET_ITEM(saved.ptr(), 1);
+      PyObject* const* need = &PyTuple_GET_ITEM(needs.ptr(), 0);
+      // what hooks on saved tensors bring back may lie otherwise
+      if ((need[0] == Py_True || need[1] == Py_True) && contiguous(x) && contiguous(weight))
+        return backward_here(*plan, ctx, dy, x, weight, need, PyTuple_GET_ITEM(job.ptr(), 2));
+    }
+    return PyObject_Vectorcall(otherwise_backward, args, size_t(n), nullptr);
+  });
+}
+
+PyMethodDef forward_def = {"masked_step_forward",
+                           reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)),
+                           METH_FASTCALL, nullptr};
+PyMethodDef backward_def = {"masked_step_backward",
+                            reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)),
+                            METH_FASTCALL, nullptr};
+
+py::tuple steps(py::object forward, py::object backward) {
+  otherwise_forward = forward.release().ptr();
+  otherwise_backward = backward.release().ptr();
+  return py::make_tuple(owned(PyCFunction_New(&forward_def, nullptr)),
+                        owned(PyCFunction_New(&backward_def, nullptr)));
+}
+
+}  // namespace
+
+void bind_step(py::module_& m) {
+  m.def(
+      "masked_plan", make_plan,
+      "what masked_steps' functions need of a mask: its layout, chunk, rows, columns, floats of the copy of "
+      "its kept weights (or 0), rows of its blocks (0: none, -1: the layout is masked_few_bits'), what keeps "
+      "the layout alive");
+  m.def("masked_steps", steps,
+        "forward(ctx, x, weight, bias, job) and backward(ctx, dy) of an autograd function, for jobs with a "
+        "plan "
+        "and contiguous tensors; takes what to call in all other cases");
+}
+
+}  // namespace autoflip

@@ -1,0 +1,65 @@
+// torch's tensors, asked through their Python methods: a question costs a third of what it costs in Python.
+// Nothing of torch is linked.
+#pragma once
+#include "bindings.h"
+
+namespace autoflip {
+
+// torch's objects, given once by autoflip.ops._masked_weight; they live as long as the process.
+struct Torch {
+  PyObject *tensor, *parameter, *float32;            // types, dtype
+  PyObject *modes, *tracing, *transforms, *batched;  // what of torch is at work on tensors
+  PyObject *grad_enabled, *autocast, *threads;
+};
+struct Names {
+  PyObject *dtype, *is_cpu, *is_contiguous, *numel, *data_ptr, *use_count, *base, *version, *shape, *cpu;
+  PyObject *new_empty, *save, *saved, *needs, *job, *operand, *values;
+};
+extern Torch torch;
+extern Names names;
+
+bool masked_matmul_wanted();
+
+inline PyObject* method(PyObject* object, PyObject* name) {
+  return PyObject_VectorcallMethod(name, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+}
+
+// Whether an answer is `wanted`; takes the answer. No answer (an exception) is none.
+inline bool is(PyObject* answer, PyObject* wanted) {
+  if (!answer) PyErr_Clear();
+  Py_XDECREF(answer);
+  return answer == wanted;
+}
+
+inline long number(PyObject* answer) {
+  const long value = answer ? PyLong_AsLong(answer) : -1;
+  Py_XDECREF(answer);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return value;
+}
+
+inline void* address(PyObject* answer) {
+  void* value = answer ? PyLong_AsVoidPtr(answer) : nullptr;
+  Py_XDECREF(answer);
+  if (PyErr_Occurred()) PyErr_Clear();
+  return value;
+}
+
+inline bool contiguous(PyObject* t) { return is(method(t, names.is_contiguous), Py_True); }
+
+// No dispatch mode, trace or function transform, and AUTOFLIP_BACKEND leaves tensors to this extension.
+inline bool quiet() {
+  return number(PyObject_CallNoArgs(torch.modes)) == 0 && is(PyObject_CallNoArgs(torch.tracing), Py_False) &&
+         is(PyObject_CallNoArgs(torch.transforms), Py_None) && masked_matmul_wanted();
+}
+
+// An ordinary float32 tensor with an address in the CPU's memory.
+inline bool ordinary(PyObject* t) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
+  return (type == torch.tensor || type == torch.parameter) &&
+         is(PyObject_GetAttr(t, names.dtype), torch.float32) &&
+         is(PyObject_GetAttr(t, names.is_cpu), Py_True) &&
+         is(PyObject_CallOneArg(torch.batched, t), Py_False);
+}
+
+}  // namespace autoflip
