@@ -90,11 +90,11 @@ int64_t sequence_squares(const Addresses& d, uintptr_t u, uintptr_t out, const s
   return kernels().sequence_squares(values.data(), at<float>(u), at<float>(out), shape, threads);
 }
 
-int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t out, int64_t samples, int64_t outputs,
-                       int64_t columns, bool squared, float most_alive, int threads) {
+int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t rows, uintptr_t out, int64_t samples,
+                       int64_t inputs, int64_t outputs, int64_t columns, bool squared, float most_alive, int threads) {
   threads = threads_for(samples * outputs * columns / 16, threads);
-  return kernels().squared_matmul(at<float>(d), at<float>(a), at<float>(out), samples, outputs, columns,
-                                  squared, most_alive, threads);
+  return kernels().squared_matmul(at<float>(d), at<float>(a), at<int64_t>(rows), at<float>(out), samples,
+                                  inputs, outputs, columns, squared, most_alive, threads);
 }
 
 int64_t dense_pull_back(const Addresses& d, uintptr_t w, uintptr_t gate, uintptr_t out, int64_t samples,
@@ -133,7 +133,7 @@ void bind_hessian(pybind11::module_& m) {
   m.def("conv_pull_back", conv_pull_back, "returns the multiply-adds that ran", release());
   m.def("sequence_squares", sequence_squares, "returns the multiply-adds that ran", release());
   m.def("squared_matmul", squared_matmul,
-        "returns the multiply-adds that ran; -1: too few zeros, nothing ran", release());
+        "returns the multiply-adds that ran; -1: too few zeros, -2: a row that is none, nothing ran", release());
   m.def("dense_pull_back", dense_pull_back, "returns the multiply-adds that ran", release());
   m.def("softmax_draw", draw, release());
   m.def("softmax_weight", weight, release());

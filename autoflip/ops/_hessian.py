@@ -79,28 +79,53 @@ def _triton(served: str, tensor: Tensor) -> bool:
     return served == "triton" and tensor.dtype != torch.float64
 
 
-def squared_matmul(d: Tensor, a: Tensor, squared: bool = False) -> tuple[Tensor, int]:
+def squared_matmul(
+    d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None
+) -> tuple[Tensor, int]:
     """See hessian.squared_matmul."""
     (n, o), k = d.shape, a.shape[1]
     served = backend.serve("squared_matmul", d.device)
+    kernels = _extension(served, d)
+    if kernels is not None and served == "cpp":
+        out = d.new_empty(o, k)
+        pointers = d.data_ptr(), a.data_ptr(), 0 if samples is None else samples.data_ptr(), out.data_ptr()
+        sizes = n, len(a), o, k, squared
+        ran = kernels.squared_matmul(*pointers, *sizes, _MOST_ALIVE, torch.get_num_threads())
+        if ran == -2:
+            raise _no_rows(samples, a)
+        if ran >= 0:
+            return out, 2 * ran
+    if samples is not None:
+        d, a, squared = _added_up(d, a, squared, samples)
+        n = len(d)
     if _triton(served, d) and not squared:
         from autoflip.kernels import hessian
 
         return hessian.squared_matmul(d, a), 2 * n * o * k
-    kernels = _extension(served, d)
     if kernels is not None and served == "cuda" and o < 32 * 65535:
         out = d.new_empty(o, k)
         with torch.cuda.device(d.device):
             stream = torch.cuda.current_stream().cuda_stream
             kernels.squared_matmul(d.data_ptr(), a.data_ptr(), n, o, k, squared, out.data_ptr(), stream)
         return out, 2 * n * o * k
-    if kernels is not None and served == "cpp":
-        out = d.new_empty(o, k)
-        pointers = d.data_ptr(), a.data_ptr(), out.data_ptr()
-        ran = kernels.squared_matmul(*pointers, n, o, k, squared, _MOST_ALIVE, torch.get_num_threads())
-        if ran >= 0:
-            return out, 2 * ran
     return reference.squared_matmul(d, a, squared), 2 * n * o * k
+
+
+def _added_up(d: Tensor, a: Tensor, squared: bool, samples: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Add up the squares of neighbouring rows that read one row of ``a``; return them and what they read."""
+    if samples.device.type == "cpu" and not torch.compiler.is_compiling() and len(samples):
+        low, high = (int(v) for v in samples.aminmax())
+        if low < 0 or high >= len(a):
+            raise _no_rows(samples, a)
+    seen, places = torch.unique_consecutive(samples, return_inverse=True)
+    v = d if squared else d.square()
+    return v.new_zeros(len(seen), v.shape[1]).index_add_(0, places, v), a[seen], True
+
+
+def _no_rows(samples: Tensor | None, a: Tensor) -> ValueError:
+    assert samples is not None
+    low, high = (int(v) for v in samples.aminmax())
+    return ValueError(f"squared_matmul: samples holds rows {low} to {high} of a, which has {len(a)}")
 
 
 def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, int]:
@@ -235,7 +260,7 @@ def _counted(op: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tenso
 
 
 _lib = torch.library.Library("autoflip", "FRAGMENT")
-_lib.define("squared_matmul(Tensor d, Tensor a, bool squared=False) -> (Tensor, Tensor)")
+_lib.define("squared_matmul(Tensor d, Tensor a, bool squared=False, Tensor? samples=None) -> (Tensor, Tensor)")
 _lib.define("sequence_squares(Tensor[] d, Tensor u) -> (Tensor, Tensor)")
 _lib.define(
     "conv_squares(Tensor[] d, Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups,"
@@ -253,7 +278,7 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("autoflip::squared_matmul", lib=_lib)
-def _(d: Tensor, a: Tensor, squared: bool = False) -> tuple[Tensor, Tensor]:
+def _(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return d.new_empty(d.shape[1], a.shape[1]), torch.empty((), dtype=torch.int64)
 
 

@@ -21,13 +21,15 @@ __all__ = ["conv_pull_back", "conv_squares", "dense_pull_back", "rademacher", "s
 Factors = Tensor | Sequence[Tensor]  # iterating gives one tensor a factor
 
 
-def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False) -> Tensor:
+def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tensor | None = None) -> Tensor:
     """Sum the squared per-sample gradients of a dense layer: ``D[o, k] = sum_n d[n, o]^2 a[n, k]^2``.
 
     Args:
         d: ``(N, O)``, floating, the loss factor's gradient at the layer's output.
         a: ``(N, K)``, dtype and device of ``d``, the layer's input.
         squared: ``d`` holds squares already, such as the sum of several factors'.
+        samples: ``(N,)``, int64, device of ``d``: the row of ``a`` that each row of ``d`` is of, ``a[samples[n]]``
+            in place of ``a[n]``. A sample's rows cost as much as one where they follow each other.
 
     Returns:
         ``(O, K)``, dtype of ``d``.
@@ -43,14 +45,21 @@ def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False) -> Tensor:
                 [36.,  4.]])
     """
     _check_pair("squared_matmul", "d", d, 2, "a", a, 2)
-    if d.shape[0] != a.shape[0]:
+    if samples is not None and (
+        samples.shape != d.shape[:1] or samples.dtype != torch.int64 or samples.device != d.device
+    ):
+        raise ValueError(
+            f"squared_matmul: samples is {samples.dtype} {tuple(samples.shape)} on {samples.device}; wanted torch.int64 "
+            f"({d.shape[0]},) on {d.device}: a row of a for each row of d"
+        )
+    if samples is None and d.shape[0] != a.shape[0]:
         raise ValueError(
             f"squared_matmul: d has {d.shape[0]} samples and a has {a.shape[0]}; both need one row a sample. "
             "For a sequence (several rows a sample) use sequence_squares."
         )
     d, a = d.detach().contiguous(), a.detach().contiguous()
     op = torch.ops.autoflip.squared_matmul.default if _traced() else _hessian.squared_matmul
-    return op(d, a, squared)[0]
+    return op(d, a, squared, None if samples is None else samples.contiguous())[0]
 
 
 def sequence_squares(d: Factors, u: Tensor) -> Tensor:
