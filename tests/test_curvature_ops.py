@@ -120,6 +120,11 @@ def check_dense(shape, density):
         got = ops.squared_matmul(given, a, squared=squared)
         # float32 sums of up to N terms of one sign (largest seen: 3 eps)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=16 * EPS * max(want.max().item(), EPS))
+        # rows that share a sample, some of them neighbours; fewer inputs than rows
+        samples = torch.arange(N) // 3 * 5 % max(N // 2, 1)
+        want = reference.squared_matmul(d.double(), a[samples].double())
+        got = ops.squared_matmul(given, a[: max(N // 2, 1)], squared=squared, samples=samples)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=16 * EPS * max(want.max().item(), EPS))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.2, 0.6, 1.0])
@@ -322,5 +327,9 @@ def test_wrong_shapes_are_named():
         ops.squared_matmul(d, x)
     with pytest.raises(ValueError, match="use sequence_squares"):
         ops.squared_matmul(torch.ones(2, 3), torch.ones(4, 3))
+    with pytest.raises(ValueError, match=r"wanted torch.int64 \(2,\)"):
+        ops.squared_matmul(torch.ones(2, 3), torch.ones(4, 3), samples=torch.arange(3))
+    with pytest.raises(ValueError, match="rows -1 to 0 of a, which has 4"):
+        ops.squared_matmul(torch.ones(2, 3), torch.ones(4, 3), samples=torch.tensor([0, -1]))
     with pytest.raises(ValueError, match="transpose it"):
         ops.sequence_squares(torch.ones(1, 2, 3, 4), torch.ones(2, 5, 4))

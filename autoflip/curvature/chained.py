@@ -67,7 +67,6 @@ class Linear(Chained):
             super().only(rows)
             return
         self.samples = rows.samples
-        self.gate = None if self.gate is None else self.gate[rows.samples]
 
     def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
         """Find who wrote what the product read."""
@@ -91,10 +90,10 @@ class Linear(Chained):
             self.squared = d.square() if self.squared is None else self.squared.addcmul_(d, d)
         before = self.before
         if isinstance(before, Linear) and before.before is None and before.x.dim() == 2:  # asks for squares only
-            pulled = ops.dense_pull_back(waiting, self.weight, self.gate, squared=True)
+            pulled = ops.dense_pull_back(waiting, self.weight, self.gate, squared=True, samples=self.samples)
             before.squared = pulled if before.squared is None else before.squared.add_(pulled)
         elif before is not None:
-            for d in ops.dense_pull_back(waiting, self.weight, self.gate):
+            for d in ops.dense_pull_back(waiting, self.weight, self.gate, samples=self.samples):
                 before.receive(d.view(len(d), *before.written))
 
     def take(self) -> Iterator[tuple[int, str, Tensor]]:

@@ -140,8 +140,8 @@ def _masks(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     for path, module in modules:
         prefix = f"{path}." if path else ""
         # nn stands above this floor, so its masks are known by how they are had, not by class
-        own = getattr(module, "masks", None)
-        sources = [own() if callable(own) else None]
+        own = getattr(type(module), "masks", None)
+        sources = [own(module) if callable(own) else None]
         sources += [getattr(hook, "masks", None) for hook in module._forward_pre_hooks.values()]
         for masks in sources:
             if isinstance(masks, Mapping):

@@ -89,10 +89,8 @@ def squared_matmul(
     if kernels is not None and served == "cpp":
         out = d.new_empty(o, k)
         pointers = d.data_ptr(), a.data_ptr(), 0 if samples is None else samples.data_ptr(), out.data_ptr()
-        sizes = n, len(a), o, k, squared
-        ran = kernels.squared_matmul(*pointers, *sizes, _MOST_ALIVE, torch.get_num_threads())
-        if ran == -2:
-            raise _no_rows(samples, a)
+        most_alive = _MOST_ALIVE if samples is None else 1.0  # the matrix product would copy what it reads
+        ran = kernels.squared_matmul(*pointers, n, o, k, squared, most_alive, torch.get_num_threads())
         if ran >= 0:
             return out, 2 * ran
     if samples is not None:
@@ -111,21 +109,18 @@ def squared_matmul(
     return reference.squared_matmul(d, a, squared), 2 * n * o * k
 
 
+def all_rows(samples: Tensor, count: int) -> bool:
+    """Return whether ``samples``, int64 on the CPU, are all from 0 to ``count`` - 1."""
+    if (kernels := backend.extension("_C")[0]) is not None and samples.is_contiguous():
+        return bool(kernels.all_rows(samples.data_ptr(), len(samples), count))
+    return bool(((samples >= 0) & (samples < count)).all())
+
+
 def _added_up(d: Tensor, a: Tensor, squared: bool, samples: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Add up the squares of neighbouring rows that read one row of ``a``; return them and what they read."""
-    if samples.device.type == "cpu" and not torch.compiler.is_compiling() and len(samples):
-        low, high = (int(v) for v in samples.aminmax())
-        if low < 0 or high >= len(a):
-            raise _no_rows(samples, a)
     seen, places = torch.unique_consecutive(samples, return_inverse=True)
     v = d if squared else d.square()
     return v.new_zeros(len(seen), v.shape[1]).index_add_(0, places, v), a[seen], True
-
-
-def _no_rows(samples: Tensor | None, a: Tensor) -> ValueError:
-    assert samples is not None
-    low, high = (int(v) for v in samples.aminmax())
-    return ValueError(f"squared_matmul: samples holds rows {low} to {high} of a, which has {len(a)}")
 
 
 def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, int]:
@@ -215,22 +210,28 @@ def conv_pull_back(
 
 
 def dense_pull_back(
-    d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False
+    d: list[Tensor],
+    weight: Tensor,
+    gate: Tensor | None = None,
+    squared: bool = False,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """See hessian.dense_pull_back."""
     (n, o), k = d[0].shape, weight.shape[1]
     # a few factors have too little to do with each weight that is loaded, a matrix product has all samples
-    kernels = _extension(backend.serve("dense_pull_back", weight.device), weight) if len(d) >= _FEW else None
-    if kernels is None and len(d) == 1:
+    kernels = _extension(backend.serve("dense_pull_back", weight.device), weight)
+    where = 0 if gate is None else gate.data_ptr(), 0 if samples is None else samples.data_ptr()
+    if kernels is not None and len(d) == 1:
         v = d[0] @ weight
-        v = v if gate is None else torch.ops.aten.threshold_backward(v, gate, 0)
-        return v.square() if squared else v.unsqueeze(0), 2 * n * o * k
-    if kernels is None:
+        kernels.gate_rows(v.data_ptr(), *where, n, k, squared)
+        return v if squared else v.unsqueeze(0), 2 * n * o * k
+    if kernels is None or len(d) < _FEW:
+        gate = gate if samples is None or gate is None else gate[samples]
         factors = torch.stack(d)
         return reference.dense_pull_back(factors, weight, gate, squared), 2 * len(d) * n * o * k
     out = weight.new_empty((n, k) if squared else (len(d), n, k))
-    pointers = ([one.data_ptr() for one in d], weight.data_ptr(), 0 if gate is None else gate.data_ptr())
-    ran = kernels.dense_pull_back(*pointers, out.data_ptr(), n, o, k, squared, torch.get_num_threads())
+    pointers = [one.data_ptr() for one in d], weight.data_ptr(), *where, out.data_ptr()
+    ran = kernels.dense_pull_back(*pointers, n, o, k, squared, torch.get_num_threads())
     return out, 2 * ran
 
 
@@ -270,7 +271,10 @@ _lib.define(
     "conv_pull_back(Tensor[] d, Tensor weight, int[] input_size, Tensor at, int[] stride, int[] padding,"
     " int[] dilation, int groups) -> (Tensor, Tensor)"
 )
-_lib.define("dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False) -> (Tensor, Tensor)")
+_lib.define(
+    "dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False, Tensor? samples=None)"
+    " -> (Tensor, Tensor)"
+)
 _COUNTED = (conv_pull_back, dense_pull_back, squared_matmul, sequence_squares, conv_squares)
 for _device in ("CPU", "CUDA"):
     for _op in _COUNTED:
@@ -308,7 +312,13 @@ def _(d: list[Tensor], weight: Tensor, input_size: list[int], *rest: Any) -> tup
 
 
 @torch.library.register_fake("autoflip::dense_pull_back", lib=_lib)
-def _(d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False) -> tuple[Tensor, Tensor]:
+def _(
+    d: list[Tensor],
+    weight: Tensor,
+    gate: Tensor | None = None,
+    squared: bool = False,
+    samples: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     size = len(d[0]), weight.shape[1]
     return weight.new_empty(size if squared else (len(d), *size)), torch.empty((), dtype=torch.int64)
 

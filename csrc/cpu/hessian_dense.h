@@ -66,7 +66,7 @@ inline int32_t alive(const float* column, float* values, int32_t* list) {
 }
 
 int64_t squared_matmul(const float* d, const float* a, const int64_t* at, float* out, int64_t N,
-                       int64_t inputs, int64_t O, int64_t K, bool squared, float most_alive, int threads) {
+                       int64_t O, int64_t K, bool squared, float most_alive, int threads) {
   int64_t live = 0;
   for (int64_t i = 0; i < N * O; ++i) live += d[i] != 0.f;
   // groups of d's rows that read one row of a: group u's are first[u] to first[u + 1], it reads a's from[u]
@@ -74,7 +74,6 @@ int64_t squared_matmul(const float* d, const float* a, const int64_t* at, float*
   int64_t U = 0;
   for (int64_t n = 0; n < N; ++n) {
     int64_t row = at == nullptr ? n : at[n];
-    if (row < 0 || row >= inputs) return -2;
     if (n == 0 || at == nullptr || row != from[U - 1]) first[U] = n, from[U++] = row;
   }
   first[U] = N;
