@@ -48,9 +48,8 @@ class Rows:
 
 def effective(weight: Tensor) -> float:
     """Return how many samples would carry the curvature if all carried alike: ``(sum h)^2 / sum h^2``."""
-    h = weight.numpy()
-    total = float(h.sum())
-    return total * total / float(h @ h) if total > 0 else 0.0
+    total = float(weight.sum())
+    return total * total / float(weight.dot(weight)) if total > 0 else 0.0
 
 
 def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
