@@ -90,20 +90,31 @@ int64_t sequence_squares(const Addresses& d, uintptr_t u, uintptr_t out, const s
   return kernels().sequence_squares(values.data(), at<float>(u), at<float>(out), shape, threads);
 }
 
-int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t out, int64_t samples, int64_t outputs,
-                       int64_t columns, bool squared, float most_alive, int threads) {
+int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t rows, uintptr_t out, int64_t samples,
+                       int64_t outputs, int64_t columns, bool squared, float most_alive, int threads) {
   threads = threads_for(samples * outputs * columns / 16, threads);
-  return kernels().squared_matmul(at<float>(d), at<float>(a), at<float>(out), samples, outputs, columns,
-                                  squared, most_alive, threads);
+  return kernels().squared_matmul(at<float>(d), at<float>(a), at<int64_t>(rows), at<float>(out), samples,
+                                  outputs, columns, squared, most_alive, threads);
 }
 
-int64_t dense_pull_back(const Addresses& d, uintptr_t w, uintptr_t gate, uintptr_t out, int64_t samples,
-                        int64_t outputs, int64_t columns, bool squared, int threads) {
+int64_t dense_pull_back(const Addresses& d, uintptr_t w, uintptr_t gate, uintptr_t rows, uintptr_t out,
+                        int64_t samples, int64_t outputs, int64_t columns, bool squared, int threads) {
   int64_t factors = static_cast<int64_t>(d.size());
   threads = threads_for(factors * samples * outputs * columns / 16, threads);
   std::vector<const float*> values = pointers(d);
-  return kernels().dense_pull_back(values.data(), at<float>(w), at<float>(gate), at<float>(out), factors,
-                                   samples, outputs, columns, squared, threads);
+  return kernels().dense_pull_back(values.data(), at<float>(w), at<float>(gate), at<int64_t>(rows),
+                                   at<float>(out), factors, samples, outputs, columns, squared, threads);
+}
+
+bool all_rows(uintptr_t rows, int64_t samples, int64_t count) {
+  const int64_t* row = at<int64_t>(rows);
+  bool all = true;
+  for (int64_t n = 0; n < samples; ++n) all &= static_cast<uint64_t>(row[n]) < static_cast<uint64_t>(count);
+  return all;
+}
+
+void gate_rows(uintptr_t v, uintptr_t gate, uintptr_t rows, int64_t samples, int64_t columns, bool squared) {
+  kernels().gate_rows(at<float>(v), at<float>(gate), at<int64_t>(rows), samples, columns, squared);
 }
 
 void rademacher(uint64_t seed, uint64_t stream, uintptr_t out, int64_t count, int threads) {
@@ -118,11 +129,10 @@ void weight(uintptr_t f, uintptr_t scale, uintptr_t out, int64_t rows, int64_t c
   softmax_weight(at<float>(f), at<float>(scale), at<double>(out), rows, classes);
 }
 
-std::array<int64_t, 2> deal(uintptr_t weight, int64_t samples, double budget, int64_t most, double chance,
-                            const std::array<uintptr_t, 5>& out) {
-  Dealt dealt = deal_rows(at<double>(weight), samples, budget, most, chance, at<int64_t>(out[0]),
-                          at<int64_t>(out[1]), at<double>(out[2]), at<int64_t>(out[3]), at<int64_t>(out[4]));
-  return {dealt.rows, dealt.seen};
+int64_t deal(uintptr_t weight, int64_t samples, double budget, int64_t most, double chance, uintptr_t sample,
+             uintptr_t turn, uintptr_t scale) {
+  return deal_rows(at<double>(weight), samples, budget, most, chance, at<int64_t>(sample), at<int64_t>(turn),
+                   at<double>(scale));
 }
 
 }  // namespace
@@ -135,9 +145,11 @@ void bind_hessian(pybind11::module_& m) {
   m.def("squared_matmul", squared_matmul,
         "returns the multiply-adds that ran; -1: too few zeros, nothing ran", release());
   m.def("dense_pull_back", dense_pull_back, "returns the multiply-adds that ran", release());
+  m.def("all_rows", all_rows, "whether each is a row of that many");
+  m.def("gate_rows", gate_rows, release());
   m.def("softmax_draw", draw, release());
   m.def("softmax_weight", weight, release());
-  m.def("deal_rows", deal, "returns how many rows and how many samples with rows there are", release());
+  m.def("deal_rows", deal, "returns how many rows there are", release());
   m.def("rademacher", rademacher, release());
 }
 

@@ -22,6 +22,7 @@ CONVS = [
     (9, 2, 7, 1, 28, 28, (5, 5), (1, 1), (2, 2), (1, 1), 1),
     (2, 3, 10, 16, 7, 7, (3, 3), (1, 1), (2, 2), (2, 2), 2),
     (13, 1, 5, 32, 6, 6, (5, 5), (1, 1), (0, 0), (1, 1), 1),
+    (2, 3, 10, 32, 9, 7, (3, 3), (2, 1), (2, 1), (2, 1), 2),
 ]
 
 
@@ -119,6 +120,11 @@ def check_dense(shape, density):
         want = reference.squared_matmul(d.double(), a.double())
         got = ops.squared_matmul(given, a, squared=squared)
         # float32 sums of up to N terms of one sign (largest seen: 3 eps)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=16 * EPS * max(want.max().item(), EPS))
+        # rows that share a sample, some of them neighbours; fewer inputs than rows
+        samples = torch.arange(N) // 3 * 5 % max(N // 2, 1)
+        want = reference.squared_matmul(d.double(), a[samples].double())
+        got = ops.squared_matmul(given, a[: max(N // 2, 1)], squared=squared, samples=samples)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=16 * EPS * max(want.max().item(), EPS))
 
 
@@ -322,5 +328,9 @@ def test_wrong_shapes_are_named():
         ops.squared_matmul(d, x)
     with pytest.raises(ValueError, match="use sequence_squares"):
         ops.squared_matmul(torch.ones(2, 3), torch.ones(4, 3))
+    with pytest.raises(ValueError, match=r"wanted torch.int64 \(2,\)"):
+        ops.squared_matmul(torch.ones(2, 3), torch.ones(4, 3), samples=torch.arange(3))
+    with pytest.raises(ValueError, match="rows -1 to 0 of a, which has 4"):
+        ops.squared_matmul(torch.ones(2, 3), torch.ones(4, 3), samples=torch.tensor([0, -1]))
     with pytest.raises(ValueError, match="transpose it"):
         ops.sequence_squares(torch.ones(1, 2, 3, 4), torch.ones(2, 5, 4))

@@ -38,6 +38,10 @@ def test_dense_pull_back_equals_float64_reference(shape, gated, squared):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=16 * EPS * max(want.abs().max().item(), EPS))
     there = reference.dense_pull_back(d.double(), weight.double(), None if gate is None else gate.double(), squared)
     torch.testing.assert_close(there, want)
+    if gate is not None:  # rows of d that share a gate, in any order
+        samples = torch.arange(len(gate)).flip(0) // 2
+        again = ops.dense_pull_back(d, weight, gate[: len(gate) // 2 + 1], squared=squared, samples=samples)
+        assert torch.equal(again, ops.dense_pull_back(d, weight, gate[samples], squared=squared))
 
 
 def test_dense_pull_back_does_not_depend_on_threads():
@@ -67,6 +71,8 @@ def test_dense_pull_back_counts_and_registers():
         ops.dense_pull_back(d, weight[1:])
     with pytest.raises(ValueError, match="what the layer read"):
         ops.dense_pull_back(d, weight, gate[1:])
+    with pytest.raises(ValueError, match="rows 1 to 6 of gate, which has 6"):
+        ops.dense_pull_back(d, weight, gate, samples=torch.arange(1, 7))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)])

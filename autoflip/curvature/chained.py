@@ -59,16 +59,14 @@ class Linear(Chained):
 
     squared: Tensor | None = None  # (N, O): all factors share the input's square, so theirs are added up first
     weight: Tensor  # that ran: a masked layer's is not its parameter
-    places: Tensor | None = None  # in x, of the rows that gradients have: a sample's rows share its input
+    samples: Tensor | None = None  # rows of x that the gradients' rows are of
 
     def only(self, rows: Rows) -> None:
         """See these rows as the batch from here on."""
-        if self.x.dim() > 2 or len(rows.seen) == len(rows.samples):
+        if self.x.dim() > 2:
             super().only(rows)
             return
-        self.x, self.places = self.input()[rows.seen], rows.places
-        self.version = self.x._version
-        self.gate = None if self.gate is None else self.gate[rows.samples]
+        self.samples = rows.samples
 
     def follow(self, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
         """Find who wrote what the product read."""
@@ -92,22 +90,20 @@ class Linear(Chained):
             self.squared = d.square() if self.squared is None else self.squared.addcmul_(d, d)
         before = self.before
         if isinstance(before, Linear) and before.before is None and before.x.dim() == 2:  # asks for squares only
-            pulled = ops.dense_pull_back(waiting, self.weight, self.gate, squared=True)
+            pulled = ops.dense_pull_back(waiting, self.weight, self.gate, squared=True, samples=self.samples)
             before.squared = pulled if before.squared is None else before.squared.add_(pulled)
         elif before is not None:
-            for d in ops.dense_pull_back(waiting, self.weight, self.gate):
+            for d in ops.dense_pull_back(waiting, self.weight, self.gate, samples=self.samples):
                 before.receive(d.view(len(d), *before.written))
 
     def take(self) -> Iterator[tuple[int, str, Tensor]]:
         """Yield as every layer does; one product serves all factors."""
         self.flush()
         squared, self.squared = self.squared, None
-        if squared is not None and self.places is not None:
-            squared = squared.new_zeros(len(self.x), squared.shape[1]).index_add_(0, self.places, squared)
         for i, rows in enumerate(self.segments if squared is not None else ()):
             assert squared is not None
             d = squared[rows]
-            self.sums[i, "weight"] = ops.squared_matmul(d, self.input()[rows], squared=True)
+            self.sums[i, "weight"] = ops.squared_matmul(d, self.input()[rows], squared=True, samples=self.samples)
             self.sums[i, "bias"] = d.sum(0)
         yield from super().take()
 

@@ -10,7 +10,7 @@ it would go to those that carry little.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,26 +35,21 @@ class Rows:
         samples: ``(M,)``, int64: the sample that each row is.
         turns: ``(M,)``, int64: which of its sample's draws it is.
         scale: ``(M,)``, float64: factor of the row's gradient at the output, ``k_n^-1/2`` or ``m_n^-1/2``.
-        seen: ``(U,)``, int64: the samples that have rows, each once, in the rows' order.
-        places: ``(M,)``, int64: where in ``seen`` a row's sample stands.
     """
 
     samples: Tensor
     turns: Tensor
     scale: Tensor
-    seen: Tensor
-    places: Tensor
 
     def to(self, device: torch.device) -> Rows:
         """Return the same on a device."""
-        return Rows(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Rows(self.samples.to(device), self.turns.to(device), self.scale.to(device))
 
 
 def effective(weight: Tensor) -> float:
     """Return how many samples would carry the curvature if all carried alike: ``(sum h)^2 / sum h^2``."""
-    h = weight.numpy()
-    total = float(h.sum())
-    return total * total / float(h @ h) if total > 0 else 0.0
+    total = float(weight.sum())
+    return total * total / float(weight.dot(weight)) if total > 0 else 0.0
 
 
 def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:

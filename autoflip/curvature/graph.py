@@ -27,6 +27,7 @@ _PRODUCT_NAMES = """
     Mul Mm Addmm Bmm Baddbmm Mv Addmv Dot Linear Convolution MkldnnConvolution PreluKernel
     masked_linear
 """
+_LEAF = "torch::autograd::AccumulateGrad"
 _LINEAR = frozenset(_LINEAR_NAMES.split())
 _PRODUCTS = frozenset(_PRODUCT_NAMES.split())
 _NORMS = frozenset(("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"))
@@ -61,36 +62,38 @@ def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any])
     uses: Counter[str] = Counter()
     curved: set[str] = set()
     coupled = False
+    leaves: dict[Any, str | None] = {}  # a leaf's node -> the parameter's name
     for node in nodes(output.grad_fn):
+        whole = node.name()
+        if whole == _LEAF:
+            leaf = id(node.variable)
+            behind[node], leaves[node] = bits.get(leaf, 0), names.get(leaf)
+            continue
         children = [child for child, _ in node.next_functions if child is not None]
         sets = [behind[child] for child in children]
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            behind[node] = bits.get(id(variable), 0)
-            continue
-        for child in children:
+        here = total = 0
+        for child, one in zip(children, sets):
             readers.setdefault(child, []).append(node)
-            leaf = getattr(child, "variable", None)
-            if leaf is not None and id(leaf) in names:
-                uses[names[id(leaf)]] += 1
-        behind[node] = 0
-        for one in sets:
-            behind[node] |= one
-        kind = node.name().partition("Backward")[0]
-        clash = sum(one.bit_count() for one in sets) != behind[node].bit_count()
+            if (name := leaves.get(child)) is not None:
+                uses[name] += 1
+            here |= one
+            total += one.bit_count()
+        behind[node] = here
+        kind = whole.partition("Backward")[0]
+        clash = total != here.bit_count()
         if kind in _NORMS:
             batch_statistics = bool(getattr(node, "_saved_training", True))
             coupled |= batch_statistics
             if batch_statistics or clash:
-                curved.add(node.name())
+                curved.add(whole)
         elif kind in _PRODUCTS:
             if clash:
-                curved.add(node.name())
+                curved.add(whole)
         elif kind == "Div":
             if node.next_functions[1:] and node.next_functions[1][0] is not None:
-                curved.add(node.name())
+                curved.add(whole)
         elif kind not in _LINEAR and behind[node]:
-            curved.add(node.name())
+            curved.add(whole)
     return Graph(frozenset(curved), coupled, dict(uses), layer_nodes & behind.keys(), readers)
 
 

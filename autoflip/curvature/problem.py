@@ -106,15 +106,18 @@ class Problem:
     def undisturbed(self, seed: int) -> Iterator[None]:
         """Leave buffers (running statistics), random state and grad mode as they were; dropout draws from ``seed``."""
         buffers = [(b, b.detach().clone()) for m in self.modules for b in m._buffers.values() if b is not None]
-        devices = sorted({p.device.index or 0 for p in self.params.values() if p.is_cuda})
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-            # not torch.manual_seed: it reseeds every device, and those that are not in use would not be restored
-            torch.default_generator.manual_seed(seed % (1 << 63))
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(seed % (1 << 63))
+        devices = {p.device.index or 0 for p in self.params.values() if p.is_cuda}
+        # not torch.manual_seed: it reseeds every device, and those that are not in use would not be restored
+        generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
+        states = [generator.get_state() for generator in generators]
+        with torch.inference_mode(False), torch.enable_grad():
             try:
+                for generator in generators:
+                    generator.manual_seed(seed % (1 << 63))
                 yield
             finally:
+                for generator, state in zip(generators, states):
+                    generator.set_state(state)
                 with torch.no_grad():
                     for buffer, before in buffers:
                         # compared, not just copied: who packs a mask must not see it written again
@@ -140,8 +143,8 @@ def _masks(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     for path, module in modules:
         prefix = f"{path}." if path else ""
         # nn stands above this floor, so its masks are known by how they are had, not by class
-        own = getattr(module, "masks", None)
-        sources = [own() if callable(own) else None]
+        own = getattr(type(module), "masks", None)
+        sources = [own(module) if callable(own) else None]
         sources += [getattr(hook, "masks", None) for hook in module._forward_pre_hooks.values()]
         for masks in sources:
             if isinstance(masks, Mapping):

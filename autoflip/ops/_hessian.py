@@ -79,28 +79,48 @@ def _triton(served: str, tensor: Tensor) -> bool:
     return served == "triton" and tensor.dtype != torch.float64
 
 
-def squared_matmul(d: Tensor, a: Tensor, squared: bool = False) -> tuple[Tensor, int]:
+def squared_matmul(
+    d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None
+) -> tuple[Tensor, int]:
     """See hessian.squared_matmul."""
     (n, o), k = d.shape, a.shape[1]
     served = backend.serve("squared_matmul", d.device)
+    kernels = _extension(served, d)
+    if kernels is not None and served == "cpp":
+        out = d.new_empty(o, k)
+        pointers = d.data_ptr(), a.data_ptr(), 0 if samples is None else samples.data_ptr(), out.data_ptr()
+        most_alive = _MOST_ALIVE if samples is None else 1.0  # the matrix product would copy what it reads
+        ran = kernels.squared_matmul(*pointers, n, o, k, squared, most_alive, torch.get_num_threads())
+        if ran >= 0:
+            return out, 2 * ran
+    if samples is not None:
+        d, a, squared = _added_up(d, a, squared, samples)
+        n = len(d)
     if _triton(served, d) and not squared:
         from autoflip.kernels import hessian
 
         return hessian.squared_matmul(d, a), 2 * n * o * k
-    kernels = _extension(served, d)
     if kernels is not None and served == "cuda" and o < 32 * 65535:
         out = d.new_empty(o, k)
         with torch.cuda.device(d.device):
             stream = torch.cuda.current_stream().cuda_stream
             kernels.squared_matmul(d.data_ptr(), a.data_ptr(), n, o, k, squared, out.data_ptr(), stream)
         return out, 2 * n * o * k
-    if kernels is not None and served == "cpp":
-        out = d.new_empty(o, k)
-        pointers = d.data_ptr(), a.data_ptr(), out.data_ptr()
-        ran = kernels.squared_matmul(*pointers, n, o, k, squared, _MOST_ALIVE, torch.get_num_threads())
-        if ran >= 0:
-            return out, 2 * ran
     return reference.squared_matmul(d, a, squared), 2 * n * o * k
+
+
+def all_rows(samples: Tensor, count: int) -> bool:
+    """Return whether ``samples``, int64 on the CPU, are all from 0 to ``count`` - 1."""
+    if (kernels := backend.extension("_C")[0]) is not None and samples.is_contiguous():
+        return bool(kernels.all_rows(samples.data_ptr(), len(samples), count))
+    return bool(((samples >= 0) & (samples < count)).all())
+
+
+def _added_up(d: Tensor, a: Tensor, squared: bool, samples: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Add up the squares of neighbouring rows that read one row of ``a``; return them and what they read."""
+    seen, places = torch.unique_consecutive(samples, return_inverse=True)
+    v = d if squared else d.square()
+    return v.new_zeros(len(seen), v.shape[1]).index_add_(0, places, v), a[seen], True
 
 
 def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, int]:
@@ -190,22 +210,28 @@ def conv_pull_back(
 
 
 def dense_pull_back(
-    d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False
+    d: list[Tensor],
+    weight: Tensor,
+    gate: Tensor | None = None,
+    squared: bool = False,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """See hessian.dense_pull_back."""
     (n, o), k = d[0].shape, weight.shape[1]
     # a few factors have too little to do with each weight that is loaded, a matrix product has all samples
-    kernels = _extension(backend.serve("dense_pull_back", weight.device), weight) if len(d) >= _FEW else None
-    if kernels is None and len(d) == 1:
+    kernels = _extension(backend.serve("dense_pull_back", weight.device), weight)
+    where = 0 if gate is None else gate.data_ptr(), 0 if samples is None else samples.data_ptr()
+    if kernels is not None and len(d) == 1:
         v = d[0] @ weight
-        v = v if gate is None else torch.ops.aten.threshold_backward(v, gate, 0)
-        return v.square() if squared else v.unsqueeze(0), 2 * n * o * k
-    if kernels is None:
+        kernels.gate_rows(v.data_ptr(), *where, n, k, squared)
+        return v if squared else v.unsqueeze(0), 2 * n * o * k
+    if kernels is None or len(d) < _FEW:
+        gate = gate if samples is None or gate is None else gate[samples]
         factors = torch.stack(d)
         return reference.dense_pull_back(factors, weight, gate, squared), 2 * len(d) * n * o * k
     out = weight.new_empty((n, k) if squared else (len(d), n, k))
-    pointers = ([one.data_ptr() for one in d], weight.data_ptr(), 0 if gate is None else gate.data_ptr())
-    ran = kernels.dense_pull_back(*pointers, out.data_ptr(), n, o, k, squared, torch.get_num_threads())
+    pointers = [one.data_ptr() for one in d], weight.data_ptr(), *where, out.data_ptr()
+    ran = kernels.dense_pull_back(*pointers, n, o, k, squared, torch.get_num_threads())
     return out, 2 * ran
 
 
@@ -235,7 +261,7 @@ def _counted(op: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tenso
 
 
 _lib = torch.library.Library("autoflip", "FRAGMENT")
-_lib.define("squared_matmul(Tensor d, Tensor a, bool squared=False) -> (Tensor, Tensor)")
+_lib.define("squared_matmul(Tensor d, Tensor a, bool squared=False, Tensor? samples=None) -> (Tensor, Tensor)")
 _lib.define("sequence_squares(Tensor[] d, Tensor u) -> (Tensor, Tensor)")
 _lib.define(
     "conv_squares(Tensor[] d, Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups,"
@@ -245,7 +271,10 @@ _lib.define(
     "conv_pull_back(Tensor[] d, Tensor weight, int[] input_size, Tensor at, int[] stride, int[] padding,"
     " int[] dilation, int groups) -> (Tensor, Tensor)"
 )
-_lib.define("dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False) -> (Tensor, Tensor)")
+_lib.define(
+    "dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False, Tensor? samples=None)"
+    " -> (Tensor, Tensor)"
+)
 _COUNTED = (conv_pull_back, dense_pull_back, squared_matmul, sequence_squares, conv_squares)
 for _device in ("CPU", "CUDA"):
     for _op in _COUNTED:
@@ -253,7 +282,7 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("autoflip::squared_matmul", lib=_lib)
-def _(d: Tensor, a: Tensor, squared: bool = False) -> tuple[Tensor, Tensor]:
+def _(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return d.new_empty(d.shape[1], a.shape[1]), torch.empty((), dtype=torch.int64)
 
 
@@ -283,7 +312,13 @@ def _(d: list[Tensor], weight: Tensor, input_size: list[int], *rest: Any) -> tup
 
 
 @torch.library.register_fake("autoflip::dense_pull_back", lib=_lib)
-def _(d: list[Tensor], weight: Tensor, gate: Tensor | None = None, squared: bool = False) -> tuple[Tensor, Tensor]:
+def _(
+    d: list[Tensor],
+    weight: Tensor,
+    gate: Tensor | None = None,
+    squared: bool = False,
+    samples: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     size = len(d[0]), weight.shape[1]
     return weight.new_empty(size if squared else (len(d), *size)), torch.empty((), dtype=torch.int64)
 

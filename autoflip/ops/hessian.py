@@ -21,13 +21,15 @@ __all__ = ["conv_pull_back", "conv_squares", "dense_pull_back", "rademacher", "s
 Factors = Tensor | Sequence[Tensor]  # iterating gives one tensor a factor
 
 
-def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False) -> Tensor:
+def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tensor | None = None) -> Tensor:
     """Sum the squared per-sample gradients of a dense layer: ``D[o, k] = sum_n d[n, o]^2 a[n, k]^2``.
 
     Args:
         d: ``(N, O)``, floating, the loss factor's gradient at the layer's output.
         a: ``(N, K)``, dtype and device of ``d``, the layer's input.
         squared: ``d`` holds squares already, such as the sum of several factors'.
+        samples: ``(N,)``, int64, device of ``d``: the row of ``a`` that each row of ``d`` is of, ``a[samples[n]]``
+            in place of ``a[n]``. A sample's rows cost as much as one where they follow each other.
 
     Returns:
         ``(O, K)``, dtype of ``d``.
@@ -43,14 +45,16 @@ def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False) -> Tensor:
                 [36.,  4.]])
     """
     _check_pair("squared_matmul", "d", d, 2, "a", a, 2)
-    if d.shape[0] != a.shape[0]:
+    if samples is not None:
+        _check_rows("squared_matmul", samples, d, "a", a)
+    elif d.shape[0] != a.shape[0]:
         raise ValueError(
             f"squared_matmul: d has {d.shape[0]} samples and a has {a.shape[0]}; both need one row a sample. "
             "For a sequence (several rows a sample) use sequence_squares."
         )
     d, a = d.detach().contiguous(), a.detach().contiguous()
     op = torch.ops.autoflip.squared_matmul.default if _traced() else _hessian.squared_matmul
-    return op(d, a, squared)[0]
+    return op(d, a, squared, None if samples is None else samples.contiguous())[0]
 
 
 def sequence_squares(d: Factors, u: Tensor) -> Tensor:
@@ -136,7 +140,14 @@ def conv_squares(
     return (torch.ops.autoflip.conv_squares.default(*arguments) if _traced() else _hessian.conv_squares(*arguments))[0]
 
 
-def dense_pull_back(d: Factors, weight: Tensor, gate: Tensor | None = None, *, squared: bool = False) -> Tensor:
+def dense_pull_back(
+    d: Factors,
+    weight: Tensor,
+    gate: Tensor | None = None,
+    *,
+    squared: bool = False,
+    samples: Tensor | None = None,
+) -> Tensor:
     """Return a dense layer's gradient at its input, behind a ReLU: ``v[q] = (d[q] @ weight) * (gate > 0)``.
 
     Args:
@@ -145,6 +156,8 @@ def dense_pull_back(d: Factors, weight: Tensor, gate: Tensor | None = None, *, s
         weight: ``(O, K)``, dtype and device of ``d``.
         gate: ``(N, K)``, like ``weight``: what the ReLU in front of the layer left; None where there is none.
         squared: return ``sum_q v[q]^2``, which then never holds all factors.
+        samples: ``(N,)``, int64, device of ``d``: the row of ``gate`` that each row of ``d`` is of, ``gate[samples[n]]``
+            in place of ``gate[n]``; ``gate`` may have any number of rows then.
 
     Returns:
         ``(Q, N, K)``, or ``(N, K)`` when ``squared``; dtype of ``d``.
@@ -163,13 +176,17 @@ def dense_pull_back(d: Factors, weight: Tensor, gate: Tensor | None = None, *, s
             f"{tuple(weight.shape)}; O must agree"
         )
     wanted = len(d[0]), weight.shape[1]
+    if samples is not None and gate is not None:
+        _check_rows("dense_pull_back", samples, d[0], "gate", gate)
+        wanted = len(gate), weight.shape[1]
     if gate is not None and (gate.shape != wanted or gate.dtype != weight.dtype or gate.device != weight.device):
         raise ValueError(
             f"dense_pull_back: gate is {gate.dtype} {tuple(gate.shape)} on {gate.device}; wanted {weight.dtype} "
             f"{wanted} on {weight.device}: what the layer read"
         )
     gate = None if gate is None else gate.detach().contiguous()
-    arguments = d, weight.detach().contiguous(), gate, squared
+    samples = None if samples is None or gate is None else samples.contiguous()
+    arguments = d, weight.detach().contiguous(), gate, squared, samples
     op = torch.ops.autoflip.dense_pull_back.default if _traced() else _hessian.dense_pull_back
     return op(*arguments)[0]
 
@@ -267,6 +284,18 @@ def _factors(op: str, d: Factors, *, contiguous: bool = True) -> list[Tensor]:
         got = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in factors[:4])
         raise ValueError(f"{op}: d holds {len(factors)} factors ({got}); wanted one or more of one shape and dtype")
     return factors
+
+
+def _check_rows(op: str, samples: Tensor, d: Tensor, name: str, there: Tensor) -> None:
+    if samples.shape != d.shape[:1] or samples.dtype != torch.int64 or samples.device != d.device:
+        raise ValueError(
+            f"{op}: samples is {samples.dtype} {tuple(samples.shape)} on {samples.device}; wanted torch.int64 "
+            f"({d.shape[0]},) on {d.device}: a row of {name} for each row of d"
+        )
+    # a GPU's answer would have to be waited for; torch's own indexing finds them there
+    if samples.device.type == "cpu" and not torch.compiler.is_compiling() and not _hessian.all_rows(samples, len(there)):
+        low, high = (int(v) for v in samples.aminmax())
+        raise ValueError(f"{op}: samples holds rows {low} to {high} of {name}, which has {len(there)}")
 
 
 def _check_positions(op: str, at: Tensor, d: Tensor, positions: int) -> None:

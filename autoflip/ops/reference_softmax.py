@@ -51,6 +51,5 @@ def deal_rows(weight: Tensor, budget: float, most: int, chance: float) -> tuple[
     scale = np.where(light, np.maximum(due, np.finfo(w.dtype).tiny), np.maximum(count, 1)) ** -0.5
     ends = np.cumsum(count)
     turns = np.arange(ends[-1]) - np.repeat(ends - count, count)
-    seen, places = order[count > 0], np.repeat(np.cumsum(count > 0) - 1, count)
-    parts = np.repeat(order, count), turns, np.repeat(scale, count), seen, places
+    parts = np.repeat(order, count), turns, np.repeat(scale, count)
     return tuple(torch.from_numpy(part) for part in parts)

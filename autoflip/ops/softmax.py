@@ -100,9 +100,8 @@ def deal_rows(weight: Tensor, budget: float, most: int, chance: float) -> tuple[
         chance: in [0, 1).
 
     Returns:
-        ``(samples, turns, scale, seen, places)``: of each row its sample, which of its sample's rows it is, and
-        ``k^-1/2`` or ``m^-1/2``; the samples that have rows, each once; of each row its sample's place among these.
-        int64 but for scale, float64; a sample's rows are next to each other.
+        ``(samples, turns, scale)``: of each row its sample, which of its sample's rows it is, and ``k^-1/2`` or
+        ``m^-1/2``. int64 but for scale, float64; a sample's rows are next to each other.
 
     Raises:
         ValueError: weight is of another dtype, device or shape.
@@ -116,11 +115,11 @@ def deal_rows(weight: Tensor, budget: float, most: int, chance: float) -> tuple[
     if kernels is None:
         return reference.deal_rows(weight, budget, most, chance)
     weight = weight.contiguous()
-    whole = torch.empty(4, len(weight) * most, dtype=torch.int64).unbind()
-    scale = torch.empty(len(weight) * most, dtype=torch.float64)
-    out = [part.data_ptr() for part in (*whole[:2], scale, *whole[2:])]
-    rows, seen = kernels.deal_rows(weight.data_ptr(), len(weight), budget, most, chance, out)
-    return whole[0][:rows], whole[1][:rows], scale[:rows], whole[2][:seen], whole[3][:rows]
+    kinds = torch.int64, torch.int64, torch.float64
+    parts = [torch.empty(len(weight) * most, dtype=kind) for kind in kinds]
+    out = (part.data_ptr() for part in parts)
+    count = kernels.deal_rows(weight.data_ptr(), len(weight), budget, most, chance, *out)
+    return tuple(part[:count] for part in parts)
 
 
 def _check(op: str, f: Tensor, scale: Tensor, dim: int) -> None:

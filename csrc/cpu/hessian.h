@@ -38,15 +38,19 @@ struct HessianKernels {
   // e]. Returns the multiply-adds that ran.
   int64_t (*pull_back)(const float* const* d, const float* weight, const int64_t* at, float* dx,
                        float* scratch, const SquaresShape&, int threads);
-  // out[o, k] = sum_n d[n, o]^2 a[n, k]^2 (`squared`: d as it is). Returns the multiply-adds that ran, or -1
-  // and does nothing when more than the share `most_alive` of d is not zero.
-  int64_t (*squared_matmul)(const float* d, const float* a, float* out, int64_t samples, int64_t outputs,
-                            int64_t columns, bool squared, float most_alive, int threads);
-  // out[q, n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[n, k] > 0), gate may be null; `squared`: out[n, k] is
-  // the sum over q of their squares. Returns the multiply-adds that ran.
-  int64_t (*dense_pull_back)(const float* const* d, const float* w, const float* gate, float* out,
-                             int64_t factors, int64_t samples, int64_t outputs, int64_t columns, bool squared,
-                             int threads);
+  // out[o, k] = sum_n d[n, o]^2 a[at[n], k]^2 (`squared`: d as it is; no `at`: its row n). Returns the
+  // multiply-adds that ran, or -1 and does nothing when more than the share `most_alive` of d is not zero.
+  // Callers check every `at` (here and below).
+  int64_t (*squared_matmul)(const float* d, const float* a, const int64_t* at, float* out, int64_t samples,
+                            int64_t outputs, int64_t columns, bool squared, float most_alive, int threads);
+  // out[q, n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[at[n], k] > 0), gate may be null, so may `at`: its row n;
+  // `squared`: out[n, k] is the sum over q of their squares. Returns the multiply-adds that ran.
+  int64_t (*dense_pull_back)(const float* const* d, const float* w, const float* gate, const int64_t* at,
+                             float* out, int64_t factors, int64_t samples, int64_t outputs, int64_t columns,
+                             bool squared, int threads);
+  // v[n, k] *= (gate[at[n], k] > 0), after squaring it when `squared`; gate may be null, so may `at`.
+  void (*gate_rows)(float* v, const float* gate, const int64_t* at, int64_t samples, int64_t columns,
+                    bool squared);
   // out[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, p, k])^2. Returns the multiply-adds that ran.
   int64_t (*sequence_squares)(const float* const* d, const float* u, float* out, const StepsShape&,
                               int threads);

@@ -6,5 +6,5 @@
 
 namespace autoflip {
 const HessianKernels kHessianBase = {squares_scratch, squares,         pull_back_scratch, pull_back,
-                                     squared_matmul,  dense_pull_back, sequence_squares,  rademacher};
+                                     squared_matmul,  dense_pull_back, gate_rows, sequence_squares,  rademacher};
 }

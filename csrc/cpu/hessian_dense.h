@@ -1,4 +1,4 @@
-// D[o, k] = sum_n v[n, o] a[n, k]^2, v = d^2 or given squared: a dense layer's sum of squared gradients.
+// D[o, k] = sum_n v[n, o] a[at[n], k]^2, v = d^2 or given squared: a dense layer's sum of squared gradients.
 //
 // Work     a tile of 64 columns at a time: 96 samples' inputs are squared into a packed tile that stays in
 // the
@@ -6,6 +6,7 @@
 //          of D has one owner and samples come in order: the bits do not depend on the number of threads.
 // Zeros    behind ReLU about half of d is zero; those products are not made. A row by itself needs a load for
 //          each multiply-add, which still runs at full speed where loads are from the first level.
+// Rows     of d that follow each other and read one row of a are added up before they meet it.
 // Bound    with few zeros a matrix product wins: then nothing is done and -1 returned.
 #pragma once
 #include <omp.h>
@@ -64,27 +65,39 @@ inline int32_t alive(const float* column, float* values, int32_t* list) {
   return count;
 }
 
-int64_t squared_matmul(const float* d, const float* a, float* out, int64_t N, int64_t O, int64_t K,
-                       bool squared, float most_alive, int threads) {
-  int64_t blocks = (N + kDenseSamples - 1) / kDenseSamples, live = 0;
+int64_t squared_matmul(const float* d, const float* a, const int64_t* at, float* out, int64_t N,
+                       int64_t O, int64_t K, bool squared, float most_alive, int threads) {
+  int64_t live = 0;
   for (int64_t i = 0; i < N * O; ++i) live += d[i] != 0.f;
+  // groups of d's rows that read one row of a: group u's are first[u] to first[u + 1], it reads a's from[u]
+  std::unique_ptr<int64_t[]> first(new int64_t[N + 1]), from(new int64_t[N + 1]);
+  int64_t U = 0;
+  for (int64_t n = 0; n < N; ++n) {
+    int64_t row = at == nullptr ? n : at[n];
+    if (n == 0 || at == nullptr || row != from[U - 1]) first[U] = n, from[U++] = row;
+  }
+  first[U] = N;
   if (static_cast<float>(live) > most_alive * static_cast<float>(N * O)) return -1;
+  int64_t blocks = (U + kDenseSamples - 1) / kDenseSamples;
   // of block b and output o: values and rows from (b * O + o) * kDenseSamples on
   std::unique_ptr<float[]> values(new float[blocks * O * kDenseSamples + kAlign]);
   std::unique_ptr<int32_t[]> lists(new int32_t[blocks * O * kDenseSamples + kAlign]);
-  std::unique_ptr<int32_t[]> counts(new int32_t[blocks * O]);
+  std::unique_ptr<int32_t[]> counts(new int32_t[blocks * O + 1]);
+  int64_t ran = 0;
   for (int64_t b = 0; b < blocks; ++b) {
-    int64_t rows = least(kDenseSamples, N - b * kDenseSamples);
-    for (int64_t first = 0; first < O; first += kAlign) {
+    int64_t rows = least(kDenseSamples, U - b * kDenseSamples);
+    for (int64_t left = 0; left < O; left += kAlign) {
       alignas(64) float column[kAlign][kDenseSamples] = {};
-      int64_t some = least(kAlign, O - first);
-      for (int64_t n = 0; n < rows; ++n)
-        for (int64_t o = 0; o < some; ++o) column[o][n] = d[(b * kDenseSamples + n) * O + first + o];
+      int64_t some = least(kAlign, O - left);
+      for (int64_t u = 0; u < rows; ++u)
+        for (int64_t n = first[b * kDenseSamples + u]; n < first[b * kDenseSamples + u + 1]; ++n) {
+          const float* v = d + n * O + left;
+          for (int64_t o = 0; o < some; ++o) column[o][u] += squared ? v[o] : v[o] * v[o];
+        }
       for (int64_t o = 0; o < some; ++o) {
-        int64_t at = b * O + first + o;
-        counts[at] = alive(column[o], values.get() + at * kDenseSamples, lists.get() + at * kDenseSamples);
-        for (int32_t j = 0; !squared && j < counts[at]; ++j)
-          values[at * kDenseSamples + j] *= values[at * kDenseSamples + j];
+        int64_t i = b * O + left + o;
+        counts[i] = alive(column[o], values.get() + i * kDenseSamples, lists.get() + i * kDenseSamples);
+        ran += counts[i];
       }
     }
   }
@@ -98,29 +111,29 @@ int64_t squared_matmul(const float* d, const float* a, float* out, int64_t N, in
       int64_t begin = t * kDenseColumns, width = least(kDenseColumns, K - begin);
       std::memset(D, 0, sizeof(float) * O * kDenseColumns);
       for (int64_t b = 0; b < blocks; ++b) {
-        int64_t rows = least(kDenseSamples, N - b * kDenseSamples);
+        int64_t rows = least(kDenseSamples, U - b * kDenseSamples);
         for (int64_t n = 0; n < rows; ++n) {
-          const float* from = a + (b * kDenseSamples + n) * K + begin;
+          const float* x = a + from[b * kDenseSamples + n] * K + begin;
           float* to = u + n * kDenseColumns;
-          for (int64_t k = 0; k < width; ++k) to[k] = from[k] * from[k];
+          for (int64_t k = 0; k < width; ++k) to[k] = x[k] * x[k];
           for (int64_t k = width; k < kDenseColumns; ++k) to[k] = 0.f;
         }
         for (int64_t o = 0; o < O; ++o) {
-          int64_t at = b * O + o;
-          const float* v = values.get() + at * kDenseSamples;
-          const int32_t* list = lists.get() + at * kDenseSamples;
+          int64_t i = b * O + o;
+          const float* v = values.get() + i * kDenseSamples;
+          const int32_t* list = lists.get() + i * kDenseSamples;
           for (int64_t k = 0; k < width; k += 4 * W)
             if (width - k > W)
-              add_rows<4>(u + k, v, list, counts[at], D + o * kDenseColumns + k);
+              add_rows<4>(u + k, v, list, counts[i], D + o * kDenseColumns + k);
             else
-              add_rows<1>(u + k, v, list, counts[at], D + o * kDenseColumns + k);
+              add_rows<1>(u + k, v, list, counts[i], D + o * kDenseColumns + k);
         }
       }
       for (int64_t o = 0; o < O; ++o)
         std::memcpy(out + o * K + begin, D + o * kDenseColumns, sizeof(float) * width);
     }
   }
-  return live * K;
+  return ran * K;
 }
 
 }  // namespace

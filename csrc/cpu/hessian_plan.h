@@ -25,6 +25,10 @@ struct Plan {
   int64_t factors, outputs, groups, positions, entries, columns, ld;
   int64_t parts, together, owners;
   int64_t image;  // floats that a sample's preparation needs
+  // A kernel row of a patch, `run` floats, is one piece of a channels-last image: where vectors fit in, patches
+  // are read there (`in_place`: a position's begins at its offset, the next kernel row `step` floats on).
+  bool in_place;
+  int64_t run, step, image_group;
 
   // scattered: outputs have their values at different positions, so no two of them share a team
   Plan(const autoflip::SquaresShape& c, int64_t preparation, bool scattered)
@@ -35,14 +39,20 @@ struct Plan {
         entries(c.entries),
         columns(c.columns()),
         ld(padded(c.columns())),
-        image(padded(preparation) + kAlign) {
+        image(padded(preparation) + kAlign),
+        run(c.kernel_width * (c.channels / c.groups)),
+        step(c.dilation_h * (c.width + 2 * c.pad_w) * (c.channels / c.groups)),
+        image_group((c.height + 2 * c.pad_h) * (c.width + 2 * c.pad_w) * (c.channels / c.groups)) {
+    in_place = c.dilation_w == 1 && run % kAlign == 0;
     parts = (factors + kMaxRows - 1) / kMaxRows;
     together = scattered ? 1 : most(1, kMaxRows / factors);
     owners = groups * owners_per_group();
   }
   int64_t owners_per_group() const { return (outputs / groups + together - 1) / together; }
   int64_t teams() const { return owners * parts; }
-  int64_t patch_floats() const { return padded(groups * positions * ld + kAlign); }
+  int64_t patch_floats() const { return in_place ? 0 : padded(groups * positions * ld + kAlign); }
+  int64_t tiles_per_run() const { return in_place ? (run + kTile - 1) / kTile : (ld + kTile - 1) / kTile; }
+  int64_t tiles() const { return tiles_per_run() * (in_place ? columns / run : 1); }
   int64_t value_floats() const { return padded(outputs * factors * entries); }
   int64_t list_floats() const {
     return padded(outputs * factors * entries);

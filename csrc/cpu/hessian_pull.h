@@ -1,4 +1,4 @@
-// v[q][n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[n, k] > 0), or only sum_q v[q]^2: a dense layer's pull of Q
+// v[q][n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[at[n], k] > 0), or only sum_q v[q]^2: a dense layer's pull of Q
 // factors.
 //
 // Work     a tile of columns of w at a time, which stays in the second-level cache; for each sample its
@@ -92,8 +92,20 @@ inline int64_t pull_lists(const float* const* d, int64_t Q, int64_t N, int64_t O
   return live;
 }
 
-int64_t dense_pull_back(const float* const* d, const float* w, const float* gate, float* out, int64_t Q,
-                        int64_t N, int64_t O, int64_t K, bool squared, int threads) {
+// What ReLU left of v, or of its squares: for one factor, whose product is a matrix product.
+void gate_rows(float* v, const float* gate, const int64_t* at, int64_t N, int64_t K, bool squared) {
+  for (int64_t n = 0; n < N; ++n) {
+    float* __restrict to = v + n * K;
+    const float* __restrict open = gate == nullptr ? nullptr : gate + (at == nullptr ? n : at[n]) * K;
+    if (squared)
+      for (int64_t k = 0; k < K; ++k) to[k] *= to[k];
+    if (open != nullptr)
+      for (int64_t k = 0; k < K; ++k) to[k] = open[k] > 0.f ? to[k] : 0.f;
+  }
+}
+
+int64_t dense_pull_back(const float* const* d, const float* w, const float* gate, const int64_t* at,
+                        float* out, int64_t Q, int64_t N, int64_t O, int64_t K, bool squared, int threads) {
   PullGroups parts{Q, (Q + kMaxRows - 1) / kMaxRows};
   std::unique_ptr<int32_t[]> lists(new int32_t[N * O + 1]);
   std::unique_ptr<int64_t[]> counts(new int64_t[N + 1]);
@@ -111,7 +123,7 @@ int64_t dense_pull_back(const float* const* d, const float* w, const float* gate
         std::memset(u + o * kPullColumns + width, 0, sizeof(float) * (kPullColumns - width));
       }
       for (int64_t n = 0; n < N; ++n) {
-        const float* open = gate == nullptr ? nullptr : gate + n * K + begin;
+        const float* open = gate == nullptr ? nullptr : gate + (at == nullptr ? n : at[n]) * K + begin;
         alignas(64) float squares[kPullColumns] = {};
         for (int64_t g = 0; g < parts.groups; ++g) {
           int64_t first = parts.begin(g), some = parts.begin(g + 1) - first;
