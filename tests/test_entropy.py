@@ -181,7 +181,7 @@ def by_zstd(blob, n):
 @needs_cpp
 @pytest.mark.parametrize("n", [4096, 4097, 16_383, 16_384, 65_791, 65_792, 131_072, 131_073, 140_000, 400_001])
 def test_literals_are_zstd_frames(n, threads):
-    threads(2)  # one thread leaves short codes to zstd
+    threads(2)  # one thread leaves reading to zstd
     for name, x in literal_streams(n).items():
         size, blob = entropy.literals(x, 2 * n)
         assert size == len(blob)
@@ -200,7 +200,7 @@ def test_literals_are_zstd_frames(n, threads):
 def test_damaged_literals_read_as_zstd_reads_them(threads):
     threads(2)
     g, both_read = np.random.default_rng(0), 0
-    for n in (4096, 70_000, 270_000):  # the last has three blocks, which are read by twos
+    for n in (4096, 70_000, 270_000):
         for x in literal_streams(n).values():
             whole = bytes(entropy.literals(x, 2 * n)[1])
             for i in range(60):
@@ -223,7 +223,7 @@ def test_any_number_of_threads_writes_the_same_literals(threads):
         threads(number)
         found.add(bytes(entropy.literals(x, len(x))[1]))
     assert len(found) == 1
-    for number in (2, 5):  # five blocks, which are read by twos
+    for number in (2, 5):
         threads(number)
         assert np.array_equal(entropy.read_literals(*found, len(x)), x)
 

@@ -134,72 +134,54 @@ struct Stream {
 };
 
 // While all streams have eight bytes: as many codes as a load holds for sure. A set bit behind those that are
-// loaded moves up with them, and tells how many were read. A code waits for the one before it in its stream
-// only: the eight streams of two blocks are read in half the time that the four of one take twice.
-template <int kStreams>
-__attribute__((always_inline)) inline void codes_of_loads(Stream* s, const uint16_t* const* slots) {
-  int64_t at = 0, most = INT64_MAX, pos[kStreams];
-  uint8_t* to[kStreams];
-  for (int i = 0; i < kStreams; ++i) {
-    pos[i] = s[i].pos, to[i] = s[i].to;
-    const int64_t room = s[i].end - s[i].to - kPerLoad;
-    most = room < most ? room : most;
-  }
-  const uint16_t *first = slots[0], *second = slots[kStreams / 4 - 1];
+// loaded moves up with them, and tells how many were read.
+__attribute__((always_inline)) inline void codes_of_loads(Stream* s, const uint16_t* slots) {
+  uint8_t *to0 = s[0].to, *to1 = s[1].to, *to2 = s[2].to, *to3 = s[3].to;
+  int64_t pos[4] = {s[0].pos, s[1].pos, s[2].pos, s[3].pos}, at = 0;
+  const int64_t most = s[3].end - s[3].to - kPerLoad;
   const auto load = [](const uint8_t* from, int64_t bit) __attribute__((always_inline)) {
     uint64_t window;
     const int64_t last = (bit + 7) >> 3;
     std::memcpy(&window, from + last - 8, 8);
     return window << (8 * last - bit) | 1;
   };
-  const auto full = [&]() __attribute__((always_inline)) {
-    int64_t least = pos[0];
-#pragma GCC unroll 8
-    for (int i = 1; i < kStreams; ++i) least = pos[i] < least ? pos[i] : least;
-    return least >= 64;
-  };
-  for (; at <= most && full(); at += kPerLoad) {
-    uint64_t window[kStreams];
-#pragma GCC unroll 8
-    for (int i = 0; i < kStreams; ++i) window[i] = load(s[i].from, pos[i]);
+  for (; at <= most && pos[0] >= 64 && pos[1] >= 64 && pos[2] >= 64 && pos[3] >= 64; at += kPerLoad) {
+    uint64_t w0 = load(s[0].from, pos[0]), w1 = load(s[1].from, pos[1]), w2 = load(s[2].from, pos[2]),
+             w3 = load(s[3].from, pos[3]);
+    const auto next = [&](uint64_t& window, uint8_t* to) __attribute__((always_inline)) {
+      const uint32_t slot = slots[window >> (64 - kLongest)];
+      window <<= slot & 63;
+      *to = uint8_t(slot >> 8);
+    };
 #pragma GCC unroll 5
-    for (int j = 0; j < kPerLoad; ++j)
-#pragma GCC unroll 8
-      for (int i = 0; i < kStreams; ++i) {
-        const uint32_t slot = (i < 4 ? first : second)[window[i] >> (64 - kLongest)];
-        window[i] <<= slot & 63;
-        to[i][at + j] = uint8_t(slot >> 8);
-      }
-#pragma GCC unroll 8
-    for (int i = 0; i < kStreams; ++i) pos[i] -= __builtin_ctzll(window[i]);
+    for (int j = 0; j < kPerLoad; ++j) {
+      next(w0, to0 + at + j);
+      next(w1, to1 + at + j);
+      next(w2, to2 + at + j);
+      next(w3, to3 + at + j);
+    }
+    pos[0] -= __builtin_ctzll(w0);
+    pos[1] -= __builtin_ctzll(w1);
+    pos[2] -= __builtin_ctzll(w2);
+    pos[3] -= __builtin_ctzll(w3);
   }
-  for (int i = 0; i < kStreams; ++i) s[i].to += at, s[i].pos = pos[i];
+  for (int i = 0; i < 4; ++i) s[i].to += at, s[i].pos = pos[i];
 }
 
-template <int kStreams>
-void plain_loads(Stream* streams, const uint16_t* const* slots) {
-  codes_of_loads<kStreams>(streams, slots);
-}
+void plain_loads(Stream* streams, const uint16_t* slots) { codes_of_loads(streams, slots); }
 #if defined(__x86_64__)
-template <int kStreams>
-__attribute__((target("bmi,bmi2"))) void bmi2_loads(Stream* streams, const uint16_t* const* slots) {
-  codes_of_loads<kStreams>(streams, slots);
+__attribute__((target("bmi,bmi2"))) void bmi2_loads(Stream* streams, const uint16_t* slots) {
+  codes_of_loads(streams, slots);
 }
 #endif
 
-template <int kStreams>
-void loads(Stream* streams, const uint16_t* const* slots) {
-#if defined(__x86_64__)
-  if (cpu_isa() != Isa::base) return bmi2_loads<kStreams>(streams, slots);
-#endif
-  plain_loads<kStreams>(streams, slots);
-}
-
-// Where the four streams of a coded block begin and end; returns whether they lie in it.
-bool open_streams(const Part& p, Stream* s) {
+bool decode_coded(const Part& p, const Lengths& lengths) {
+  uint16_t slots[kSlots];
+  fill(lengths, slots);
   uint16_t sizes[3];
   std::memcpy(sizes, p.from, 6);
   const int64_t quarter = (p.n + 3) / 4;
+  Stream s[4];
   const uint8_t* from = p.from + 6;
   for (int i = 0; i < 4; ++i) {
     s[i].from = from;
@@ -210,36 +192,19 @@ bool open_streams(const Part& p, Stream* s) {
     s[i].to = p.to + i * quarter;
     s[i].end = i < 3 ? s[i].to + quarter : p.to + p.n;
   }
-  return true;
-}
-
-// What is left of a stream, code by code; returns whether it ends with its last one.
-bool finish(Stream& s, const uint16_t* slots) {
-  while (s.to < s.end && s.pos > 0) {
-    const uint32_t slot = slots[bits_at(s.from, s.bytes, s.pos - kLongest, kLongest)];
-    *s.to++ = uint8_t(slot >> 8);
-    s.pos -= slot & 255;
+#if defined(__x86_64__)
+  (cpu_isa() == Isa::base ? plain_loads : bmi2_loads)(s, slots);
+#else
+  plain_loads(s, slots);
+#endif
+  for (Stream& one : s) {
+    while (one.to < one.end && one.pos > 0) {
+      const uint32_t slot = slots[bits_at(one.from, one.bytes, one.pos - kLongest, kLongest)];
+      *one.to++ = uint8_t(slot >> 8);
+      one.pos -= slot & 255;
+    }
+    if (one.to != one.end || one.pos) return false;
   }
-  return s.to == s.end && !s.pos;
-}
-
-// One coded block, or two.
-bool decode_coded(const Part* const* parts, int number, const std::vector<Lengths>& tables) {
-  uint16_t room[2][kSlots];
-  const uint16_t* slots[2] = {room[0], room[0]};
-  Stream s[8];
-  for (int i = 0; i < number; ++i) {
-    if (!i || parts[i]->table != parts[0]->table)
-      fill(tables[size_t(parts[i]->table)], room[i]), slots[i] = room[i];
-    if (!open_streams(*parts[i], s + 4 * i)) return false;
-  }
-  number == 2 ? loads<8>(s, slots) : loads<4>(s, slots);
-  if (number == 2) {  // the shorter of two has nothing left
-    loads<4>(s, slots);
-    loads<4>(s + 4, slots + 1);
-  }
-  for (int i = 0; i < 4 * number; ++i)
-    if (!finish(s[i], slots[i / 4])) return false;
   return true;
 }
 
@@ -298,17 +263,14 @@ bool huffman_decode(const uint8_t* data, int64_t bytes, int64_t n, int threads, 
   std::vector<Part> parts;
   std::vector<Lengths> tables;
   if (n < kHuffmanLeast || !cut(data, bytes, n, out, parts, tables)) return false;
-  std::vector<const Part*> coded;
-  for (const Part& p : parts) {
+  int bad = 0;
+  const int64_t number = int64_t(parts.size());
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < number; ++i) {
+    const Part& p = parts[size_t(i)];
     if (p.kind == 0) std::memcpy(p.to, p.from, size_t(p.n));
     if (p.kind == 1) std::memset(p.to, *p.from, size_t(p.n));
-    if (p.kind == 2) coded.push_back(&p);
-  }
-  int bad = 0;
-  const int64_t number = int64_t(coded.size());
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t i = 0; i < number; i += 2) {
-    if (!decode_coded(&coded[size_t(i)], number - i < 2 ? 1 : 2, tables)) {
+    if (p.kind == 2 && !decode_coded(p, tables[size_t(p.table)])) {
 #pragma omp atomic write
       bad = 1;
     }
