@@ -1,16 +1,15 @@
-"""Who computes the ops of hessian.py (the C++ kernels, Triton or the reference), and their registration with torch.
+"""Who computes the ops of hessian.py: the C++ kernels, CUDA, Triton or the reference.
 
 The functions here are called with checked, contiguous tensors. Two results: the op's, and the FLOPs that ran.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from autoflip.ops import backend, reference
 
@@ -79,9 +78,7 @@ def _triton(served: str, tensor: Tensor) -> bool:
     return served == "triton" and tensor.dtype != torch.float64
 
 
-def squared_matmul(
-    d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None
-) -> tuple[Tensor, int]:
+def squared_matmul(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None) -> tuple[Tensor, int]:
     """See hessian.squared_matmul."""
     (n, o), k = d.shape, a.shape[1]
     served = backend.serve("squared_matmul", d.device)
@@ -248,81 +245,3 @@ def _sizes(
     n, o, *entries = d.shape
     outputs = positions(input_size[1:], kernel, stride, padding, dilation)
     return (entries[0] * entries[1], n, o, groups, *input_size, *outputs, *kernel, *stride, *padding, *dilation)
-
-
-def _counted(op: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return ``op`` as torch registers it: results are tensors."""
-
-    def registered(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        out, flops = op(*args, **kwargs)
-        return out, torch.tensor(flops)
-
-    return registered
-
-
-_lib = torch.library.Library("autoflip", "FRAGMENT")
-_lib.define("squared_matmul(Tensor d, Tensor a, bool squared=False, Tensor? samples=None) -> (Tensor, Tensor)")
-_lib.define("sequence_squares(Tensor[] d, Tensor u) -> (Tensor, Tensor)")
-_lib.define(
-    "conv_squares(Tensor[] d, Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups,"
-    " Tensor? at=None) -> (Tensor, Tensor)"
-)
-_lib.define(
-    "conv_pull_back(Tensor[] d, Tensor weight, int[] input_size, Tensor at, int[] stride, int[] padding,"
-    " int[] dilation, int groups) -> (Tensor, Tensor)"
-)
-_lib.define(
-    "dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False, Tensor? samples=None)"
-    " -> (Tensor, Tensor)"
-)
-_COUNTED = (conv_pull_back, dense_pull_back, squared_matmul, sequence_squares, conv_squares)
-for _device in ("CPU", "CUDA"):
-    for _op in _COUNTED:
-        _lib.impl(_op.__name__, _counted(_op), _device)
-
-
-@torch.library.register_fake("autoflip::squared_matmul", lib=_lib)
-def _(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return d.new_empty(d.shape[1], a.shape[1]), torch.empty((), dtype=torch.int64)
-
-
-@torch.library.register_fake("autoflip::sequence_squares", lib=_lib)
-def _(d: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    return u.new_empty(d[0].shape[1], u.shape[2]), torch.empty((), dtype=torch.int64)
-
-
-@torch.library.register_fake("autoflip::conv_squares", lib=_lib)
-def _(
-    d: list[Tensor],
-    x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    at: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    columns = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
-    return x.new_empty(d[0].shape[1], columns), torch.empty((), dtype=torch.int64)
-
-
-@torch.library.register_fake("autoflip::conv_pull_back", lib=_lib)
-def _(d: list[Tensor], weight: Tensor, input_size: list[int], *rest: Any) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(len(d), len(d[0]), *input_size), torch.empty((), dtype=torch.int64)
-
-
-@torch.library.register_fake("autoflip::dense_pull_back", lib=_lib)
-def _(
-    d: list[Tensor],
-    weight: Tensor,
-    gate: Tensor | None = None,
-    squared: bool = False,
-    samples: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    size = len(d[0]), weight.shape[1]
-    return weight.new_empty(size if squared else (len(d), *size)), torch.empty((), dtype=torch.int64)
-
-
-@register_flop_formula([getattr(torch.ops.autoflip, op.__name__) for op in _COUNTED], get_raw=True)
-def _squares_flops(*_: Any, out_val: tuple[Tensor, Tensor], **__: Any) -> int:
-    return int(out_val[1])  # the kernel counts what it ran: zeros that it skips are known to it alone

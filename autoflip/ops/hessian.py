@@ -8,17 +8,16 @@ Nothing here is differentiable: the results are statistics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from autoflip.ops import _hessian, backend, reference
+from autoflip.ops import _hessian_checks as checks
 from autoflip.ops._hessian import Pair
+from autoflip.ops._hessian_checks import Factors
+from autoflip.ops._hessian_registered import traced
 
 __all__ = ["conv_pull_back", "conv_squares", "dense_pull_back", "rademacher", "sequence_squares", "squared_matmul"]
-
-Factors = Tensor | Sequence[Tensor]  # iterating gives one tensor a factor
 
 
 def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tensor | None = None) -> Tensor:
@@ -44,16 +43,16 @@ def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tens
         tensor([[ 9.,  1.],
                 [36.,  4.]])
     """
-    _check_pair("squared_matmul", "d", d, 2, "a", a, 2)
+    checks.pair("squared_matmul", "d", d, 2, "a", a, 2)
     if samples is not None:
-        _check_rows("squared_matmul", samples, d, "a", a)
+        checks.rows("squared_matmul", samples, d, "a", a)
     elif d.shape[0] != a.shape[0]:
         raise ValueError(
             f"squared_matmul: d has {d.shape[0]} samples and a has {a.shape[0]}; both need one row a sample. "
             "For a sequence (several rows a sample) use sequence_squares."
         )
     d, a = d.detach().contiguous(), a.detach().contiguous()
-    op = torch.ops.autoflip.squared_matmul.default if _traced() else _hessian.squared_matmul
+    op = torch.ops.autoflip.squared_matmul.default if traced() else _hessian.squared_matmul
     return op(d, a, squared, None if samples is None else samples.contiguous())[0]
 
 
@@ -73,15 +72,15 @@ def sequence_squares(d: Factors, u: Tensor) -> Tensor:
 
     Cost: ``2 * Q * N * O * P * K`` FLOPs.
     """
-    d = _factors("sequence_squares", d, contiguous=False)
-    _check_pair("sequence_squares", "d", d[0], 3, "u", u, 3)
+    d = checks.factors("sequence_squares", d, contiguous=False)
+    checks.pair("sequence_squares", "d", d[0], 3, "u", u, 3)
     if (d[0].shape[0], d[0].shape[2]) != (u.shape[0], u.shape[1]):
         raise ValueError(
             f"sequence_squares: d has {len(d)} factors (N, O, P) of shape {tuple(d[0].shape)} and u (N, P, K) has "
             f"{tuple(u.shape)}; samples N and positions P must agree. Is u still (N, K, P)? Then transpose it."
         )
     u = u.detach()
-    return (torch.ops.autoflip.sequence_squares.default(d, u) if _traced() else _hessian.sequence_squares(d, u))[0]
+    return (torch.ops.autoflip.sequence_squares.default(d, u) if traced() else _hessian.sequence_squares(d, u))[0]
 
 
 def conv_squares(
@@ -120,8 +119,8 @@ def conv_squares(
     Cost: ``2 * d's values * K`` FLOPs, less where the C++ kernel skips values that are zero (after ReLU and
     max-pooling most are).
     """
-    d = _factors("conv_squares", d)
-    _check_pair("conv_squares", "d", d[0], 4, "x", x, 4)
+    d = checks.factors("conv_squares", d)
+    checks.pair("conv_squares", "d", d[0], 4, "x", x, 4)
     height, width = _hessian.positions(x.shape[2:], kernel_size, stride, padding, dilation)
     sizes = (height, width) if at is None else tuple(at.shape[2:])
     if d[0].shape[0] != x.shape[0] or d[0].shape[2:] != sizes:
@@ -133,11 +132,11 @@ def conv_squares(
     if groups < 1 or x.shape[1] % groups or outputs % groups:
         raise ValueError(f"conv_squares: {groups} groups must divide {x.shape[1]} inputs and {outputs} outputs")
     if at is not None:
-        _check_positions("conv_squares", at, d[0], height * width)
+        checks.positions("conv_squares", at, d[0], height * width)
         at = at.contiguous()
     x = x.detach().contiguous()
     arguments = (d, x, list(kernel_size), list(stride), list(padding), list(dilation), groups, at)
-    return (torch.ops.autoflip.conv_squares.default(*arguments) if _traced() else _hessian.conv_squares(*arguments))[0]
+    return (torch.ops.autoflip.conv_squares.default(*arguments) if traced() else _hessian.conv_squares(*arguments))[0]
 
 
 def dense_pull_back(
@@ -156,8 +155,8 @@ def dense_pull_back(
         weight: ``(O, K)``, dtype and device of ``d``.
         gate: ``(N, K)``, like ``weight``: what the ReLU in front of the layer left; None where there is none.
         squared: return ``sum_q v[q]^2``, which then never holds all factors.
-        samples: ``(N,)``, int64, device of ``d``: the row of ``gate`` that each row of ``d`` is of, ``gate[samples[n]]``
-            in place of ``gate[n]``; ``gate`` may have any number of rows then.
+        samples: ``(N,)``, int64, device of ``d``: the row of ``gate`` that each row of ``d`` is of,
+            ``gate[samples[n]]`` in place of ``gate[n]``; ``gate`` may have any number of rows then.
 
     Returns:
         ``(Q, N, K)``, or ``(N, K)`` when ``squared``; dtype of ``d``.
@@ -168,8 +167,8 @@ def dense_pull_back(
     Cost: ``2 * Q * N * O * K`` FLOPs, less where the C++ kernel skips outputs that are zero for all of a sample's
     factors.
     """
-    d = _factors("dense_pull_back", d)
-    _check_pair("dense_pull_back", "d", d[0], 2, "weight", weight, 2)
+    d = checks.factors("dense_pull_back", d)
+    checks.pair("dense_pull_back", "d", d[0], 2, "weight", weight, 2)
     if d[0].shape[1] != weight.shape[0]:
         raise ValueError(
             f"dense_pull_back: d's factors (N, O) have shape {tuple(d[0].shape)} and weight (O, K) has "
@@ -177,7 +176,7 @@ def dense_pull_back(
         )
     wanted = len(d[0]), weight.shape[1]
     if samples is not None and gate is not None:
-        _check_rows("dense_pull_back", samples, d[0], "gate", gate)
+        checks.rows("dense_pull_back", samples, d[0], "gate", gate)
         wanted = len(gate), weight.shape[1]
     if gate is not None and (gate.shape != wanted or gate.dtype != weight.dtype or gate.device != weight.device):
         raise ValueError(
@@ -187,7 +186,7 @@ def dense_pull_back(
     gate = None if gate is None else gate.detach().contiguous()
     samples = None if samples is None or gate is None else samples.contiguous()
     arguments = d, weight.detach().contiguous(), gate, squared, samples
-    op = torch.ops.autoflip.dense_pull_back.default if _traced() else _hessian.dense_pull_back
+    op = torch.ops.autoflip.dense_pull_back.default if traced() else _hessian.dense_pull_back
     return op(*arguments)[0]
 
 
@@ -222,20 +221,20 @@ def conv_pull_back(
 
     Cost: ``2 * d's values * K`` FLOPs, K the weights of an output, less where the C++ kernel skips zeros.
     """
-    d = _factors("conv_pull_back", d)
-    _check_pair("conv_pull_back", "d", d[0], 4, "weight", weight, 4)
+    d = checks.factors("conv_pull_back", d)
+    checks.pair("conv_pull_back", "d", d[0], 4, "weight", weight, 4)
     height, width = _hessian.positions(input_size[1:], weight.shape[2:], stride, padding, dilation)
     if d[0].shape[1] != weight.shape[0] or weight.shape[1] * groups != input_size[0] or weight.shape[0] % groups:
         raise ValueError(
             f"conv_pull_back: d's factors (N, O, h, w) have shape {tuple(d[0].shape)}, weight has "
             f"{tuple(weight.shape)} in {groups} groups and the input {input_size}; outputs and channels must agree"
         )
-    _check_positions("conv_pull_back", at, d[0], height * width)
+    checks.positions("conv_pull_back", at, d[0], height * width)
     geometry = list(stride), list(padding), list(dilation), groups
     arguments = (d, weight.detach().contiguous(), list(input_size), at.contiguous(), *geometry)
-    return (
-        torch.ops.autoflip.conv_pull_back.default(*arguments) if _traced() else _hessian.conv_pull_back(*arguments)
-    )[0]
+    return (torch.ops.autoflip.conv_pull_back.default(*arguments) if traced() else _hessian.conv_pull_back(*arguments))[
+        0
+    ]
 
 
 def rademacher(
@@ -276,54 +275,3 @@ def rademacher(
         start = int(reference.rademacher_start(seed, stream))
         return _hessian.cuda_rademacher(start, tuple(shape), device).to(dtype)
     return reference.rademacher(seed, stream, tuple(shape)).to(device, dtype)
-
-
-def _factors(op: str, d: Factors, *, contiguous: bool = True) -> list[Tensor]:
-    factors = [one.detach().contiguous() if contiguous else one.detach() for one in d]
-    if not factors or any(one.shape != factors[0].shape or one.dtype != factors[0].dtype for one in factors):
-        got = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in factors[:4])
-        raise ValueError(f"{op}: d holds {len(factors)} factors ({got}); wanted one or more of one shape and dtype")
-    return factors
-
-
-def _check_rows(op: str, samples: Tensor, d: Tensor, name: str, there: Tensor) -> None:
-    if samples.shape != d.shape[:1] or samples.dtype != torch.int64 or samples.device != d.device:
-        raise ValueError(
-            f"{op}: samples is {samples.dtype} {tuple(samples.shape)} on {samples.device}; wanted torch.int64 "
-            f"({d.shape[0]},) on {d.device}: a row of {name} for each row of d"
-        )
-    # a GPU's answer would have to be waited for; torch's own indexing finds them there
-    if samples.device.type == "cpu" and not torch.compiler.is_compiling() and not _hessian.all_rows(samples, len(there)):
-        low, high = (int(v) for v in samples.aminmax())
-        raise ValueError(f"{op}: samples holds rows {low} to {high} of {name}, which has {len(there)}")
-
-
-def _check_positions(op: str, at: Tensor, d: Tensor, positions: int) -> None:
-    if at.shape != d.shape or at.dtype != torch.int64 or at.device != d.device:
-        raise ValueError(
-            f"{op}: at is {at.dtype} {tuple(at.shape)} on {at.device}; wanted torch.int64 {tuple(d.shape)} on "
-            f"{d.device}, the position of each of d's values"
-        )
-    # on a GPU the answer would have to be waited for; there the kernel leaves out what is out of range
-    if at.device.type == "cpu" and not torch.compiler.is_compiling() and at.numel():
-        low, high = (int(v) for v in at.aminmax())
-        if low < 0 or high >= positions:
-            raise ValueError(f"{op}: at holds positions {low} to {high}; the output has {positions}")
-
-
-def _check_pair(op: str, left: str, a: Tensor, a_dims: int, right: str, b: Tensor, b_dims: int) -> None:
-    if a.dim() != a_dims or b.dim() != b_dims:
-        raise ValueError(
-            f"{op}: {left} has shape {tuple(a.shape)} and {right} has {tuple(b.shape)}; "
-            f"wanted {a_dims} and {b_dims} dimensions"
-        )
-    if a.dtype != b.dtype or a.device != b.device or not a.is_floating_point():
-        raise ValueError(
-            f"{op}: {left} is {a.dtype} on {a.device} and {right} is {b.dtype} on {b.device}; "
-            "both need one floating dtype and one device"
-        )
-
-
-def _traced() -> bool:
-    """Return whether someone watches (FlopCounterMode, compile, fake tensors): then the registered op must be seen."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -43,8 +43,8 @@ struct HessianKernels {
   // Callers check every `at` (here and below).
   int64_t (*squared_matmul)(const float* d, const float* a, const int64_t* at, float* out, int64_t samples,
                             int64_t outputs, int64_t columns, bool squared, float most_alive, int threads);
-  // out[q, n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[at[n], k] > 0), gate may be null, so may `at`: its row n;
-  // `squared`: out[n, k] is the sum over q of their squares. Returns the multiply-adds that ran.
+  // out[q, n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[at[n], k] > 0), gate may be null, so may `at`: its row
+  // n; `squared`: out[n, k] is the sum over q of their squares. Returns the multiply-adds that ran.
   int64_t (*dense_pull_back)(const float* const* d, const float* w, const float* gate, const int64_t* at,
                              float* out, int64_t factors, int64_t samples, int64_t outputs, int64_t columns,
                              bool squared, int threads);

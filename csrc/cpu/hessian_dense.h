@@ -65,8 +65,8 @@ inline int32_t alive(const float* column, float* values, int32_t* list) {
   return count;
 }
 
-int64_t squared_matmul(const float* d, const float* a, const int64_t* at, float* out, int64_t N,
-                       int64_t O, int64_t K, bool squared, float most_alive, int threads) {
+int64_t squared_matmul(const float* d, const float* a, const int64_t* at, float* out, int64_t N, int64_t O,
+                       int64_t K, bool squared, float most_alive, int threads) {
   int64_t live = 0;
   for (int64_t i = 0; i < N * O; ++i) live += d[i] != 0.f;
   // groups of d's rows that read one row of a: group u's are first[u] to first[u + 1], it reads a's from[u]

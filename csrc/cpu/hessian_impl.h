@@ -1,11 +1,12 @@
 // D[o, k] = sum_qn (sum_p d[q, n, o, p] u[n, p, k])^2 without any sample's gradient, or all patches, in
 // memory.
 //
-// Work     a block of samples at a time. Phase 1, parallel over samples: patches as rows u[p, :], copied from a
-//          padded channels-last image or, where vectors fit into a kernel row, read there; and d's non-zero positions gathered. Phase 2,
-//          parallel over tiles of D: R rows of d x 4 vectors of k stay in registers over all positions, are
-//          squared there and added to D. A tile of D has one owner and samples come in order: the bits do not
-//          depend on the number of threads.
+// Work     a block of samples at a time. Phase 1, parallel over samples: patches as rows u[p, :], copied from
+// a
+//          padded channels-last image or, where vectors fit into a kernel row, read there; and d's non-zero
+//          positions gathered. Phase 2, parallel over tiles of D: R rows of d x 4 vectors of k stay in
+//          registers over all positions, are squared there and added to D. A tile of D has one owner and
+//          samples come in order: the bits do not depend on the number of threads.
 // Zeros    after ReLU and max-pooling most of d is zero. R rows (factors of one output, or neighbouring
 // outputs)
 //          share the union of their live positions; rows that share few run one by one.
@@ -99,8 +100,8 @@ inline void pick(const float* v, const Alive* alive, int64_t E, float* to) {
 }
 #endif
 
-// Find a team's live entries; row(r) is row r's values, at: the positions of a scattered row's entries, offsets:
-// where patches begin that are read in place. Returns the multiply-adds per column of D.
+// Find a team's live entries; row(r) is row r's values, at: the positions of a scattered row's entries,
+// offsets: where patches begin that are read in place. Returns the multiply-adds per column of D.
 template <class RowOf>
 int64_t gather(const Plan& plan, const Plan::Team& team, const Scratch& s, const int64_t* at,
                const int32_t* offsets, RowOf row) {
@@ -144,8 +145,9 @@ int64_t gather(const Plan& plan, const Plan::Team& team, const Scratch& s, const
 void multiply(const Plan& plan, const Plan::Team& team, const Scratch& s, float* D, int64_t begin,
               int64_t end) {
   int64_t i = plan.in_place ? begin / plan.run : 0, ld = plan.in_place ? 1 : plan.ld;
-  const float* u = plan.in_place ? s.image + team.group * plan.image_group + i * plan.step + begin - i * plan.run
-                                 : s.u + team.group * plan.positions * plan.ld + begin;
+  const float* u = plan.in_place
+                       ? s.image + team.group * plan.image_group + i * plan.step + begin - i * plan.run
+                       : s.u + team.group * plan.positions * plan.ld + begin;
   const Plan::Row* rows = s.rows + team.first;
   float* out[kMaxRows];
   for (int64_t r = 0; r < team.rows; ++r) out[r] = D + (team.first + r) / plan.factors * plan.ld + begin;
@@ -160,8 +162,8 @@ void multiply(const Plan& plan, const Plan::Team& team, const Scratch& s, float*
 // fill(sample, scratch) makes u; row(sample, r) is a row of d. D is [outputs, ld] at scratch's
 // beginning.
 template <class Fill, class RowOf>
-int64_t accumulate(const Plan& plan, int64_t samples, const int64_t* at, const int32_t* offsets, float* scratch,
-                   int threads, Fill fill, RowOf row) {
+int64_t accumulate(const Plan& plan, int64_t samples, const int64_t* at, const int32_t* offsets,
+                   float* scratch, int threads, Fill fill, RowOf row) {
   float* D = scratch;
   float* blocks = D + plan.outputs * plan.ld;
   std::memset(D, 0, sizeof(float) * plan.outputs * plan.ld);
@@ -177,8 +179,8 @@ int64_t accumulate(const Plan& plan, int64_t samples, const int64_t* at, const i
         Scratch s(blocks + (n - from) * plan.sample_floats(), plan);
         fill(n, s);
         for (int64_t t = 0; t < plan.teams(); ++t)
-          ran += gather(plan, plan.team(t), s, at ? at + n * plan.outputs * plan.entries : nullptr,
-                        offsets, [&](int64_t r) { return row(n, r); });
+          ran += gather(plan, plan.team(t), s, at ? at + n * plan.outputs * plan.entries : nullptr, offsets,
+                        [&](int64_t r) { return row(n, r); });
       }
       // not `omp for`: a thread keeps its tiles of D and walks the samples outside, so patches stay in its
       // cache

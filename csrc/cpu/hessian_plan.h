@@ -25,8 +25,9 @@ struct Plan {
   int64_t factors, outputs, groups, positions, entries, columns, ld;
   int64_t parts, together, owners;
   int64_t image;  // floats that a sample's preparation needs
-  // A kernel row of a patch, `run` floats, is one piece of a channels-last image: where vectors fit in, patches
-  // are read there (`in_place`: a position's begins at its offset, the next kernel row `step` floats on).
+  // A kernel row of a patch, `run` floats, is one piece of a channels-last image: where vectors fit in,
+  // patches are read there (`in_place`: a position's begins at its offset, the next kernel row `step` floats
+  // on).
   bool in_place;
   int64_t run, step, image_group;
 

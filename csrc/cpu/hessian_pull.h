@@ -1,5 +1,5 @@
-// v[q][n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[at[n], k] > 0), or only sum_q v[q]^2: a dense layer's pull of Q
-// factors.
+// v[q][n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[at[n], k] > 0), or only sum_q v[q]^2: a dense layer's pull
+// of Q factors.
 //
 // Work     a tile of columns of w at a time, which stays in the second-level cache; for each sample its
 // factors'
