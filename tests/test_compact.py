@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nets import BUILDERS, build
 from torch import nn
@@ -54,7 +54,9 @@ def assert_same(model, x, masks, small=None):
             keep = masks[name] if name in masks else torch.ones_like(grad, dtype=torch.bool)
             torch.testing.assert_close(grad[keep], grads[name][keep], rtol=1e-9, atol=1e-11, msg=name)
         for name, buffer in small.plan.shrink(buffers).items():
-            torch.testing.assert_close(buffers2[name], buffer, rtol=1e-12, atol=1e-12, msg=name)
+            grad = grads2.get(f"{name.rpartition('.')[0]}.weight")
+            read = grad != 0 if grad is not None and grad.shape == buffer.shape else ...  # what nothing reads may differ
+            torch.testing.assert_close(buffers2[name][read], buffer[read], rtol=1e-12, atol=1e-12, msg=name)
     return small
 
 
@@ -273,6 +275,7 @@ def test_modes_gradients_and_flags_survive():
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(sorted(BUILDERS)), st.floats(0.01, 1), st.floats(0.01, 1), st.integers(0, 99))
+@example("mlp", 0.0625, 0.5, 67)  # layers of one channel that nothing reads, which read nothing themselves
 def test_any_density_any_channels(name, density, channels, seed):
     model, x = build(name)
     assert_same(model, x, prune.hybrid(model, scores_of(model, seed), density, channels))
