@@ -27,7 +27,8 @@ def compact(
     weights, biases and norm parameters are pruned and it reaches its readers as exactly zero. The result equals
     the masked model to float rounding in eval and in train mode, gradients at the entries it has included; a dead unit
     that stays to fill a layer may read less than it did, and so have other running statistics. A Linear that reads the
-    model's input, and no more than three quarters of it, picks what it reads (``nn.SelectingLinear``). What cannot be removed safely stays and is named in ``small.plan.report()``.
+    model's input, and no more than three quarters of it, picks what it reads (``nn.SelectingLinear``). What
+    cannot be removed safely stays and is named in ``small.plan.report()``.
 
     Args:
         model: plain or sparsified; it is not changed.
