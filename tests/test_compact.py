@@ -55,7 +55,7 @@ def assert_same(model, x, masks, small=None):
             torch.testing.assert_close(grad[keep], grads[name][keep], rtol=1e-9, atol=1e-11, msg=name)
         for name, buffer in small.plan.shrink(buffers).items():
             grad = grads2.get(f"{name.rpartition('.')[0]}.weight")
-            read = grad != 0 if grad is not None and grad.shape == buffer.shape else ...  # what nothing reads may differ
+            read = grad != 0 if grad is not None and grad.shape == buffer.shape else ...  # others may differ
             torch.testing.assert_close(buffers2[name][read], buffer[read], rtol=1e-12, atol=1e-12, msg=name)
     return small
 
