@@ -1,61 +1,17 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <atomic>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "bindings.h"
-#include "common/cpu.h"
 #include "cpu/crc.h"
-#include "cpu/delta.h"
+#include "delta_chunks.h"
 
 namespace py = pybind11;
 
 namespace autoflip {
 namespace {
-
-const DeltaKernels& kernels() {
-#if defined(__x86_64__)
-  static const DeltaKernels& chosen = pick(kDeltaBase, kDeltaAvx2, kDeltaAvx512);
-#else
-  static const DeltaKernels& chosen = kDeltaBase;
-#endif
-  return chosen;
-}
-
-constexpr int64_t kAroundCaches = 1 << 21;  // entries from which outputs are written around the caches
-
-int64_t words_of(int64_t n) { return (n + 63) / 64; }
-
-// Calls each(first word, first entry, entries, chunk) for every 2^18 entries, on `threads` threads.
-template <class Each>
-void each_chunk(int64_t n, int threads, Each each) {
-  const int64_t entries = 64 * kDeltaChunkWords, chunks = (n + entries - 1) / entries;
-  auto one = [&](int64_t c) {
-    const int64_t first = c * entries;
-    each(c * kDeltaChunkWords, first, n - first < entries ? n - first : entries, c);
-  };
-  if (threads <= 1 || chunks <= 1) {
-    for (int64_t c = 0; c < chunks; ++c) one(c);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t c = 0; c < chunks; ++c) one(c);
-}
-
-// As each_chunk, but no chunk begins before the one before it has begun.
-template <class Each>
-void each_in_turn(int64_t n, int threads, Each each) {
-  const int64_t entries = 64 * kDeltaChunkWords, chunks = (n + entries - 1) / entries;
-  std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  for (int64_t c; (c = next.fetch_add(1)) < chunks;) {
-    const int64_t first = c * entries;
-    each(c * kDeltaChunkWords, first, n - first < entries ? n - first : entries, c);
-  }
-}
 
 void delta_pack(uintptr_t mask, int64_t n, uintptr_t words, int threads) {
   each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t) {
@@ -272,48 +228,6 @@ void delta_merge(uintptr_t planes, int64_t n, int width, uintptr_t values) {
     kernels().merge4(at<uint8_t>(planes), n, at<uint32_t>(values));
 }
 
-int64_t delta_rice_bits(uintptr_t words, int64_t n, int k) {
-  return kernels().rice_bits(at<uint64_t>(words), words_of(n), k);
-}
-
-int64_t delta_rice_encode(uintptr_t words, int64_t n, int k, uintptr_t out) {
-  return kernels().rice_encode(at<uint64_t>(words), words_of(n), k, at<uint8_t>(out));
-}
-
-int64_t delta_rice_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t kept, int k, uintptr_t words) {
-  return kernels().rice_decode(at<uint8_t>(data), bytes, n, kept, k, at<uint64_t>(words));
-}
-
-// Bytes that each 2^18 entries may take beyond their share of what n take: those of a gap that began before
-// them, and those stored past the end.
-constexpr int64_t kVarintRange = 16 + kVarintSlack;
-
-int64_t delta_varint_encode(uintptr_t words, uintptr_t offsets, int64_t n, uintptr_t out, int threads) {
-  const uint64_t* held = at<uint64_t>(words);
-  const int64_t* ranks = at<int64_t>(offsets);
-  uint8_t* to = at<uint8_t>(out);
-  if (threads <= 1 || n <= 64 * kDeltaChunkWords) return kernels().varint_encode(held, words_of(n), 0, to);
-  const int64_t entries = 64 * kDeltaChunkWords;
-  std::vector<int64_t> bytes(size_t((n + entries - 1) / entries));
-  const auto place = [&](int64_t c) {
-    return to + ranks[c] + (c * entries - ranks[c]) / 128 + c * kVarintRange;
-  };
-  each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t c) {
-    int64_t last = word;  // the last word before these that keeps an entry
-    while (last && !held[last - 1]) --last;
-    const int64_t skipped = first - 64 * last + (last ? __builtin_clzll(held[last - 1]) : 0);
-    bytes[size_t(c)] = kernels().varint_encode(held + word, words_of(size), skipped, place(c));
-  });
-  int64_t total = 0;
-  for (size_t c = 0; c < bytes.size(); total += bytes[c++])
-    std::memmove(to + total, place(int64_t(c)), size_t(bytes[c]));
-  return total;
-}
-
-int64_t delta_varint_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t kept, uintptr_t words) {
-  return kernels().varint_decode(at<uint8_t>(data), bytes, n, kept, at<uint64_t>(words));
-}
-
 }  // namespace
 
 void bind_delta(py::module_& m) {
@@ -341,12 +255,6 @@ void bind_delta(py::module_& m) {
   m.def("delta_valid", delta_valid, free_gil());
   m.def("delta_split", delta_split, free_gil());
   m.def("delta_merge", delta_merge, free_gil());
-  m.def("delta_rice_bits", delta_rice_bits, free_gil());
-  m.def("delta_rice_encode", delta_rice_encode, free_gil());
-  m.def("delta_rice_decode", delta_rice_decode, free_gil());
-  m.attr("VARINT_RANGE") = kVarintRange;
-  m.def("delta_varint_encode", delta_varint_encode, free_gil());
-  m.def("delta_varint_decode", delta_varint_decode, free_gil());
 }
 
 }  // namespace autoflip

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   autoflip::bind_masked_conv(m);
   autoflip::bind_ans(m);
   autoflip::bind_delta(m);
+  autoflip::bind_delta_index(m);
   autoflip::bind_hessian(m);
   autoflip::bind_recurrent(m);
 }

@@ -12,6 +12,7 @@ void bind_blocks(pybind11::module_& m);
 void bind_masked_conv(pybind11::module_& m);
 void bind_ans(pybind11::module_& m);
 void bind_delta(pybind11::module_& m);
+void bind_delta_index(pybind11::module_& m);
 void bind_hessian(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);
 
