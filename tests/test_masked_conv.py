@@ -42,7 +42,7 @@ def both(x, w, b, mask, pack, padding, dilation):
     y = ops.masked_conv2d(x, w, b, pack)
     x64, w64, b64 = (t.detach().double().requires_grad_() for t in (x, w, b))
     y64 = F.conv2d(x64, torch.where(mask, w64, 0), b64, 1, padding, dilation)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     got = (y, *torch.autograd.grad(y, (x, w, b), dy))
     return got, (y64, *torch.autograd.grad(y64, (x64, w64, b64), dy.double()))
 
@@ -80,6 +80,19 @@ def test_channels_last_equals_row_major(shape, density):
             assert torch.equal(got[1], want[1])
             assert got[0].stride() == a.stride()
             torch.testing.assert_close(got[2], want[2], rtol=0, atol=36 * EPS * dy[:, 0].numel() ** 0.5)  # other order
+
+
+def test_torchs_default_dtype_does_not_matter():
+    x, w, b, mask = case(*SHAPES[0], 0.3)
+    results = []
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            ops._masked_conv_kernels.panels.free.clear()  # none of the other default's
+            results.append(both(x, w, b, mask, ConvPack(mask, (1, 1), path="sparse"), 1, 1)[0])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, c) for a, c in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("isa", instruction_sets.LEVELS)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from forced_path import forced_layer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoflip import nn as sparse
-from autoflip.ops import _masked_weight, paths
+from autoflip.ops import _masked_weight
 
 ROWS = 5
 
@@ -15,14 +15,7 @@ ROWS = 5
 @pytest.fixture(params=["sss", "fff"])
 def layer(request, monkeypatch):
     """A layer that has taken the sparse path once."""
-    if _masked_weight.CPP is None:
-        pytest.skip("the CPU extension is not built")
-    if request.param == "fff" and not _masked_weight.CPP.masked_few_most():
-        pytest.skip("no kernels for few rows on this CPU")
-    torch.manual_seed(0)
-    monkeypatch.setattr(paths, "letters", lambda *_, **__: request.param)
-    layer = sparse.MaskedLinear(12, 7)
-    layer.set_mask(torch.rand(7, 12) < 0.5)
+    layer = forced_layer(request.param, 12, 7, monkeypatch)
     layer(torch.randn(ROWS, 12)).sum().backward()
     assert "_again" in layer.__dict__
     layer.zero_grad()

@@ -5,25 +5,17 @@ import weakref
 
 import pytest
 import torch
+from forced_path import forced_layer
 from torch.autograd.graph import saved_tensors_hooks
 
-from autoflip import nn as sparse
-from autoflip.ops import _masked_matmul, _masked_weight, paths
+from autoflip.ops import _masked_matmul
 
 ROWS, INPUTS, OUTPUTS = 6, 40, 32
 
 
 @pytest.fixture(params=["sss", "fff", "qqq", "ttt", "ssd", "dss"])
 def layer(request, monkeypatch):
-    if _masked_weight.CPP is None:
-        pytest.skip("the CPU extension is not built")
-    if request.param == "fff" and not _masked_weight.CPP.masked_few_most():
-        pytest.skip("no kernels for few rows on this CPU")
-    torch.manual_seed(0)
-    monkeypatch.setattr(paths, "letters", lambda *_, **__: request.param)
-    height = {"qqq": 4, "ttt": 16}.get(request.param, 1)
-    layer = sparse.MaskedLinear(INPUTS, OUTPUTS)
-    layer.set_mask((torch.rand(OUTPUTS // height, INPUTS) < 0.5).repeat_interleave(height, 0))
+    layer = forced_layer(request.param, INPUTS, OUTPUTS, monkeypatch, {"qqq": 4, "ttt": 16}.get(request.param, 1))
     layer.path = request.param
     return layer
 

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from autoflip import ops
 from autoflip.curvature.chained import Chained
 from autoflip.curvature.deal import Rows, power_from, rows_for
 from autoflip.curvature.graph import Graph, inspect
@@ -38,6 +37,7 @@ from autoflip.curvature.layers import watch
 from autoflip.curvature.problem import Problem
 from autoflip.curvature.recurrent import unrolled
 from autoflip.curvature.root import Root, output_root, side_by_side
+from autoflip.curvature.signs import flips, signs_of
 
 Diagonal = dict[str, Tensor]
 # exact costs a backward pass a factor, and a product of the size of the forward pass's for layers that see maps
@@ -217,9 +217,9 @@ class GaussNewton:
         return self._mean(range(count), 1 << min(count.bit_length() - 1, _MAX_BLOCK_BITS))
 
     def _dealt_mean(self, rows: Rows) -> list[Diagonal]:
-        signs = self._signs(0, 1)[rows.samples]
+        signs = signs_of(self.output, self.shape, self.seed, 0, 1)[rows.samples]
         if (most := int(rows.turns.max()) + 1) > 1:
-            signs *= _flips(power_from(most), signs.shape[1]).to(signs)[rows.turns]
+            signs *= flips(power_from(most), signs.shape[1]).to(signs)[rows.turns]
         v = self.root.draw(signs, rows.samples)
         self._chunks(1)
         self._backward(v.mul_(rows.scale.to(v).unsqueeze(1)), [])
@@ -229,7 +229,9 @@ class GaussNewton:
         total = self._empty()
         self._chunks(len(draws))
         for i in draws:
-            self._backward(self.root.draw(self._signs(i, block), None), self.rest, total)
+            self._backward(
+                self.root.draw(signs_of(self.output, self.shape, self.seed, i, block), None), self.rest, total
+            )
         means = self._collect(total)
         if len(draws) == 1:
             return means
@@ -239,20 +241,6 @@ class GaussNewton:
         """Cut ``count`` factors evenly, so that no layer squares a last one by itself."""
         for layer in self.layers:
             layer.chunk = -(-count // -(-count // self.chunk))
-
-    def _signs(self, draw: int, block: int) -> Tensor:
-        """Return a draw's signs: those of its block, times a row of a Hadamard matrix repeated along the output.
-
-        Columns of S that meet different entries of the row are orthogonal over the block: their products, which are
-        a draw's whole error, cancel. The heaviest columns of a sample are neighbours, so they do.
-        """
-        v = self.output
-        stream, row = divmod(draw, block)
-        signs = ops.rademacher(self.seed, stream, self.shape, dtype=torch.promote_types(v.dtype, torch.float32))
-        if row:
-            flips = _flips(block, block).to(signs)[row]
-            signs *= flips.repeat(-(-signs.numel() // block))[: signs.numel()].view(signs.shape)
-        return signs.to(v.device)
 
     def _empty(self) -> Diagonal:
         """Return zeros for what the layers do not own."""
@@ -298,13 +286,6 @@ def _forward(problem: Problem, chunk: int) -> tuple[Tensor, list[Layer]]:
     modules, samples = problem.modules, problem.samples
     with watch(modules, samples, chunk) as ran, unrolled(modules, samples, chunk, ran):
         return problem.output(), ran
-
-
-@lru_cache(maxsize=16)
-def _flips(block: int, width: int) -> Tensor:
-    """Return ``(block, width)`` signs: a Hadamard matrix, whose rows are orthogonal, beside itself."""
-    rows = [[1.0 - 2 * ((i & row).bit_count() & 1) for i in range(block)] for row in range(block)]
-    return torch.tensor(rows).repeat(1, -(-width // block))[:, :width]
 
 
 def _close(got: Tensor, want: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoflip.curvature._layer_rules import Product
+from autoflip.curvature._product_rules import Product
 from autoflip.curvature.problem import Problem
 from autoflip.curvature.root import loss_curvature
 from autoflip.curvature.tape import Tape, record

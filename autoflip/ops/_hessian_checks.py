@@ -13,11 +13,11 @@ Factors = Tensor | Sequence[Tensor]  # iterating gives one tensor a factor
 
 
 def factors(op: str, d: Factors, *, contiguous: bool = True) -> list[Tensor]:
-    factors = [one.detach().contiguous() if contiguous else one.detach() for one in d]
-    if not factors or any(one.shape != factors[0].shape or one.dtype != factors[0].dtype for one in factors):
-        got = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in factors[:4])
-        raise ValueError(f"{op}: d holds {len(factors)} factors ({got}); wanted one or more of one shape and dtype")
-    return factors
+    found = [one.detach().contiguous() if contiguous else one.detach() for one in d]
+    if not found or any(one.shape != found[0].shape or one.dtype != found[0].dtype for one in found):
+        got = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in found[:4])
+        raise ValueError(f"{op}: d holds {len(found)} factors ({got}); wanted one or more of one shape and dtype")
+    return found
 
 
 def rows(op: str, samples: Tensor, d: Tensor, name: str, there: Tensor) -> None:

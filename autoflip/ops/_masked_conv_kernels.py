@@ -68,7 +68,8 @@ def geometry(x: Tensor, parts: Parts, y_last: bool) -> Geometry:
 
 
 def _laid_out(sizes: Sizes) -> Tensor:
-    return torch.empty(sizes[:4], memory_format=torch.channels_last if sizes[6] else torch.contiguous_format)
+    form = torch.channels_last if sizes[6] else torch.contiguous_format
+    return torch.empty(sizes[:4], dtype=torch.float32, memory_format=form)  # whatever torch's default is
 
 
 def _as(t: Tensor, sizes: Sizes) -> Tensor:
@@ -97,7 +98,7 @@ class _Panels(threading.local):
     def take(self, floats: int) -> Tensor:
         found = self.free.get(floats)
         if not found:
-            return torch.empty(floats)
+            return torch.empty(floats, dtype=torch.float32)
         self.floats -= floats
         return found.pop()
 
@@ -163,8 +164,8 @@ def cpu_backward(
     weight = weight.contiguous() if wanted.dx else weight
     found = Gradients(
         _laid_out(sizes.x) if wanted.dx else None,
-        torch.zeros(parts.mask.shape) if wanted.dw else None,  # zeros where it is pruned
-        torch.empty(sizes.dy[1]) if wanted.db else None,
+        torch.zeros(parts.mask.shape, dtype=torch.float32) if wanted.dw else None,  # zeros where it is pruned
+        torch.empty(sizes.dy[1], dtype=torch.float32) if wanted.db else None,
     )
     sizes.shape.backward(
         0 if x_new is None else x_new.data_ptr(),

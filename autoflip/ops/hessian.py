@@ -80,7 +80,8 @@ def sequence_squares(d: Factors, u: Tensor) -> Tensor:
             f"{tuple(u.shape)}; samples N and positions P must agree. Is u still (N, K, P)? Then transpose it."
         )
     u = u.detach()
-    return (torch.ops.autoflip.sequence_squares.default(d, u) if traced() else _hessian.sequence_squares(d, u))[0]
+    op = torch.ops.autoflip.sequence_squares.default if traced() else _hessian.sequence_squares
+    return op(d, u)[0]
 
 
 def conv_squares(
@@ -136,7 +137,8 @@ def conv_squares(
         at = at.contiguous()
     x = x.detach().contiguous()
     arguments = (d, x, list(kernel_size), list(stride), list(padding), list(dilation), groups, at)
-    return (torch.ops.autoflip.conv_squares.default(*arguments) if traced() else _hessian.conv_squares(*arguments))[0]
+    op = torch.ops.autoflip.conv_squares.default if traced() else _hessian.conv_squares
+    return op(*arguments)[0]
 
 
 def dense_pull_back(
@@ -232,9 +234,8 @@ def conv_pull_back(
     checks.positions("conv_pull_back", at, d[0], height * width)
     geometry = list(stride), list(padding), list(dilation), groups
     arguments = (d, weight.detach().contiguous(), list(input_size), at.contiguous(), *geometry)
-    return (torch.ops.autoflip.conv_pull_back.default(*arguments) if traced() else _hessian.conv_pull_back(*arguments))[
-        0
-    ]
+    op = torch.ops.autoflip.conv_pull_back.default if traced() else _hessian.conv_pull_back
+    return op(*arguments)[0]
 
 
 def rademacher(
