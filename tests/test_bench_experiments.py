@@ -1,5 +1,6 @@
 """The methods' bench: which result files stand, what seconds are compared by, and the variant that no option makes."""
 
+import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from autoflip import fed
 from autoflip.fed import downlink
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "experiments"))
+import marks
 import table
 from variants import PATCHES, VARIANTS
 
@@ -41,6 +43,40 @@ def test_seconds_are_the_clients_only_where_all_files_tell_them_apart():
     old = table.against(runs(8.0, 1.0), runs(10.0))
     assert old["to_target"]["seconds"] == pytest.approx(0.8)
     assert not old["clients_alone"]
+
+
+def _result(row, method, seed, accuracy, cost):
+    spent = {key: [cost / 2, cost] for key in ("flops", "seconds", "client_seconds")}
+    spent["bytes"] = [cost / 200, cost / 100] if method == "autoflip" else [0.5, 1.0]
+    curve = {"round": [1, 2], "accuracy": [0.1, accuracy], **spent}
+    return {"row": row, "method": method, "tag": "", "seed": seed, "curve": curve}
+
+
+def test_marks_take_the_median_over_rows_and_name_those_that_miss_one(tmp_path):
+    finals = {"cheap": (0.5, 4.0), "dear": (0.5, 40.0), "never": (0.4, 2.0), "digits-easy": (0.1, 90.0)}
+    for row, (accuracy, cost) in finals.items():
+        for seed in range(2):
+            pieces = {"fedavg": (0.5, 100.0), "autoflip": (accuracy, cost)}
+            for method, (reached, spent) in pieces.items():
+                content = _result(row, method, seed, reached + 0.01 * seed, spent)
+                (tmp_path / f"method-{row}-{method}-seed{seed}.json").write_text(json.dumps(content))
+    rows = marks.entries(tmp_path)
+    assert set(rows) == {"cheap", "dear", "never"}
+    assert marks.missed(rows) == ["dear", "never"]
+    text = marks.summary(tmp_path)
+    # 0.1, 0.4 and never: the row that did not get there is the dearest
+    assert "| FLOPs | 0.400x | 0.100x | never | 0.250x | 2 |" in text
+    assert "2 of 3 rows" in text
+    assert text.endswith("not: never.")
+    curves = marks.reachable(tmp_path).splitlines()
+    assert [line.split(" | ")[0] for line in curves[2:]] == ["| dear", "| never"]
+    # half of the dear run lies within 0.2 of dense's FLOPs, at accuracy 0.1 against 0.50 and 0.51
+    assert curves[2].split(" | ")[4:] == ["-40.5 ± 0.5", "+0.0 ± 0.0 |"]
+
+
+def test_no_marks_without_results(tmp_path):
+    assert not marks.summary(tmp_path)
+    assert not marks.reachable(tmp_path)
 
 
 def test_without_error_feedback_the_roundings_of_the_way_down_add_up():

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("bench", "bench/experiments")]
 import codec_marks  # noqa: E402
 import layer_marks  # noqa: E402
+import marks  # noqa: E402
 import study  # noqa: E402
 import table  # noqa: E402
 
@@ -91,6 +92,22 @@ def methods() -> str:
         "clients, server and the simulation's own counting), on a busy machine. Files: "
         "`bench/results/method-*.json`, made by `bench/experiments`.",
     ]
+    if of_marks := marks.summary(results):
+        lines += [
+            "",
+            "The marks that were set before measuring, over all rows but digits (a row where no seed reaches dense's "
+            "accuracy counts as the dearest):",
+            "",
+            of_marks,
+        ]
+    if curves := marks.reachable(results):
+        lines += [
+            "",
+            "What is reachable where a row missed one of them: accuracy minus dense FedAvg's final one, in points, "
+            "once this share of dense's FLOPs is spent:",
+            "",
+            curves,
+        ]
     if others := table.variants(results):
         lines += [
             "",

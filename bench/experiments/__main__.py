@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import marks
 from rows import ALL_METHODS_ON, EVERYWHERE, ROWS, SCALED
 from table import client_seconds, cpu_seconds, same, table, told, variants
 
@@ -102,6 +103,10 @@ def main() -> None:
                     flush=True,
                 )
     print(table(RESULTS, chosen.rows))
+    if of_marks := marks.summary(RESULTS):
+        print(f"\n{of_marks}")
+    if curves := marks.reachable(RESULTS):
+        print(f"\naccuracy minus dense FedAvg's final one, where a row missed a mark\n\n{curves}")
     if others := variants(RESULTS):
         print(f"\nvariants against the method itself, same rows and seeds\n\n{others}")
 
