@@ -34,6 +34,11 @@ PyObject* kernel_here(PyObject*, PyObject* const* tensors, Py_ssize_t n) {
   return PyBool_FromLong(here);
 }
 
+// Bytes of an entry where its floating tensor may be read here, else 0.
+PyObject* word_here(PyObject*, PyObject* tensor) {
+  return PyLong_FromLong(quiet() && in_memory(tensor) ? entry_bytes(tensor) : 0);
+}
+
 bool same(PyObject* answer, PyObject* wanted) {
   const int found = answer ? PyObject_RichCompareBool(answer, wanted, Py_EQ) : -1;
   Py_XDECREF(answer);
@@ -60,7 +65,8 @@ PyObject* linear_again(PyObject*, PyObject* const* args, Py_ssize_t n) {
 // --- looks: whether a weight is zero wherever it is pruned
 
 struct Look {
-  const float* weight;  // the last one that was found to be contiguous float32 in the CPU's memory
+  const void* weight;  // the last one that was found to be contiguous floats in the CPU's memory
+  int bytes;           // of its entries
   const uint8_t* mask;
   int64_t entries;
   PyObject* owner;  // of the mask's memory
@@ -75,21 +81,21 @@ void free_look(PyObject* capsule) {
 PyObject* look(PyObject* capsule, PyObject* weight) {
   Look& look = *static_cast<Look*>(PyCapsule_GetPointer(capsule, nullptr));
   // a trace must see the mask
-  if (!is(PyObject_CallNoArgs(torch.tracing), Py_False) ||
-      !is(PyObject_GetAttr(weight, names.dtype), torch.float32))
-    Py_RETURN_FALSE;
-  const float* w = static_cast<const float*>(address(method(weight, names.data_ptr)));
-  if (w != look.weight || !w) {
-    if (!ordinary(weight) || !contiguous(weight) || number(method(weight, names.numel)) != look.entries)
+  if (!is(PyObject_CallNoArgs(torch.tracing), Py_False)) Py_RETURN_FALSE;
+  const int bytes = entry_bytes(weight);
+  const void* w = bytes ? address(method(weight, names.data_ptr)) : nullptr;
+  if (w != look.weight || bytes != look.bytes || !w) {
+    if (!in_memory(weight) || !contiguous(weight) || number(method(weight, names.numel)) != look.entries)
       Py_RETURN_FALSE;
     look.weight = w;
+    look.bytes = bytes;
   }
   const MaskedMatmul& k = pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512);
-  if (look.entries < kSerialElements) return PyBool_FromLong(k.is_clean(w, look.mask, look.entries));
+  if (look.entries < kSerialElements) return PyBool_FromLong(k.is_clean(w, look.mask, look.entries, bytes));
   bool clean;
   {
     py::gil_scoped_release release;
-    clean = k.is_clean(w, look.mask, look.entries);
+    clean = k.is_clean(w, look.mask, look.entries, bytes);
   }
   return PyBool_FromLong(clean);
 }
@@ -132,18 +138,18 @@ PyObject* hook(PyObject* capsule, PyObject* g) {
   const Job& job = *static_cast<Job*>(PyCapsule_GetPointer(capsule, nullptr));
   // what has no memory of its own (a batch of gradients, say) has no data_ptr; the rest is as at the forward
   // pass
-  if (reinterpret_cast<PyObject*>(Py_TYPE(g)) == torch.tensor &&
+  const int bytes = entry_bytes(g);
+  if (bytes && reinterpret_cast<PyObject*>(Py_TYPE(g)) == torch.tensor &&
       is(PyObject_CallNoArgs(torch.grad_enabled), Py_False) &&
-      is(PyObject_GetAttr(g, names.dtype), torch.float32) && is(PyObject_GetAttr(g, names.is_cpu), Py_True) &&
-      contiguous(g) && unseen(g)) {
+      is(PyObject_GetAttr(g, names.is_cpu), Py_True) && contiguous(g) && unseen(g)) {
     if (void* data = address(method(g, names.data_ptr))) {
-      uint32_t* to = static_cast<uint32_t*>(data);
-      if (job.entries < kSerialElements) {
+      if (job.entries < kSerialElements && bytes == 4) {
+        uint32_t* to = static_cast<uint32_t*>(data);
         for (int64_t i = 0; i < job.entries; ++i) to[i] &= 0u - uint32_t(job.mask[i]);
       } else {
         py::gil_scoped_release release;
         pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512)
-            .select(static_cast<float*>(data), job.mask, job.entries, static_cast<float*>(data), 1);
+            .select(data, job.mask, job.entries, bytes, data, 1);
       }
       Py_RETURN_NONE;
     }
@@ -165,6 +171,7 @@ PyMethodDef here_def = {"masked_kernel_here",
 PyMethodDef again_def = {"masked_linear_again",
                          reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_again)),
                          METH_FASTCALL, nullptr};
+PyMethodDef word_def = {"masked_word_here", word_here, METH_O, nullptr};
 PyMethodDef look_def = {"masked_look", look, METH_O, nullptr};
 
 py::object bound(PyMethodDef& def, void* state, void (*free)(PyObject*)) {
@@ -173,7 +180,7 @@ py::object bound(PyMethodDef& def, void* state, void (*free)(PyObject*)) {
 }
 
 py::object make_look(uintptr_t mask, int64_t entries, py::object owner) {
-  return bound(look_def, new Look{nullptr, at<const uint8_t>(mask), entries, owner.release().ptr()},
+  return bound(look_def, new Look{nullptr, 0, at<const uint8_t>(mask), entries, owner.release().ptr()},
                free_look);
 }
 
@@ -183,8 +190,9 @@ py::object make_hook(uintptr_t mask, int64_t entries, py::object otherwise) {
 
 void meet(py::dict given) {
   const auto take = [&](const char* name) { return py::object(given[name]).release().ptr(); };
-  torch = {take("tensor"),     take("parameter"), take("float32"),      take("modes"),    take("tracing"),
-           take("transforms"), take("batched"),   take("grad_enabled"), take("autocast"), take("threads")};
+  torch = {take("tensor"),       take("parameter"), take("float32"), take("float64"),    take("float16"),
+           take("bfloat16"),     take("modes"),     take("tracing"), take("transforms"), take("batched"),
+           take("grad_enabled"), take("autocast"),  take("threads")};
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
   names = {name("dtype"),         name("is_cpu"),
            name("is_contiguous"), name("numel"),
@@ -205,13 +213,14 @@ void bind_hook(py::module_& m) {
   };
   add(here_def);
   add(again_def);
+  add(word_def);
   add(probe_def);
   m.def("masked_hook", make_hook,
-        "a hook that sets a float32 gradient to zero wherever the mask (address, entries) is not set; what "
+        "a hook that sets a floating gradient to zero wherever the mask (address, entries) is not set; what "
         "it may not "
         "write into it hands to the last argument");
   m.def("masked_look", make_look,
-        "a function that tells whether a weight is contiguous float32 in the CPU's memory and zero wherever "
+        "a function that tells whether a weight is contiguous floats in the CPU's memory and zero wherever "
         "the mask "
         "(address, entries, what keeps it alive) is not set");
   m.def("masked_meet", meet, "torch's types and functions that the functions here ask");

@@ -30,15 +30,15 @@ py::bytes layout(uintptr_t mask, int64_t rows, int64_t cols, int64_t chunk, bool
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
-void select(uintptr_t w, uintptr_t mask, int64_t n, uintptr_t out, int threads) {
+void select(uintptr_t w, uintptr_t mask, int64_t n, int bytes, uintptr_t out, int threads) {
   py::gil_scoped_release release;
-  kernels().select(at<const float>(w), at<const uint8_t>(mask), n, at<float>(out),
+  kernels().select(at<const char>(w), at<const uint8_t>(mask), n, bytes, at<char>(out),
                    useful_threads(n, threads));
 }
 
-bool is_clean(uintptr_t w, uintptr_t mask, int64_t n) {
+bool is_clean(uintptr_t w, uintptr_t mask, int64_t n, int bytes) {
   py::gil_scoped_release release;
-  return kernels().is_clean(at<const float>(w), at<const uint8_t>(mask), n);
+  return kernels().is_clean(at<const char>(w), at<const uint8_t>(mask), n, bytes);
 }
 
 bool packs(uintptr_t lay, int64_t rows, int64_t cols, int64_t chunk) {
@@ -98,7 +98,7 @@ void bind_masked_matmul(py::module_& m) {
         "whether AUTOFLIP_BACKEND leaves CPU tensors to this extension");
   m.def("masked_matmul_layout", layout, "the orders of mask (rows, cols) with this many columns a chunk");
   m.def("masked_matmul_packs", packs, "whether masked_matmul_forward copies the kept weights");
-  m.def("masked_matmul_select", select, "out = where(mask, w, 0)");
+  m.def("masked_matmul_select", select, "out = where(mask, w, 0); entries of 2, 4 or 8 bytes");
   m.def("masked_matmul_is_clean", is_clean, "whether w is zero wherever mask is not set");
   m.def("masked_matmul_forward", masked_matmul_forward,
         "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias)");

@@ -7,7 +7,8 @@ namespace autoflip {
 
 // torch's objects, given once by autoflip.ops._masked_weight; they live as long as the process.
 struct Torch {
-  PyObject *tensor, *parameter, *float32;            // types, dtype
+  PyObject *tensor, *parameter;                      // types
+  PyObject *float32, *float64, *float16, *bfloat16;  // dtypes
   PyObject *modes, *tracing, *transforms, *batched;  // what of torch is at work on tensors
   PyObject *grad_enabled, *autocast, *threads;
 };
@@ -53,13 +54,27 @@ inline bool quiet() {
          is(PyObject_CallNoArgs(torch.transforms), Py_None) && masked_matmul_wanted();
 }
 
-// An ordinary float32 tensor with an address in the CPU's memory.
-inline bool ordinary(PyObject* t) {
+// Bytes of an entry of a floating tensor; 0 of any other.
+inline int entry_bytes(PyObject* t) {
+  PyObject* dtype = PyObject_GetAttr(t, names.dtype);
+  if (!dtype) PyErr_Clear();
+  Py_XDECREF(dtype);  // torch's dtypes live as long as the process
+  if (dtype == torch.float32) return 4;
+  if (dtype == torch.bfloat16 || dtype == torch.float16) return 2;
+  return dtype == torch.float64 ? 8 : 0;
+}
+
+// An ordinary floating tensor with an address in the CPU's memory.
+inline bool in_memory(PyObject* t) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
-  return (type == torch.tensor || type == torch.parameter) &&
-         is(PyObject_GetAttr(t, names.dtype), torch.float32) &&
+  return (type == torch.tensor || type == torch.parameter) && entry_bytes(t) &&
          is(PyObject_GetAttr(t, names.is_cpu), Py_True) &&
          is(PyObject_CallOneArg(torch.batched, t), Py_False);
+}
+
+// And float32.
+inline bool ordinary(PyObject* t) {
+  return is(PyObject_GetAttr(t, names.dtype), torch.float32) && in_memory(t);
 }
 
 }  // namespace autoflip

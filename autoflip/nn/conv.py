@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from autoflip.nn.masked import Masked
-from autoflip.ops import ConvPack, channels_last, conv_weight, few_channels, masked_conv2d, traced, version_of
+from autoflip.ops import (
+    ConvPack,
+    channels_last,
+    conv_weight,
+    few_channels,
+    masked_conv2d,
+    narrow_conv2d,
+    traced,
+    version_of,
+)
 
 __all__ = ["MaskedConv2d"]
 
@@ -58,6 +67,10 @@ class MaskedConv2d(Masked, nn.Conv2d):
             pack = self._conv_pack(mask)
         else:
             pack = known[2]
+        if pack is not None and (weight.dtype is not torch.float32 or torch.is_autocast_enabled("cpu")):
+            y = narrow_conv2d(input, weight, bias, pack)
+            if y is not None:
+                return y
         if pack is None or self._all_dense(pack, input, weight):
             whole = self._mask_of("weight") is None if pack is None else pack.whole
             if whole or (not traced() and self._stands(input, weight, mask)):

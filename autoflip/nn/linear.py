@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoflip.nn.masked import Masked
-from autoflip.ops import Pack, again, linear_job, linear_step, masked_linear, traced, version_of
+from autoflip.ops import Pack, again, linear_job, linear_step, masked_linear, narrow_linear, traced, version_of
 
 _compiling, _threads = torch.compiler.is_compiling, torch.get_num_threads
 
@@ -104,8 +104,14 @@ class MaskedLinear(Masked, nn.Linear):
                 self._repack()  # the module moved to another device, or someone wrote into the buffer
                 pack = self._pack
             assert pack is not None
-            if pack.density < 1 and weight.dtype is torch.float32 and not traced():
-                if pack.all_dense(input.shape[:-1].numel()):
+            if pack.density < 1 and not traced():
+                if weight.dtype is not torch.float32 or torch.is_autocast_enabled(weight.device.type):
+                    y = narrow_linear(input, weight, bias, pack)
+                    if y is not None:
+                        return y
+                    if self._stands(input, weight, mask, again=weight.dtype is not torch.float32):
+                        return F.linear(input, weight, bias)
+                elif pack.all_dense(input.shape[:-1].numel()):
                     if self._stands(input, weight, mask):
                         return F.linear(input, weight, bias)
                 elif weight is found:

@@ -117,11 +117,12 @@ class Masked(nn.Module):
             known = whole[name] = (mask, version_of(mask), bool(mask.all()))
         return None if known[2] else mask
 
-    def _stands(self, input: Tensor, weight: Tensor, mask: Tensor) -> bool:
+    def _stands(self, input: Tensor, weight: Tensor, mask: Tensor, *, again: bool = True) -> bool:
         """Tell whether ``weight`` itself may be multiplied by: zero where it is pruned, its gradient masked by a hook.
 
         Never true of a tensor that stands in for the layer's own parameter for a while (``functional_call``): a hook
-        would stay with it. From now on :meth:`_stands_still` is asked first for an ``input`` of this shape.
+        would stay with it. From now on :meth:`_stands_still` is asked first for an ``input`` of this shape, unless the
+        next call may want another way (``again=False``: autocast ends).
         """
         state = self.__dict__
         look = looker(mask) if weight is state.get("_own") else None
@@ -133,7 +134,7 @@ class Masked(nn.Module):
                 handle = weight.register_hook(gradient_hook(mask))
                 self._unhook()  # after: a graph may still wait for its gradient
                 state["_hooked"] = (mask, handle)
-            if not mask.is_inference():
+            if again and not mask.is_inference():
                 state["_still"] = (weight, mask, mask._version, input.shape, look)
         return True
 

@@ -38,6 +38,10 @@ from autoflip.ops.masked_matmul import masked_weight as masked_weight
 from autoflip.ops.masked_matmul import version_of as version_of
 from autoflip.ops.masked_matmul import zero_pruned as zero_pruned
 
+# both, narrow types
+from autoflip.ops.narrow import narrow_conv2d as narrow_conv2d
+from autoflip.ops.narrow import narrow_linear as narrow_linear
+
 # recurrent
 from autoflip.ops.recurrent import RecurrentPack as RecurrentPack
 from autoflip.ops.recurrent import masked_recurrent as masked_recurrent

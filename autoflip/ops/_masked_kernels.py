@@ -134,7 +134,7 @@ def dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     if name == "dense":
         if weights.kernel_here(dy, x):
             return cpu_outer(dy, x, parts, dy.new_empty(parts.mask.shape))
-        return torch.where(parts.mask, dy.T @ x, 0)
+        return weights.select(dy.T @ x, parts.mask)
     if name == "cpp":
         out = cpu_backward(dy, x, None, parts, dw=dy.new_empty(parts.mask.shape))[1]
         assert out is not None
@@ -247,7 +247,8 @@ def cpu_outer(dy: Tensor, x: Tensor, parts: Parts, out: Tensor) -> Tensor:
     threads, sizes = torch.get_num_threads(), (len(dy), *parts.mask.shape)
     if not CPP.masked_matmul_outer(dy.data_ptr(), x.data_ptr(), parts.mask.data_ptr(), *sizes, out.data_ptr(), threads):
         torch.mm(dy.T, x, out=out)
-        CPP.masked_matmul_select(out.data_ptr(), parts.mask.data_ptr(), out.numel(), out.data_ptr(), threads)
+        words = out.numel(), out.element_size()
+        CPP.masked_matmul_select(out.data_ptr(), parts.mask.data_ptr(), *words, out.data_ptr(), threads)
     return out
 
 

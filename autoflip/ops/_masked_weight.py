@@ -49,6 +49,9 @@ if CPP is not None:
             "tensor": Tensor,
             "parameter": _PARAMETER,
             "float32": torch.float32,
+            "float64": torch.float64,
+            "float16": torch.float16,
+            "bfloat16": torch.bfloat16,
             "modes": _depth,
             "tracing": _tracing,
             "transforms": _stack,
@@ -65,12 +68,17 @@ def kernel_here(*tensors: Tensor) -> bool:
     return CPP is not None and not _compiling() and CPP.masked_kernel_here(*tensors)
 
 
+def _word(tensor: Tensor) -> int:
+    """Return the bytes of an entry where the CPU extension may read a floating tensor, see kernel_here; else 0."""
+    return CPP.masked_word_here(tensor) if CPP is not None and not _compiling() else 0
+
+
 # whether a layer's step may go the way that it went before; asked only of what went it before
 again: Any = None if CPP is None else CPP.masked_linear_again
 
 
 def looker(mask: Tensor) -> Callable[[Tensor], bool] | None:
-    """Return a function that tells whether a weight is contiguous float32 on the CPU and zero wherever it is pruned.
+    """Return a function that tells whether a weight is contiguous floats on the CPU and zero wherever it is pruned.
 
     None where the CPU extension cannot look. Not to be called where torch.compile is at work.
     """
@@ -122,13 +130,14 @@ class _Select(torch.autograd.Function):
 def _select_kernel(weight: Tensor, mask: Tensor) -> Tensor:
     mask, weight = mask.contiguous(), weight.contiguous()
     out = weight.new_empty(weight.shape)
-    CPP.masked_matmul_select(weight.data_ptr(), mask.data_ptr(), mask.numel(), out.data_ptr(), torch.get_num_threads())
+    sizes = mask.numel(), weight.element_size()
+    CPP.masked_matmul_select(weight.data_ptr(), mask.data_ptr(), *sizes, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def select(weight: Tensor, mask: Tensor) -> Tensor:
     """Return ``torch.where(mask, weight, 0)``, on the CPU about 20 times as fast; equal shapes, any number of dims."""
-    if not kernel_here(weight):
+    if not _word(weight):
         return torch.where(mask, weight, 0)
     if weight.requires_grad and torch.is_grad_enabled():
         return _Select.apply(weight, mask)
@@ -137,9 +146,10 @@ def select(weight: Tensor, mask: Tensor) -> Tensor:
 
 def is_clean(weight: Tensor, mask: Tensor) -> bool | None:
     """Tell whether all pruned entries are zero; None where the CPU extension cannot look."""
-    if not (kernel_here(weight) and weight.is_contiguous() and mask.is_contiguous()):
+    bytes_each = _word(weight)
+    if not (bytes_each and weight.is_contiguous() and mask.is_contiguous()):
         return None
-    return bool(CPP.masked_matmul_is_clean(weight.data_ptr(), mask.data_ptr(), mask.numel()))
+    return bool(CPP.masked_matmul_is_clean(weight.data_ptr(), mask.data_ptr(), mask.numel(), bytes_each))
 
 
 def operand(weight: Tensor, mask: Tensor) -> Tensor:

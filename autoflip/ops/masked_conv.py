@@ -21,6 +21,7 @@ from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend, paths, trials
 from autoflip.ops._masked_conv_kernels import Pair, Parts
 from autoflip.ops._masked_weight import CPP
+from autoflip.ops.narrow import narrow_conv2d
 
 __all__ = ["ConvPack", "conv_weight", "few_channels", "masked_conv2d"]
 
@@ -69,6 +70,7 @@ class ConvPack:
         self.kept = int(mask.sum())
         self._parts: dict[tuple[int, int, int, bool, bool, int], Parts | None] = {}
         self._layouts: dict[tuple[str, int, int], Tensor] = {}
+        self.narrow: dict[tuple[Any, ...], bool] = {}  # of autoflip.ops.narrow
 
     @property
     def whole(self) -> bool:
@@ -76,7 +78,7 @@ class ConvPack:
         return self.kept == self.mask.numel()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parts": {}, "_layouts": {}}
+        return {**self.__dict__, "_parts": {}, "_layouts": {}, "narrow": {}}
 
     def parts(self, x: Tensor, weight: Tensor) -> Parts | None:
         """Return what the ops take for tensors of these sizes and formats, None where all three steps are dense."""
@@ -245,6 +247,8 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
         )
     if x.dim() not in (3, 4) or x.shape[-3] != mask.shape[1]:
         raise ValueError(f"masked_conv2d: x has shape {tuple(x.shape)}, wanted (N, {mask.shape[1]}, H, W)")
+    if (y := narrow_conv2d(x, weight, bias, pack)) is not None:
+        return y
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if x.dim() == 4 and not torch.is_autocast_enabled("cpu"):
         if weights.kernel_here(*tensors):

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autoflip.ops import _masked_matmul as steps
 from autoflip.ops import _masked_weight as weights
+from autoflip.ops.narrow import narrow_linear
 from autoflip.ops.pack import Pack
 
 __all__ = ["Pack", "masked_linear", "masked_matmul", "masked_weight", "version_of", "zero_pruned"]
@@ -36,8 +37,9 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * N * pack.kept`` FLOPs on the sparse path (CPU, float32, see :mod:`autoflip.ops.paths`), the same for
-    each gradient; ``2 * N * O * K`` on the dense path.
+    Cost: ``2 * N * pack.kept`` FLOPs on the sparse path (CPU, float32, see :mod:`autoflip.ops.paths`; bfloat16, float16
+    and autocast where widening pays, see :mod:`autoflip.ops.narrow`), the same for each gradient; ``2 * N * O * K`` on
+    the dense path.
     """
     if activation == "gelu":
         return F.gelu(masked_linear(x, weight, bias, pack))
@@ -46,8 +48,11 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
     job = linear_job(x, weight, bias, pack, relu=activation == "relu")
     if job is not None:
         return steps.linear_step(x, weight, bias, job)
+    y = narrow_linear(x, weight, bias, pack, relu=activation == "relu")
+    if y is not None:
+        return y
     if torch.is_autocast_enabled(x.device.type) or weights.traced():
-        y = F.linear(x, torch.where(pack.mask, weight, 0), bias)
+        y = F.linear(x, weights.select(weight, pack.mask), bias)
         return y.relu() if activation else y
     _check(x, weight, bias, pack.mask, "masked_linear")
     if x.dim() != 2:

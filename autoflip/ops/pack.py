@@ -55,6 +55,7 @@ class Pack:
         self._letter: str | None = None  # of kernels.block_letter, once it is known
         self._live: Tensor | None = None
         self._parts: dict[tuple[int, int, str], kernels.Parts] = {}
+        self.narrow: dict[tuple[Any, ...], bool] = {}  # of autoflip.ops.narrow
         self._gradient: Tensor | None = None
         self._keeps = self.mask.numel() >= _KEEP_FROM
         self._traced = self._make_parts(64, timed=False)

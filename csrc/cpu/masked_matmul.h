@@ -93,10 +93,11 @@ struct MaskedMatmul {
   // over samples; those that are null are left out. values: what forward wrote there, or null
   void (*backward)(const Orders& orders, const float* w, const float* values, const float* dy, const float* x,
                    int64_t n, float* dx, float* dw, float* db, float* scratch, int threads);
-  // out[i] = mask[i] ? w[i] : 0, the weight of the dense path (torch.where takes 20 times as long)
-  void (*select)(const float* w, const uint8_t* mask, int64_t n, float* out, int threads);
+  // out[i] = mask[i] ? w[i] : 0, the weight of the dense path (torch.where takes 20 times as long); entries
+  // of 2, 4 or 8 bytes
+  void (*select)(const void* w, const uint8_t* mask, int64_t n, int bytes, void* out, int threads);
   // whether w is zero wherever the mask is not set; reads only
-  bool (*is_clean)(const float* w, const uint8_t* mask, int64_t n);
+  bool (*is_clean)(const void* w, const uint8_t* mask, int64_t n, int bytes);
   // dw (rows, cols) = mask ? dy.T @ x : 0, every product computed; all row-major. scratch:
   // outer_scratch(n, rows) floats. Null where a vendor's product is faster
   void (*outer)(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,

@@ -8,23 +8,40 @@
 namespace autoflip {
 namespace {
 
-void select(const float* w, const uint8_t* mask, int64_t n, float* out, int threads) {
-  const uint32_t* in = reinterpret_cast<const uint32_t*>(w);
-  uint32_t* to = reinterpret_cast<uint32_t*>(out);
+// Word: what holds an entry, whichever floating type it is.
+template <class Word>
+void select_words(const void* w, const uint8_t* mask, int64_t n, void* out, int threads) {
+  const Word* in = static_cast<const Word*>(w);
+  Word* to = static_cast<Word*>(out);
 #pragma omp parallel for simd num_threads(threads) if (parallel : threads > 1)
-  for (int64_t i = 0; i < n; ++i) to[i] = in[i] & (0u - uint32_t(mask[i]));
+  for (int64_t i = 0; i < n; ++i) to[i] = Word(in[i] & Word(Word(0) - mask[i]));
 }
 
-bool is_clean(const float* w, const uint8_t* mask, int64_t n) {
-  const uint32_t* in = reinterpret_cast<const uint32_t*>(w);
+template <class Word>
+bool words_are_clean(const void* w, const uint8_t* mask, int64_t n) {
+  const Word* in = static_cast<const Word*>(w);
   for (int64_t begin = 0; begin < n; begin += 4096) {
     const int64_t end = n - begin < 4096 ? n : begin + 4096;
-    uint32_t stray = 0;
+    Word stray = 0;
 #pragma omp simd reduction(| : stray)
-    for (int64_t i = begin; i < end; ++i) stray |= (in[i] << 1) & (uint32_t(mask[i]) - 1u);  // -0 is zero too
+    for (int64_t i = begin; i < end; ++i) {
+      stray |= Word(Word(in[i] << 1) & Word(Word(mask[i]) - Word(1)));  // -0 is zero too
+    }
     if (stray) return false;
   }
   return true;
+}
+
+void select(const void* w, const uint8_t* mask, int64_t n, int bytes, void* out, int threads) {
+  if (bytes == 2) return select_words<uint16_t>(w, mask, n, out, threads);
+  if (bytes == 8) return select_words<uint64_t>(w, mask, n, out, threads);
+  select_words<uint32_t>(w, mask, n, out, threads);
+}
+
+bool is_clean(const void* w, const uint8_t* mask, int64_t n, int bytes) {
+  if (bytes == 2) return words_are_clean<uint16_t>(w, mask, n);
+  if (bytes == 8) return words_are_clean<uint64_t>(w, mask, n);
+  return words_are_clean<uint32_t>(w, mask, n);
 }
 
 // --- the gradient in w
