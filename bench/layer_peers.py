@@ -39,7 +39,7 @@ def plain(weight: Tensor, bias: Tensor, padding: int) -> nn.Module:
     return layer
 
 
-class _Product(nn.Module):
+class Product(nn.Module):
     def __init__(self, layer: nn.Module, mask: Tensor) -> None:
         super().__init__()
         self.layer, self.mask = layer, mask.float()
@@ -52,7 +52,7 @@ class _Product(nn.Module):
 
 
 def masked_product(weight, bias, mask, x, dy, padding):
-    return through_autograd(_Product(plain(weight, bias, padding), mask), x, dy)
+    return through_autograd(Product(plain(weight, bias, padding), mask), x, dy)
 
 
 def torch_prune(weight, bias, mask, x, dy, padding):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("bench", "bench/experiments")]
+import bench_narrow  # noqa: E402
 import codec_marks  # noqa: E402
 import layer_marks  # noqa: E402
 import marks  # noqa: E402
@@ -152,6 +153,14 @@ def layers() -> str:
             "`bench/bench_recurrent.py`):",
             "",
             *recurrent,
+        ]
+    if narrow := bench_narrow.table():
+        lines += [
+            "",
+            "Narrow types on the CPU, the same step over torch's dense layer in that type (weight * mask in brackets; "
+            "no mark was set; `bench/bench_narrow.py`):",
+            "",
+            *narrow,
         ]
     if peers := layer_marks.peers_table(content, notes=False):
         lines += ["", "The same step, everything in one process, masks of single weights unless said:", "", *peers]
