@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from autoflip import MaskSet, fed, meter, report
+from autoflip import MaskSet, explore, fed, meter, report
 from autoflip.fed.client import Client
 from autoflip.fed.loop import _Job
 from autoflip.fed.sections import METHOD_NAMES
@@ -328,6 +328,27 @@ def test_a_narrow_model_keeps_more_of_its_channels_unless_told_otherwise():
     small = ["fed.against=none", "model.name=resnet8-group", "fed.rounds=2"]
     kept = [fed.run(_config(*small, f"prune.channels={c}")).records[-1].channels for c in (0, 0.25)]
     assert kept[1] < 0.75 * kept[0]
+
+
+def test_narrow_models_with_norms_take_longer_steps_once_they_are_narrow(monkeypatch):
+    from autoflip.fed.models import build
+
+    def factors(name, *overrides):
+        model = build(name, input_shape=(1, 8, 8), num_classes=10)
+        strategy = METHODS["autoflip"](_config(*overrides), model)
+        return [strategy.lr_factor(r) for r in (0, 1, 7)]
+
+    assert factors("mlp") == [1, 1, 1]
+    assert factors("resnet8-group") == factors("resnet8") == [1, 2, 2]
+    assert factors("resnet8-group", "prune.lr_factor=1.5") == factors("mlp", "prune.lr_factor=1.5") == [1, 1.5, 1.5]
+    assert METHODS["fedavg"](_config(), build("resnet8", input_shape=(1, 8, 8), num_classes=10)).lr_factor(3) == 1
+
+    taken = []
+    real = explore.local_steps
+    monkeypatch.setattr(explore, "local_steps", lambda *a, **k: taken.append(k["lr"]) or real(*a, **k))
+    config = _config("fed.against=none", "fed.rounds=2", "prune.lr_factor=3")
+    fed.run(config)
+    assert set(taken) == {config.train.lr, 3 * config.train.lr}
 
 
 @pytest.mark.parametrize("restore", ["layer", "row"])

@@ -114,7 +114,7 @@ class Client:
                 F.cross_entropy,
                 epochs=epochs,
                 batch_size=cfg.train.batch_size,
-                lr=cfg.train.lr * cfg.train.lr_decay**message.round,
+                lr=cfg.train.lr * cfg.train.lr_decay**message.round * self.strategy.lr_factor(message.round),
                 momentum=cfg.train.momentum,
                 weight_decay=cfg.train.weight_decay,
                 clip_norm=cfg.train.clip_norm,

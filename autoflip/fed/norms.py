@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-__all__ = ["to_group_norm"]
+__all__ = ["has_norms", "to_group_norm"]
+
+
+def has_norms(model: nn.Module) -> bool:
+    """Tell whether a model has a normalisation layer of torch's."""
+    return any(isinstance(layer, (_NormBase, nn.GroupNorm, nn.LayerNorm)) for layer in model.modules())
 
 
 def to_group_norm(model: nn.Module, groups: int = 8) -> nn.Module:

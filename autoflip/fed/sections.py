@@ -99,6 +99,7 @@ class Prune:
     every: int = 5  # rounds between two mask changes while they fall
     rescale: float = 3.0  # largest factor that restores a pruned layer's norm; 1: leave the weights alone
     restore: str = "row"  # whose norm: layer | row (of each output that is left)
+    lr_factor: float = 0.0  # on train.lr once channels are gone; 0: by the model, see AutoFlip.lr_factor
     paper_quantile: float = 0.3  # T_p of method autoflip-paper: the pruned share
 
 
@@ -181,5 +182,6 @@ RANGES = {
     "prune.until": _COUNT,
     "prune.every": _COUNT,
     "prune.rescale": _range(1, 100),
+    "prune.lr_factor": _range(0, 100),
     "prune.paper_quantile": _range(0, 0.999),
 }

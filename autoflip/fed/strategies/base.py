@@ -77,6 +77,10 @@ class Strategy:
         """Return what a round wants of its clients."""
         return Ask("training", self.config.fed.fraction, self.config.train.epochs)
 
+    def lr_factor(self, round_number: int) -> float:
+        """Return what multiplies ``train.lr`` in a round's local steps."""
+        return 1.0
+
     def step(self, state: ServerState, mean: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
         """Move the parameters along the clients' mean update; return them and the optimizer's new memory."""
         make = OPTIMIZERS[self.optimizer]
