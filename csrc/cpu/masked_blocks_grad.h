@@ -82,48 +82,39 @@ void tall_gradients(const uint16_t* column, int64_t count, const float* dy, cons
 
 // --- blocks of 4 rows
 
-// to[row][column] = the sums over all samples of dy * x at four columns and R rows from `row` on
+// to[row][column] = the sums over all samples of dy * x at four columns and R rows from `row` on; in vectors
+// of 8 also where there are longer ones: what does not have to be folded is worth more than what is done at
+// once
 template <int R>
 AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row, int64_t rows,
                            const float* panels, int64_t col, int64_t cols, int64_t n, float* to,
                            int64_t stride) {
-#if defined(__AVX512F__)
-  if (n <= kVector) {  // in halves: the first fold is a multiply-add
-    __m256 low[4], high[4];
-    unroll<0, 4>([&](auto c) AF_LAMBDA {
-      const float* x = panels + (col + column[c.value]) * kVector;
-      low[c.value] = _mm256_loadu_ps(x);
-      high[c.value] = _mm256_loadu_ps(x + 8);
-    });
+  half sums[R][4];
+  const auto add = [&](const float* x, const float* d, int64_t width, auto first) AF_LAMBDA {
+    half xs[4];
+    unroll<0, 4>([&](auto c) AF_LAMBDA { xs[c.value] = load_half(x + column[c.value] * width); });
     unroll<0, R>([&](auto r) AF_LAMBDA {
-      const float* at = dy + (row + r.value) * kVector;
-      const __m256 d = _mm256_loadu_ps(at), e = _mm256_loadu_ps(at + 8);
-      __m256 half[4];
-      unroll<0, 4>([&](auto c)
-                       AF_LAMBDA { half[c.value] = _mm256_fmadd_ps(e, high[c.value], d * low[c.value]); });
-      sum_halves<4>(half, true, to + r.value * stride);
-    });
-    return;
-  }
-#endif
-  vec sums[R][4];
-  unroll<0, R * 4>([&](auto i) AF_LAMBDA { sums[i.value / 4][i.value % 4] = vec{}; });
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Panel p = panel(i / kLanes, n);
-    const float *x = panels + p.begin * cols + col * p.width, *d = dy + p.begin * rows + row * p.width;
-    const float* at[4];
-    unroll<0, 4>([&](auto c) AF_LAMBDA { at[c.value] = x + column[c.value] * p.width; });
-    for (int64_t v = 0; v < p.width; v += kVector) {
-      vec xs[4];
-      unroll<0, 4>([&](auto c) AF_LAMBDA { xs[c.value] = load(at[c.value] + v); });
-      unroll<0, R>([&](auto r) AF_LAMBDA {
-        const vec ds = load(d + r.value * p.width + v);
-        unroll<0, 4>(
-            [&](auto c) AF_LAMBDA { sums[r.value][c.value] = fma(ds, xs[c.value], sums[r.value][c.value]); });
+      const half ds = load_half(d + r.value * width);
+      unroll<0, 4>([&](auto c) AF_LAMBDA {
+        half& sum = sums[r.value][c.value];
+        sum = first.value ? ds * xs[c.value] : fma(ds, xs[c.value], sum);
       });
+    });
+  };
+  if (n <= kVector) {
+    unroll<0, kVector / kHalf>([&](auto i) AF_LAMBDA {
+      constexpr int v = decltype(i)::value * kHalf;
+      add(panels + col * kVector + v, dy + row * kVector + v, kVector, Int<v == 0>{});
+    });
+  } else {
+    unroll<0, R * 4>([&](auto i) AF_LAMBDA { sums[i.value / 4][i.value % 4] = half{}; });
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Panel p = panel(i / kLanes, n);
+      const float *x = panels + p.begin * cols + col * p.width, *d = dy + p.begin * rows + row * p.width;
+      for (int64_t v = 0; v < p.width; v += kHalf) add(x + v, d + v, p.width, Int<0>{});
     }
   }
-  unroll<0, R>([&](auto r) AF_LAMBDA { sum_columns<4>(sums[r.value], true, to + r.value * stride); });
+  unroll<0, R>([&](auto r) AF_LAMBDA { sum_halves<4>(sums[r.value], true, to + r.value * stride); });
 }
 
 // The gradients of one list, a row of the block after the other, `stride` floats apart
