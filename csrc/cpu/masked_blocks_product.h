@@ -10,8 +10,8 @@ namespace {
 constexpr int64_t kSumRows = kRowBlock * kFlat;  // of one task: with 64 lanes their sums take 128 KB
 
 // Four rows of kept weights: side by side, `stride` floats from column to column of the list (Copied), or
-// `stride` floats from row to row of the weight.
-template <bool Copied>
+// `stride` floats from row to row of the weight. Ask: the four rows after them are asked for on the way.
+template <bool Copied, bool Ask = false>
 struct Four {
   const float* at;
   int64_t stride;
@@ -26,10 +26,10 @@ Four<true> beside(const uint16_t* column, int64_t count, const float* w, int64_t
 }
 
 // Calls visit(weights, list, first row, live rows) for every four rows of the groups [from, end) of a cell;
-// w: the cell's weights, or the copy of the kept ones; `ask`: four rows ahead are asked for, `cols` of each
+// w: the cell's weights, or the copy of the kept ones; `far`: weights come from memory
 template <bool Copied, class Visit>
 AF_INLINE void each_four(const Blocks& b, int64_t cell, int64_t from, int64_t end, int64_t rows,
-                         const float* w, int64_t cols, bool ask, Visit&& visit) {
+                         const float* w, bool far, Visit&& visit) {
   const Lists& l = b.lists;
   alignas(64) float edge[kMaxChunk * kFlat];
   const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
@@ -43,10 +43,9 @@ AF_INLINE void each_four(const Blocks& b, int64_t cell, int64_t from, int64_t en
         visit(Four<true>{w + r, b.height}, column, *count, row, live);
       } else {
         const float* here = w + (from * b.height + row) * l.cols;
-        if (ask && live > kFlat)
-          for (int64_t i = kFlat; i < least(2 * kFlat, live); ++i)
-            for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(here + i * l.cols + j, 0, 2);
-        if (live >= kFlat)
+        if (far && live >= 2 * kFlat)
+          visit(Four<false, true>{here, l.cols}, column, *count, row, live);
+        else if (live >= kFlat)
           visit(Four<false>{here, l.cols}, column, *count, row, live);
         else
           visit(beside(column, *count, here, l.cols, live, edge), column, *count, row, live);
@@ -59,25 +58,31 @@ AF_INLINE void each_four(const Blocks& b, int64_t cell, int64_t from, int64_t en
 // the weights of four rows at entry j of a list
 template <bool Copied>
 struct Entry {
-  AF_INLINE Entry(Four<Copied> w, const uint16_t* column, int64_t j)
+  template <bool Ask>
+  AF_INLINE Entry(Four<Copied, Ask> w, const uint16_t* column, int64_t j)
       : at(Copied ? w.at + j * w.stride : w.at + column[j]), stride(Copied ? 1 : w.stride) {}
   AF_INLINE vec operator[](int r) const { return broadcast(at[r * stride]); }
+  AF_INLINE void ask(int64_t r) const { __builtin_prefetch(at + (kFlat + r) * stride, 0, 2); }
   const float* at;
   int64_t stride;
 };
 
 // sums[4 rows][V vectors] += the blocks of one list
-template <int V, bool Copied>
-AF_INLINE void add_list(const uint16_t* column, int64_t count, Four<Copied> w, const float* x, float* at) {
+template <int V, bool Copied, bool Ask>
+AF_INLINE void add_list(const uint16_t* column, int64_t count, Four<Copied, Ask> w, const float* x,
+                        float* at) {
   constexpr int S = kSets<V>;
   vec sums[S][kFlat][V];
   unroll<0, kFlat * V>([&](auto i) AF_LAMBDA {
     sums[0][i.value / V][i.value % V] = load(at + i.value * kVector);
     unroll<1, S>([&](auto s) AF_LAMBDA { sums[s.value][i.value / V][i.value % V] = vec{}; });
   });
-  const auto add = [&](int64_t j, vec(&to)[kFlat][V]) AF_LAMBDA {
+  const auto add = [&](int64_t j, auto s) AF_LAMBDA {
+    auto& to = sums[s.value];
     const float* xk = x + column[j] * int64_t(V * kVector);
     const Entry<Copied> entry(w, column, j);
+    if constexpr (Ask)  // neighbouring columns share lines: each asks for its share of the rows
+      unroll<0, kFlat / S>([&](auto i) AF_LAMBDA { entry.ask(s.value * (kFlat / S) + i.value); });
     vec xs[V];
     unroll<0, V>([&](auto v) AF_LAMBDA { xs[v.value] = load(xk + v.value * kVector); });
     unroll<0, kFlat>([&](auto r) AF_LAMBDA {
@@ -87,9 +92,9 @@ AF_INLINE void add_list(const uint16_t* column, int64_t count, Four<Copied> w, c
     });
   };
   int64_t j = 0;
-  for (; j + S <= count; j += S) unroll<0, S>([&](auto s) AF_LAMBDA { add(j + s.value, sums[s.value]); });
+  for (; j + S <= count; j += S) unroll<0, S>([&](auto s) AF_LAMBDA { add(j + s.value, s); });
   if constexpr (S > 1)
-    for (; j < count; ++j) add(j, sums[0]);
+    for (; j < count; ++j) add(j, Int<0>{});
   unroll<0, kFlat * V>([&](auto i) AF_LAMBDA {
     constexpr int r = decltype(i)::value / V, v = decltype(i)::value % V;
     vec sum = sums[0][r][v];
@@ -101,16 +106,16 @@ AF_INLINE void add_list(const uint16_t* column, int64_t count, Four<Copied> w, c
 
 template <int V, bool Copied>
 void add_blocks(const Blocks& b, int64_t cell, int64_t from, int64_t end, int64_t rows, const float* w,
-                int64_t cols, bool ask, const float* x, float* sums) {
-  each_four<Copied>(b, cell, from, end, rows, w, cols, ask,
+                bool far, const float* x, float* sums) {
+  each_four<Copied>(b, cell, from, end, rows, w, far,
                     [&](auto four, const uint16_t* column, int64_t count, int64_t row, int64_t) AF_LAMBDA {
                       if (count) add_list<V>(column, count, four, x, sums + row * V * kVector);
                     });
 }
 
 // sums[column][V vectors] += weights * dy at one list; dy: the panel at its first row
-template <int V, bool Copied>
-AF_INLINE void scatter_list(const uint16_t* column, int64_t count, Four<Copied> w, const float* dy,
+template <int V, bool Copied, bool Ask>
+AF_INLINE void scatter_list(const uint16_t* column, int64_t count, Four<Copied, Ask> w, const float* dy,
                             int64_t live, float* sums) {
   vec d[kFlat][V];
   unroll<0, kFlat * V>([&](auto i) AF_LAMBDA {
@@ -120,6 +125,7 @@ AF_INLINE void scatter_list(const uint16_t* column, int64_t count, Four<Copied> 
   for (int64_t j = 0; j < count; ++j) {
     float* at = sums + column[j] * int64_t(V * kVector);
     const Entry<Copied> entry(w, column, j);
+    if constexpr (Ask) entry.ask(j % kFlat);
     vec sum[V];
     unroll<0, V>([&](auto v) AF_LAMBDA { sum[v.value] = load(at + v.value * kVector); });
     unroll<0, kFlat>([&](auto r) AF_LAMBDA {
@@ -132,9 +138,9 @@ AF_INLINE void scatter_list(const uint16_t* column, int64_t count, Four<Copied> 
 
 template <int V, bool Copied>
 void scatter_blocks(const Blocks& b, int64_t cell, int64_t from, int64_t end, int64_t rows, const float* w,
-                    int64_t cols, bool ask, const float* dy, float* sums) {
+                    bool far, const float* dy, float* sums) {
   each_four<Copied>(
-      b, cell, from, end, rows, w, cols, ask,
+      b, cell, from, end, rows, w, far,
       [&](auto four, const uint16_t* column, int64_t count, int64_t row, int64_t live)
           AF_LAMBDA { scatter_list<V>(column, count, four, dy + row * V * kVector, live, sums); });
 }
@@ -179,8 +185,8 @@ void blocks_product(const Blocks& b, const float* w, const float* copy, const fl
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t cell = block * chunks + c, col = c * l.chunk;
         kAddBlocks[copy != nullptr][p.width / kVector - 1](
-            b, cell, from, end, rows, weights_at(b, cell, top, col, w, copy), least(l.chunk, l.cols - col),
-            far && i == 0, panels + p.begin * l.cols + col * p.width, sums);
+            b, cell, from, end, rows, weights_at(b, cell, top, col, w, copy), far && i == 0,
+            panels + p.begin * l.cols + col * p.width, sums);
       }
       finish_sums(sums, p, rows, relu, y + p.begin * b.rows + row, b.rows);
     }
@@ -203,7 +209,7 @@ void blocks_back(const Blocks& b, const float* w, const float* copy, const float
         const int64_t cell = block * chunks + c, row = block * l.block * b.height;
         kScatterBlocks[copy != nullptr][p.width / kVector - 1](
             b, cell, 0, least(l.block, l.rows - block * l.block), b.rows - row,
-            weights_at(b, cell, row, col, w, copy), cols, far && i == 0,
+            weights_at(b, cell, row, col, w, copy), far && i == 0,
             panels + p.begin * b.rows + row * p.width, sums);
       }
       finish_sums(sums, p, cols, false, dx + p.begin * l.cols + col, l.cols);

@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593, in its own avx512fintrin.h
+// where it knows a stride it tells us that 2^55 rows would be too many
+#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
 #endif
 #endif
 
