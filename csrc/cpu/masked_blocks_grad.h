@@ -1,5 +1,5 @@
-// The gradient in w at blocks: see masked_blocks.h. Blocks of 16 rows are a vector of outputs, so that no sums
-// have to be turned; of blocks of 4 rows samples are lanes, and four columns meet four rows at a time.
+// The gradient in w at blocks: see masked_blocks.h. Blocks of 16 rows are a vector of outputs, so that no
+// sums have to be turned; of blocks of 4 rows samples are lanes, and four columns meet four rows at a time.
 #pragma once
 #include "cpu/masked_blocks_product.h"
 

@@ -209,8 +209,8 @@ void blocks_back(const Blocks& b, const float* w, const float* copy, const float
         const int64_t cell = block * chunks + c, row = block * l.block * b.height;
         kScatterBlocks[copy != nullptr][p.width / kVector - 1](
             b, cell, 0, least(l.block, l.rows - block * l.block), b.rows - row,
-            weights_at(b, cell, row, col, w, copy), far && i == 0,
-            panels + p.begin * b.rows + row * p.width, sums);
+            weights_at(b, cell, row, col, w, copy), far && i == 0, panels + p.begin * b.rows + row * p.width,
+            sums);
       }
       finish_sums(sums, p, cols, false, dx + p.begin * l.cols + col, l.cols);
     }

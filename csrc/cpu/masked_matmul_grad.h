@@ -53,8 +53,8 @@ AF_INLINE void sample(const uint16_t* column, const vec (&dy)[V], const float* x
   unroll<0, Columns>([&](auto j) AF_LAMBDA {
     const float* xk = x + column[j.value] * int64_t(V * kVector);
     vec product = dy[0] * load(xk);
-    unroll<1, V>(
-        [&](auto v) AF_LAMBDA { product = fma(dy[v.value], load(xk + v.value * kVector), product); });
+    unroll<1, V>([&](auto v)
+                     AF_LAMBDA { product = fma(dy[v.value], load(xk + v.value * kVector), product); });
     products[j.value] = fold(product);
   });
   sum_halves<Columns>(products, first, sums);
