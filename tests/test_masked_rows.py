@@ -102,7 +102,7 @@ def test_a_large_weight_is_read_where_it_stands_or_copied(height):
         sizes = (parts.layout.data_ptr(), parts.chunk, height, O, K)
         assert (_masked_kernels.CPP.masked_blocks_values(*sizes) > 0) == (kept_until_backward is not None)
         assert (_masked_kernels.new_values(parts) is not None) == bool(kept_until_backward)
-        for N in (3, 20, 130):
+        for N in (3, 20, 130, 300):
             check(N, O, K, height, density, "relu" if N == 20 else None)
 
 

@@ -10,42 +10,56 @@ namespace autoflip {
 namespace {
 
 // values = the kept weights in the lists' order, a block side by side. Four rows are read side by side, from
-// end to end, and the next four asked for meanwhile: a large weight comes from memory.
+// end to end; where most of their lines are wanted the next four are asked for meanwhile: a large weight
+// comes from memory.
 void pack_blocks(const Blocks& b, const float* w, float* values, int threads) {
   typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
   constexpr int64_t kMost = 128;  // chunks walked side by side
   const Lists& l = b.lists;
   const int64_t many = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk),
                 words = words_of(l.chunk), height = b.height, stride = l.cols;
+  const bool most = copied(b) * 24 > b.rows * stride;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && many > 1)
   for (int64_t block = 0; block < many; ++block)
     for (int64_t c0 = 0; c0 < chunks; c0 += kMost) {
       float* to[kMost];
+      const uint16_t* columns[kMost];
       const int64_t some = least(kMost, chunks - c0), cell = block * chunks + c0;
-      for (int64_t c = 0; c < some; ++c) to[c] = values + height * int64_t(l.first[cell + c]);
+      for (int64_t c = 0; c < some; ++c) {
+        columns[c] = l.columns + l.first[cell + c];
+        to[c] = values + height * int64_t(l.first[cell + c]);
+      }
       for (int64_t g = 0; g < least(l.block, l.rows - block * l.block); ++g) {
         for (int64_t r = 0; r < height; r += kFlat) {
           const int64_t row = (block * l.block + g) * height + r, live = b.rows - row;
           const int64_t ahead = live >= 2 * kFlat ? kFlat * stride : 0;
           for (int64_t c = 0; c < some; ++c) {
-            const int64_t col = (c0 + c) * l.chunk, cols = least(l.chunk, stride - col);
-            const uint16_t* bits = l.bits + ((cell + c) * l.block + g) * words;
+            const int64_t col = (c0 + c) * l.chunk, list = (cell + c) * l.block + g, count = l.counts[list];
             const float* from = w + row * stride + col;
             float* out = to[c] + r;
-            for (int64_t k = 0; k < cols; k += 16, from += 16, ++bits) {
-              if (live >= kFlat)
+            const auto put = [&](const float* at) AF_LAMBDA {
+              *reinterpret_cast<four*>(out) = four{at[0], at[stride], at[2 * stride], at[3 * stride]};
+              out += height;
+            };
+            if (live < kFlat) {
+              for (int64_t j = 0; j < count; ++j, out += height)
+                for (int64_t i = 0; i < kFlat; ++i) out[i] = i < live ? from[columns[c][j] + i * stride] : 0;
+            } else if (most) {
+              const uint16_t* bits = l.bits + list * words;
+              for (int64_t k = 0; k < least(l.chunk, stride - col); k += 16, from += 16, ++bits) {
                 for (int64_t i = 0; i < kFlat; ++i) __builtin_prefetch(from + ahead + i * stride, 0, 2);
-              for (unsigned left = *bits; left; left &= left - 1, out += height) {
-                const float* at = from + __builtin_ctz(left);
-                if (live >= kFlat)
-                  *reinterpret_cast<four*>(out) = four{at[0], at[stride], at[2 * stride], at[3 * stride]};
-                else
-                  for (int64_t i = 0; i < kFlat; ++i) out[i] = i < live ? at[i * stride] : 0;
+                for (unsigned left = *bits; left; left &= left - 1) put(from + __builtin_ctz(left));
               }
+            } else {
+              for (int64_t j = 0; j < count; ++j) put(from + columns[c][j]);
             }
           }
         }
-        for (int64_t c = 0; c < some; ++c) to[c] += height * int64_t(l.counts[(cell + c) * l.block + g]);
+        for (int64_t c = 0; c < some; ++c) {
+          const int64_t count = l.counts[(cell + c) * l.block + g];
+          columns[c] += count;
+          to[c] += height * count;
+        }
       }
     }
 }

@@ -162,14 +162,21 @@ AF_INLINE const float* weights_at(const Blocks& b, int64_t cell, int64_t row, in
   return copy ? copy + int64_t(b.lists.first[cell]) * b.height : w + row * b.lists.cols + col;
 }
 
+// How many panels meet a piece of the weight one after the other: as many as spare a large one that is read
+// where it stands from coming from memory for each.
+AF_INLINE int64_t round_of(const Blocks& b, const float* copy) {
+  return !copy && b.rows * b.lists.cols > kLarge ? kRound : 1;
+}
+
 // y (n, rows) row-major = act(x @ weight.T + bias) for the samples of `panels`; copy: the kept weights, or
 // null
 void blocks_product(const Blocks& b, const float* w, const float* copy, const float* panels, int64_t n,
                     const float* bias, bool relu, float* y, int threads) {
   const Lists& l = b.lists;
-  const int64_t chunks = ceil_div(l.cols, l.chunk), groups = kSumRows / b.height,
+  const int64_t count = ceil_div(n, kLanes), round = least(round_of(b, copy), count > 0 ? count : 1);
+  const int64_t chunks = ceil_div(l.cols, l.chunk), room = kSumRows / round, groups = room / b.height,
                 pieces = ceil_div(l.block, groups), tasks = ceil_div(l.rows, l.block) * pieces;
-  const bool far = b.rows * l.cols > kLarge;
+  const bool far = round_of(b, copy) > 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1)
   for (int64_t t = 0; t < tasks; ++t) {
     alignas(64) float sums[kSumRows * kLanes];
@@ -178,17 +185,26 @@ void blocks_product(const Blocks& b, const float* w, const float* copy, const fl
                   top = block * l.block * b.height, row = top + from * b.height,
                   rows = least((end - from) * b.height, b.rows - row);
     if (from >= end) continue;
-    for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
-      const Panel p = panel(i, n);
-      start_sums(bias, row, rows, p.width, sums);
-      for (int64_t r = rows; r % kFlat; ++r) start_sums(nullptr, 0, 1, p.width, sums + r * p.width);
+    const auto each = [&](int64_t first, auto&& visit) AF_LAMBDA {  // visit(panel, its sums)
+      for (int64_t i = first; i < least(first + round, count); ++i)
+        visit(panel(i, n), sums + (i - first) * room * kLanes);
+    };
+    for (int64_t first = 0; first < count; first += round) {
+      each(first, [&](Panel p, float* own) AF_LAMBDA {
+        start_sums(bias, row, rows, p.width, own);
+        for (int64_t r = rows; r % kFlat; ++r) start_sums(nullptr, 0, 1, p.width, own + r * p.width);
+      });
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t cell = block * chunks + c, col = c * l.chunk;
-        kAddBlocks[copy != nullptr][p.width / kVector - 1](
-            b, cell, from, end, rows, weights_at(b, cell, top, col, w, copy), far && i == 0,
-            panels + p.begin * l.cols + col * p.width, sums);
+        const float* here = weights_at(b, cell, top, col, w, copy);
+        each(first, [&](Panel p, float* own) AF_LAMBDA {
+          kAddBlocks[copy != nullptr][p.width / kVector - 1](b, cell, from, end, rows, here,
+                                                             far && own == sums,
+                                                             panels + p.begin * l.cols + col * p.width, own);
+        });
       }
-      finish_sums(sums, p, rows, relu, y + p.begin * b.rows + row, b.rows);
+      each(first, [&](Panel p, float* own)
+                      AF_LAMBDA { finish_sums(own, p, rows, relu, y + p.begin * b.rows + row, b.rows); });
     }
   }
 }
@@ -196,23 +212,34 @@ void blocks_product(const Blocks& b, const float* w, const float* copy, const fl
 void blocks_back(const Blocks& b, const float* w, const float* copy, const float* panels, int64_t n,
                  float* dx, int threads) {
   const Lists& l = b.lists;
+  const int64_t count = ceil_div(n, kLanes), round = least(round_of(b, copy), count > 0 ? count : 1);
   const int64_t many = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
-  const bool far = b.rows * l.cols > kLarge;
-  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
-    const Panel p = panel(i, n);
+  const int64_t groups = round > 1 ? kSumRows / round / b.height : l.block;
+  const bool far = round_of(b, copy) > 1;
+  for (int64_t first = 0; first < count; first += round) {
+    const int64_t last = least(first + round, count);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1)
     for (int64_t c = 0; c < chunks; ++c) {
-      alignas(64) float sums[kMaxChunk * kLanes];
+      alignas(64) float sums[kRound][kMaxChunk * kLanes];
       const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
-      start_sums(nullptr, 0, cols, p.width, sums);
+      for (int64_t i = first; i < last; ++i) start_sums(nullptr, 0, cols, panel(i, n).width, sums[i - first]);
       for (int64_t block = 0; block < many; ++block) {
-        const int64_t cell = block * chunks + c, row = block * l.block * b.height;
-        kScatterBlocks[copy != nullptr][p.width / kVector - 1](
-            b, cell, 0, least(l.block, l.rows - block * l.block), b.rows - row,
-            weights_at(b, cell, row, col, w, copy), far && i == 0, panels + p.begin * b.rows + row * p.width,
-            sums);
+        const int64_t cell = block * chunks + c, top = block * l.block * b.height,
+                      all = least(l.block, l.rows - block * l.block);
+        const float* here = weights_at(b, cell, top, col, w, copy);
+        for (int64_t from = 0; from < all; from += groups)
+          for (int64_t i = first; i < last; ++i) {
+            const Panel p = panel(i, n);
+            const int64_t row = top + from * b.height, end = least(from + groups, all);
+            kScatterBlocks[copy != nullptr][p.width / kVector - 1](
+                b, cell, from, end, least((end - from) * b.height, b.rows - row), here, far && i == first,
+                panels + p.begin * b.rows + row * p.width, sums[i - first]);
+          }
       }
-      finish_sums(sums, p, cols, false, dx + p.begin * l.cols + col, l.cols);
+      for (int64_t i = first; i < last; ++i) {
+        const Panel p = panel(i, n);
+        finish_sums(sums[i - first], p, cols, false, dx + p.begin * l.cols + col, l.cols);
+      }
     }
   }
 }
