@@ -61,7 +61,7 @@ def chunk(n_rows: int, density: float, letter: str = "s", entries: int = 0) -> i
     the kept weights are copied first (1 << 20 entries and more, rows walked one by one) twice as many are faster: the
     copy goes along rows of a chunk. The three products of 2304x512 to 4096x4096 gained 3 to 19 % at 32 to 128 rows.
     """
-    if n_rows <= 16 or density < 0.03 or letter == "t":
+    if n_rows <= 16 or density < 0.03:
         return 512
     if letter in kernels.HEIGHTS:
         return 512 if density < 0.12 else 256

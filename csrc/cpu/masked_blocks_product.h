@@ -212,7 +212,9 @@ void blocks_product(const Blocks& b, const float* w, const float* copy, const fl
 void blocks_back(const Blocks& b, const float* w, const float* copy, const float* panels, int64_t n,
                  float* dx, int threads) {
   const Lists& l = b.lists;
-  const int64_t count = ceil_div(n, kLanes), round = least(round_of(b, copy), count > 0 ? count : 1);
+  // a chunk of columns for each panel of a round: more room would be met cold
+  const int64_t count = ceil_div(n, kLanes), room = l.chunk * kLanes,
+                round = least(least(round_of(b, copy), kMaxChunk / l.chunk), count > 0 ? count : 1);
   const int64_t many = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
   const int64_t groups = round > 1 ? kSumRows / round / b.height : l.block;
   const bool far = round_of(b, copy) > 1;
@@ -220,9 +222,10 @@ void blocks_back(const Blocks& b, const float* w, const float* copy, const float
     const int64_t last = least(first + round, count);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1)
     for (int64_t c = 0; c < chunks; ++c) {
-      alignas(64) float sums[kRound][kMaxChunk * kLanes];
+      alignas(64) float sums[kMaxChunk * kLanes];
       const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
-      for (int64_t i = first; i < last; ++i) start_sums(nullptr, 0, cols, panel(i, n).width, sums[i - first]);
+      for (int64_t i = first; i < last; ++i)
+        start_sums(nullptr, 0, cols, panel(i, n).width, sums + (i - first) * room);
       for (int64_t block = 0; block < many; ++block) {
         const int64_t cell = block * chunks + c, top = block * l.block * b.height,
                       all = least(l.block, l.rows - block * l.block);
@@ -233,12 +236,12 @@ void blocks_back(const Blocks& b, const float* w, const float* copy, const float
             const int64_t row = top + from * b.height, end = least(from + groups, all);
             kScatterBlocks[copy != nullptr][p.width / kVector - 1](
                 b, cell, from, end, least((end - from) * b.height, b.rows - row), here, far && i == first,
-                panels + p.begin * b.rows + row * p.width, sums[i - first]);
+                panels + p.begin * b.rows + row * p.width, sums + (i - first) * room);
           }
       }
       for (int64_t i = first; i < last; ++i) {
         const Panel p = panel(i, n);
-        finish_sums(sums[i - first], p, cols, false, dx + p.begin * l.cols + col, l.cols);
+        finish_sums(sums + (i - first) * room, p, cols, false, dx + p.begin * l.cols + col, l.cols);
       }
     }
   }
