@@ -21,7 +21,7 @@ Blocks blocks_at(uintptr_t lay, int64_t chunk, int height, int64_t rows, int64_t
 }
 
 int64_t values(uintptr_t lay, int64_t chunk, int height, int64_t rows, int64_t cols) {
-  return values_of(blocks_at(lay, chunk, height, rows, cols));
+  return copied(blocks_at(lay, chunk, height, rows, cols));
 }
 
 }  // namespace
@@ -53,7 +53,8 @@ void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr
 }
 
 void bind_blocks(py::module_& m) {
-  m.def("masked_blocks_values", values, "how many floats the kept weights of these blocks take");
+  m.def("masked_blocks_values", values,
+        "floats of the copy of the kept weights of these blocks; 0: forward makes none");
   m.def("masked_blocks_forward", masked_blocks_forward,
         "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias) for a mask of blocks of `height` rows, whose "
         "layout is masked_matmul_layout's of the mask of blocks");

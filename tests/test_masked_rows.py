@@ -66,6 +66,7 @@ def check(N, O, K, height, density, activation):
 # ragged in blocks, vectors, samples together, chunks of columns and blocks of rows
 SHAPES = [(16, 1), (17, 5), (35, 33), (70, 700), (2 * 128 * 16 + 4, 3)]
 BATCHES = [1, 3, 16, 17, 40, 64, 150]
+LARGE = "test_a_large_weight_is_read_where_it_stands_or_copied"
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -79,7 +80,7 @@ def test_equals_float64_reference(height, density, activation):
 
 @pytest.mark.parametrize("isa", instruction_sets.LEVELS[:-1])
 def test_every_instruction_set_equals_float64_reference(isa):
-    instruction_sets.rerun(__file__, isa, "test_equals_float64_reference")
+    instruction_sets.rerun(__file__, isa, "test_equals_float64_reference", LARGE)
 
 
 def test_result_does_not_depend_on_the_thread_count():
@@ -94,9 +95,15 @@ def test_result_does_not_depend_on_the_thread_count():
             assert all(torch.equal(a, c) for a, c in zip(got[0], other, strict=True))
 
 
-def test_a_large_weight_keeps_its_copied_values_until_backward():
-    check(20, 1040, 1030, 16, 0.1, None)
-    check(20, 1040, 1030, 4, 0.1, "relu")
+@pytest.mark.parametrize("height", [4, 16])
+def test_a_large_weight_is_read_where_it_stands_or_copied(height):
+    for O, K, density, kept_until_backward in ((1035, 700, 0.1, True), (523, 530, 0.02, False), (523, 530, 0.5, None)):
+        parts = block_pack(block_mask(O, K, height, density), height).parts(20)
+        sizes = (parts.layout.data_ptr(), parts.chunk, height, O, K)
+        assert (_masked_kernels.CPP.masked_blocks_values(*sizes) > 0) == (kept_until_backward is not None)
+        assert (_masked_kernels.new_values(parts) is not None) == bool(kept_until_backward)
+        for N in (3, 20, 130, 300):
+            check(N, O, K, height, density, "relu" if N == 20 else None)
 
 
 def test_only_masks_of_blocks_have_a_letter():

@@ -1,85 +1,89 @@
-// What blocks of both heights share: the copy of the kept weights, the gradient in w, a step forward and
-// back.
+// The copy of the kept weights, the gradient in w, a step forward and back for blocks: see masked_blocks.h.
 #pragma once
 #include <cstddef>
 
-#include "cpu/masked_blocks_flat.h"
-#include "cpu/masked_blocks_tall.h"
+#include "cpu/masked_blocks_grad.h"
+#include "cpu/masked_blocks_product.h"
 #include "cpu/masked_matmul_grad.h"
 
 namespace autoflip {
 namespace {
 
 // values = the kept weights in the lists' order, a block side by side. Four rows are read side by side, from
-// end to end.
-void pack_blocks(const Blocks& blocks, const float* w, float* values, int threads) {
+// end to end; where most of their lines are wanted the next four are asked for meanwhile: a large weight
+// comes from memory.
+void pack_blocks(const Blocks& b, const float* w, float* values, int threads) {
   typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
-  constexpr int64_t kMost = 128, kAhead = 256;  // chunks walked side by side; floats
-  const Lists& l = blocks.lists;
-  const int64_t many = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk), height = blocks.height;
-  const bool far = blocks.rows * l.cols >= kPackFrom;
-  const float* none = w;  // stands in for rows below the last one: what is read there is not kept
+  constexpr int64_t kMost = 128;  // chunks walked side by side
+  const Lists& l = b.lists;
+  const int64_t many = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk),
+                words = words_of(l.chunk), height = b.height, stride = l.cols;
+  const bool most = copied(b) * 24 > b.rows * stride;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && many > 1)
-  for (int64_t b = 0; b < many; ++b)
+  for (int64_t block = 0; block < many; ++block)
     for (int64_t c0 = 0; c0 < chunks; c0 += kMost) {
-      const uint16_t* columns[kMost];
       float* to[kMost];
-      const int64_t some = least(kMost, chunks - c0);
+      const uint16_t* columns[kMost];
+      const int64_t some = least(kMost, chunks - c0), cell = block * chunks + c0;
       for (int64_t c = 0; c < some; ++c) {
-        const int64_t cell = b * chunks + c0 + c;
-        columns[c] = l.columns + l.first[cell];
-        to[c] = values + height * int64_t(l.first[cell]);
+        columns[c] = l.columns + l.first[cell + c];
+        to[c] = values + height * int64_t(l.first[cell + c]);
       }
-      for (int64_t g = 0; g < least(l.block, l.rows - b * l.block); ++g) {
-        for (int64_t r = 0; r < height; r += 4) {
-          const int64_t row = (b * l.block + g) * height + r, live = blocks.rows - row;
+      for (int64_t g = 0; g < least(l.block, l.rows - block * l.block); ++g) {
+        for (int64_t r = 0; r < height; r += kFlat) {
+          const int64_t row = (block * l.block + g) * height + r, live = b.rows - row;
+          const int64_t ahead = live >= 2 * kFlat ? kFlat * stride : 0;
           for (int64_t c = 0; c < some; ++c) {
-            const int64_t cell = b * chunks + c0 + c, col = (c0 + c) * l.chunk;
-            const int64_t count = l.counts[cell * l.block + g], cols = least(l.chunk, l.cols - col);
-            const float* from[4];
-            for (int i = 0; i < 4; ++i) from[i] = (i < live ? w + (row + i) * l.cols : none) + col;
-            if (far && count * 24 > cols)  // most of their lines are wanted
-              for (int i = 0; i < 4; ++i)
-                for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(from[i] + kAhead + j, 0, 3);
-            const uint16_t* column = columns[c];
+            const int64_t col = (c0 + c) * l.chunk, list = (cell + c) * l.block + g, count = l.counts[list];
+            const float* from = w + row * stride + col;
             float* out = to[c] + r;
-            if (live >= 4)
-              for (int64_t j = 0; j < count; ++j, out += height) {
-                const int64_t k = column[j];
-                *reinterpret_cast<four*>(out) = four{from[0][k], from[1][k], from[2][k], from[3][k]};
-              }
-            else
+            const auto put = [&](const float* at) AF_LAMBDA {
+              *reinterpret_cast<four*>(out) = four{at[0], at[stride], at[2 * stride], at[3 * stride]};
+              out += height;
+            };
+            if (live < kFlat) {
               for (int64_t j = 0; j < count; ++j, out += height)
-                for (int i = 0; i < 4; ++i) out[i] = i < live ? from[i][column[j]] : 0;
+                for (int64_t i = 0; i < kFlat; ++i) out[i] = i < live ? from[columns[c][j] + i * stride] : 0;
+            } else if (most) {
+              const uint16_t* bits = l.bits + list * words;
+              for (int64_t k = 0; k < least(l.chunk, stride - col); k += 16, from += 16, ++bits) {
+                for (int64_t i = 0; i < kFlat; ++i) __builtin_prefetch(from + ahead + i * stride, 0, 2);
+                for (unsigned left = *bits; left; left &= left - 1) put(from + __builtin_ctz(left));
+              }
+            } else {
+              for (int64_t j = 0; j < count; ++j) put(from + columns[c][j]);
+            }
           }
         }
         for (int64_t c = 0; c < some; ++c) {
-          const int64_t count = l.counts[(b * chunks + c0 + c) * l.block + g];
+          const int64_t count = l.counts[(cell + c) * l.block + g];
           columns[c] += count;
-          to[c] += count * height;
+          to[c] += height * count;
         }
       }
     }
 }
 
+// --- the gradient in w
+
 // dw of one cell. dy: [block][sample][16] for tall blocks, else panels; x: panels
-void block_tile(const Blocks& blocks, int64_t cell, const float* dy, const float* x, int64_t n, float* dw) {
+void block_tile(const Blocks& b, int64_t cell, const float* dy, const float* x, int64_t n, float* dw) {
   constexpr int64_t kStride = kMaxChunk + 16;
   alignas(64) float sums[kTall * kStride], empty[kMaxChunk] = {};
-  const Lists& l = blocks.lists;
-  const int64_t chunks = ceil_div(l.cols, l.chunk), words = words_of(l.chunk), height = blocks.height;
-  const int64_t b = cell / chunks, col = cell % chunks * l.chunk, cols = least(l.chunk, l.cols - col);
+  const Lists& l = b.lists;
+  const int64_t chunks = ceil_div(l.cols, l.chunk), words = words_of(l.chunk), height = b.height;
+  const int64_t block = cell / chunks, col = cell % chunks * l.chunk, cols = least(l.chunk, l.cols - col);
   // what no cache will hold until it is read again need not pass through one
-  const bool past = blocks.rows * l.cols >= kPackFrom;
+  const bool past = b.rows * l.cols >= kPackFrom;
   const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
   const uint16_t* bits = l.bits + cell * l.block * words;
-  for (int64_t g = b * l.block; g < least(l.rows, (b + 1) * l.block); ++g, ++count, bits += words) {
+  for (int64_t g = block * l.block; g < least(l.rows, (block + 1) * l.block); ++g, ++count, bits += words) {
     const int64_t row = g * height;
     if (*count && height == kTall)
       tall_gradients(column, *count, dy + row * n, x, col, l.cols, n, sums, kStride);
     else if (*count)
-      flat_gradients(column, *count, dy, row, blocks.rows, x, col, l.cols, n, sums, kStride);
-    for (int64_t r = 0; r < least(height, blocks.rows - row); ++r)
+      flat_gradients(column, *count, dy, row, b.rows, x, col, l.cols, n, sums, kStride);
+    for (int64_t r = 0; r < least(height, b.rows - row); ++r)
       spread_row(sums + r * kStride, column, *count, bits, cols, dw + (row + r) * l.cols + col, past, empty);
     column += *count;
   }
@@ -88,40 +92,40 @@ void block_tile(const Blocks& blocks, int64_t cell, const float* dy, const float
 #endif
 }
 
-int64_t samples_of(const Blocks& b, int64_t n) { return b.height == kTall ? tall_padded(n) : padded(n); }
+// --- a whole step forward and back
 
-int64_t blocks_forward_scratch(const Blocks& b, int64_t n) {
-  return samples_of(b, n) * b.lists.cols + values_of(b);
-}
+int64_t blocks_forward_scratch(const Blocks& b, int64_t n) { return padded(n) * b.lists.cols + copied(b); }
 // dy as panels, dy by blocks, x; past a narrow chunk the gradient in w looks up columns that are not there
 int64_t blocks_backward_scratch(const Blocks& b, int64_t n) {
-  const int64_t columns = b.height == kTall ? b.lists.rows * kTall : 0;
-  return samples_of(b, n) * (b.rows + columns + b.lists.cols) + kMaxChunk * kLanes + values_of(b);
+  const int64_t more = b.height == kTall ? b.lists.rows * kTall : 0;
+  return tall_padded(n) * (b.rows + more + b.lists.cols) + kMaxChunk * kLanes + copied(b);
 }
 
 void blocks_forward(const Blocks& b, const float* w, const float* x, int64_t n, const float* bias, bool relu,
                     float* y, float* values, float* scratch, int threads) {
-  (b.height == kTall ? tall_panels : to_panels)(x, n, b.lists.cols, scratch, threads);
-  if (!values) values = scratch + samples_of(b, n) * b.lists.cols;
+  to_panels(x, n, b.lists.cols, scratch, threads);
+  if (!copied(b)) return blocks_product(b, w, nullptr, scratch, n, bias, relu, y, threads);
+  if (!values) values = scratch + padded(n) * b.lists.cols;
   pack_blocks(b, w, values, threads);
-  (b.height == kTall ? tall_product : flat_product)(b, values, scratch, n, bias, relu, y, threads);
+  blocks_product(b, w, values, scratch, n, bias, relu, y, threads);
 }
 
 void blocks_backward(const Blocks& b, const float* w, const float* values, const float* dy, const float* x,
                      int64_t n, float* dx, float* dw, float* db, float* scratch, int threads) {
   const Lists& l = b.lists;
   const bool tall = b.height == kTall;
-  const int64_t samples = samples_of(b, n);
-  const auto turn = tall ? tall_panels : to_panels;
-  float* dy_panels = scratch;
-  float* dy_blocks = dy_panels + samples * b.rows;
-  float* x_panels = dy_blocks + (tall ? samples * l.rows * kTall : 0);
-  float* room = x_panels + samples * l.cols + kMaxChunk * kLanes;
+  float *dy_panels = scratch, *dy_blocks = dy_panels + padded(n) * b.rows,
+        *x_panels = dy_blocks + (tall ? n * l.rows * kTall : 0);
   if (db) sum_samples(dy, n, b.rows, db);
-  if (dx || !tall) turn(dy, n, b.rows, dy_panels, threads);
+  if (dx || !tall) to_panels(dy, n, b.rows, dy_panels, threads);
   if (dx) {
-    if (!values) pack_blocks(b, w, room, threads);
-    (tall ? tall_back : flat_back)(b, values ? values : room, dy_panels, n, dx, threads);
+    const float* copy = copied(b) ? values : nullptr;
+    if (copied(b) && !values) {
+      float* room = x_panels + tall_padded(n) * l.cols + kMaxChunk * kLanes;
+      pack_blocks(b, w, room, threads);
+      copy = room;
+    }
+    blocks_back(b, w, copy, dy_panels, n, dx, threads);
   }
   if (!dw) return;
   if (n == 0) {
@@ -129,7 +133,7 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
     return;
   }
   if (tall) tall_samples(dy, n, b.rows, dy_blocks, threads);
-  turn(x, n, l.cols, x_panels, threads);
+  (tall ? tall_panels : to_panels)(x, n, l.cols, x_panels, threads);
   const int64_t cells = ceil_div(l.rows, l.block) * ceil_div(l.cols, l.chunk);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < cells; ++t) block_tile(b, t, tall ? dy_blocks : dy_panels, x_panels, n, dw);

@@ -49,27 +49,32 @@ bool is_clean(const void* w, const uint8_t* mask, int64_t n, int bytes) {
 // sums[j] = the sum over lanes of dy * x at column[j] (plus sums[j] unless `first`), j < Columns
 template <int Columns, int V>
 AF_INLINE void sample(const uint16_t* column, const vec (&dy)[V], const float* x, bool first, float* sums) {
+  half products[Columns];
 #if defined(__AVX512F__)
-  if constexpr (V == 1) {  // in halves: the first fold is a multiply-add
-    const __m256 low = _mm512_castps512_ps256(dy[0]), high = _mm512_extractf32x8_ps(dy[0], 1);
-    __m256 half[Columns];
-    unroll<0, Columns>([&](auto j) AF_LAMBDA {
-      const float* xk = x + column[j.value] * int64_t(kVector);
-      half[j.value] = _mm256_fmadd_ps(high, _mm256_loadu_ps(xk + 8), low * _mm256_loadu_ps(xk));
+  if constexpr (V <= 2) {  // in halves, which need no fold; more of them would wait for their loads
+    half d[2 * V];
+    unroll<0, V>([&](auto v) AF_LAMBDA {
+      d[2 * v.value] = _mm512_castps512_ps256(dy[v.value]);
+      d[2 * v.value + 1] = _mm512_extractf32x8_ps(dy[v.value], 1);
     });
-    sum_halves<Columns>(half, first, sums);
-    return;
+    unroll<0, Columns>([&](auto j) AF_LAMBDA {
+      const float* xk = x + column[j.value] * int64_t(V * kVector);
+      products[j.value] = d[0] * load_half(xk);
+      unroll<1, 2 * V>([&](auto h) AF_LAMBDA {
+        products[j.value] = fma(d[h.value], load_half(xk + h.value * kHalf), products[j.value]);
+      });
+    });
+    return sum_halves<Columns>(products, first, sums);
   }
 #endif
-  vec products[Columns];
   unroll<0, Columns>([&](auto j) AF_LAMBDA {
     const float* xk = x + column[j.value] * int64_t(V * kVector);
-    products[j.value] = dy[0] * load(xk);
-    unroll<1, V>([&](auto v) AF_LAMBDA {
-      products[j.value] = fma(dy[v.value], load(xk + v.value * kVector), products[j.value]);
-    });
+    vec product = dy[0] * load(xk);
+    unroll<1, V>([&](auto v)
+                     AF_LAMBDA { product = fma(dy[v.value], load(xk + v.value * kVector), product); });
+    products[j.value] = fold(product);
   });
-  sum_columns<Columns>(products, first, sums);
+  sum_halves<Columns>(products, first, sums);
 }
 
 constexpr int kWide = sizeof(vec) == 64 ? 16 : sizeof(vec) == 32 ? 8 : 4;  // columns that registers hold

@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593, in its own avx512fintrin.h
+// where it knows a stride it tells us that 2^55 rows would be too many
+#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
 #endif
 #endif
 
@@ -32,6 +34,20 @@ typedef float vec __attribute__((vector_size(16)));
 AF_INLINE vec fma(vec a, vec b, vec c) { return a * b + c; }
 AF_INLINE vec broadcast(float f) { return vec{f, f, f, f}; }
 #endif
+// sums of products whose lanes are to be summed up are kept in vectors of 8 at most: folding wider ones costs
+// more than computing in them saves
+#if defined(__AVX512F__)
+constexpr int kHalf = 8;
+typedef __m256 half;
+AF_INLINE half fma(half a, half b, half c) { return _mm256_fmadd_ps(a, b, c); }
+AF_INLINE half fold(vec v) { return _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1); }
+#else
+constexpr int kHalf = kVector;
+typedef vec half;
+AF_INLINE half fold(vec v) { return v; }
+#endif
+typedef half unaligned_half __attribute__((aligned(4), may_alias));
+AF_INLINE half load_half(const float* p) { return *reinterpret_cast<const unaligned_half*>(p); }
 typedef vec unaligned_vec __attribute__((aligned(4), may_alias));
 constexpr int64_t kLanes = kVector * kVectors;
 
@@ -218,7 +234,7 @@ AF_INLINE void sum_lanes16(const vec* v, float* out) {
 }
 #endif
 
-// out[j] = the sum of the lanes of v[j] (plus out[j] unless `first`), j < 4, 8 or (512 bits) 16; one
+// out[j] = the sum of the lanes of v[j] (plus out[j] unless `first`), j < 4, 8 or 16; one
 // association of terms for all counts, so a weight's gradient does not depend on how many columns were summed
 // with its own
 #if defined(__AVX2__)
@@ -242,25 +258,15 @@ AF_INLINE void sum_halves(const __m256* v, bool first, float* out) {
     });
   }
 }
-#endif
-template <int Columns>
-AF_INLINE void sum_columns(const vec* v, bool first, float* out) {
-#if defined(__AVX512F__)
-  __m256 half[Columns];
-  unroll<0, Columns>([&](auto j) AF_LAMBDA {
-    half[j.value] = _mm512_castps512_ps256(v[j.value]) + _mm512_extractf32x8_ps(v[j.value], 1);
-  });
-  sum_halves<Columns>(half, first, out);
-#elif defined(__AVX2__)
-  sum_halves<Columns>(v, first, out);
 #else
+template <int Columns>
+AF_INLINE void sum_halves(const vec* v, bool first, float* out) {
   static_assert(Columns == 4);
   for (int i = 0; i < 4; ++i) {
     const float sum = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
     out[i] = first ? sum : out[i] + sum;
   }
-#endif
 }
-
+#endif
 }  // namespace
 }  // namespace autoflip
