@@ -69,7 +69,7 @@ struct Stream {
 
 }  // namespace
 
-void huffman_streams(const uint8_t* raw, const int64_t* size, const HuffmanCodes& codes, uint8_t* const* to) {
+void huffman_streams(const uint8_t* raw, const int64_t* size, const HuffmanCodes& codes, uint8_t** to) {
   Tables t;
   for (int s = 0; s < 256; ++s) {
     t.low[s] = uint8_t(codes[s]);
@@ -100,7 +100,10 @@ void huffman_streams(const uint8_t* raw, const int64_t* size, const HuffmanCodes
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) s[i].put(f[i].codes[order(j)], f[i].bits[order(j)]);
   }
-  for (int i = 0; i < 4; ++i) s[i].put(1, 1);
+  for (int i = 0; i < 4; ++i) {
+    s[i].put(1, 1);
+    to[i] = s[i].to + (s[i].filled > 0);
+  }
 }
 
 }  // namespace autoflip
