@@ -14,11 +14,8 @@ constexpr int64_t kRoom = (kBlock + 3) / 4 * kLongest / 8 + 64;  // a stream's, 
 constexpr int64_t kFrameHead = 14, kBlockHead = 3;
 enum BlockKind : uint64_t { kPlain, kOne, kCoded };  // as it is; one byte again and again; by a table
 constexpr float kTableBits = 8 * 100;                // about what a table takes
-constexpr float kGuessBits = 8 * 360;  // what one that a sample tells seems to save and does not
-// From so many bytes on an eighth of them makes the tables, where that shows nearly all symbols: those that
-// it lacks get the longest codes.
-constexpr int64_t kSampled = 1 << 19, kRun = 1 << 8, kEvery = 8;
-constexpr int kNearlyAll = 224;
+constexpr float kGuessBits = 12;  // for each symbol what one that a sample tells seems to save and does not
+constexpr int64_t kSampled = 1 << 19, kRun = 1 << 8, kEvery = 8;  // from so many bytes on an eighth makes the tables
 
 // As equal as can be, but no multiple of a page, or nearly so, between the four streams: they would compete for the
 // same lines of the first cache, and take half as long again to read.
@@ -37,8 +34,7 @@ struct Block {
   HuffmanCounts counts;
   int table = 0;
   BlockKind kind = kCoded;
-  bool sampled = false;  // its counts are
-  bool fresh = false;    // whether it brings its table
+  bool fresh = false;  // whether it brings its table
   int64_t coded[4] = {}, bytes = 0;
 };
 
@@ -73,16 +69,23 @@ struct Apart {
 void count(Block& b, bool sample) {
   for (int i = 0; i < 4; ++i) b.size[i] = i < 3 ? (b.n + 3) / 4 : b.n - 3 * b.size[0];
   if (b.n == 1 || !std::memcmp(b.raw, b.raw + 1, size_t(b.n) - 1)) b.kind = kOne;
-  if (sample && b.kind != kOne) {
-    Apart some;
-    for (int64_t at = 0; at + kRun <= b.n; at += kEvery * kRun) some.add(b.raw + at, kRun);
-    b.counts = some.sum(uint32_t(kEvery));
-    b.sampled = symbols_of(b.counts) >= kNearlyAll;
-    if (b.sampled) return;
+  Apart counted;
+  if (!sample || b.kind == kOne) {
+    counted.add(b.raw, b.n);
+    b.counts = counted.sum(1);
+    return;
   }
-  Apart all;
-  all.add(b.raw, b.n);
-  b.counts = all.sum(1);
+  for (int64_t at = 0; at + kRun <= b.n; at += kEvery * kRun) counted.add(b.raw + at, kRun);
+  b.counts = counted.sum(uint32_t(kEvery));
+  uint8_t there[256];
+  for (size_t s = 0; s < 256; ++s) there[s] = b.counts[s] > 0;
+#if defined(__x86_64__)
+  if (cpu_isa() == Isa::avx512 && expands_bytes())
+    huffman_present(b.raw, b.n, there);
+  else
+#endif
+    for (int64_t i = 0; i < b.n; ++i) there[b.raw[i]] = 1;
+  for (size_t s = 0; s < 256; ++s) b.counts[s] = std::max<uint32_t>(b.counts[s], there[s]);
 }
 
 // Bits that an own table takes for these counts: no symbol gets less than 2^-11 of its codes.
@@ -106,7 +109,7 @@ struct Table {
 };
 
 // Blocks in a row share a table until one of them is better off with its own.
-std::vector<HuffmanCounts> share_tables(std::vector<Block>& blocks) {
+std::vector<HuffmanCounts> share_tables(std::vector<Block>& blocks, bool sampled) {
   std::vector<HuffmanCounts> tables;
   float held = 0;
   for (Block& b : blocks) {
@@ -117,7 +120,8 @@ std::vector<HuffmanCounts> share_tables(std::vector<Block>& blocks) {
       HuffmanCounts both = tables.back();
       for (size_t s = 0; s < 256; ++s) both[s] += mine[s];
       const float together = bits_of(both);
-      if (together - held <= alone + kTableBits + (b.sampled ? kGuessBits : 0)) {
+      const float guess = sampled ? kGuessBits * float(symbols_of(mine)) : 0;
+      if (together - held <= alone + kTableBits + guess) {
         b.fresh = false;
         tables.back() = both, held = together;
       }
@@ -135,9 +139,13 @@ int64_t frame_of(const Block& b) { return (b.n < 1 << 14 ? 4 : 5) + 6 + 1; }
 int64_t expected(const Block& b, const Table& table) {
   if (b.kind == kOne) return 1;
   if (!table.head_bytes) return b.n;
-  int64_t bits = 4;  // that mark the streams' ends
-  for (size_t s = 0; s < 256; ++s) bits += int64_t(b.counts[s]) * table.lengths[s];
-  return frame_of(b) + (bits + 7) / 8;
+  int64_t bits = 0, counted = 0;
+  for (size_t s = 0; s < 256; ++s) {
+    bits += int64_t(b.counts[s]) * table.lengths[s];
+    counted += b.counts[s];
+  }
+  if (counted != b.n) bits = int64_t(double(bits) * double(b.n) / double(counted));
+  return frame_of(b) + (bits + 4 + 7) / 8;  // four that mark the streams' ends
 }
 
 // Behind each other and from the last byte to the first, without vectors; each into its own `to`, which moves on.
@@ -225,10 +233,7 @@ int64_t huffman_encode(const uint8_t* raw, int64_t n, int64_t limit, int threads
     b.n = i + 1 < number ? each : n - i * each;
     count(b, n >= kSampled);
   }
-  std::vector<HuffmanCounts> counts = share_tables(blocks);
-  for (const Block& b : blocks)
-    if (b.sampled)
-      for (uint32_t& c : counts[size_t(b.table)]) c = std::max(c, 1u);
+  const std::vector<HuffmanCounts> counts = share_tables(blocks, n >= kSampled);
   std::vector<Table> tables(counts.size());
   for (size_t i = 0; i < tables.size(); ++i) {
     Table& t = tables[i];

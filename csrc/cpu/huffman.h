@@ -27,4 +27,7 @@ using HuffmanCodes = uint32_t[256];
 // first; each into its own `to`, which whole words are written to and which moves on. At AVX-512 with VBMI:
 void huffman_streams(const uint8_t* raw, const int64_t* size, const HuffmanCodes& codes, uint8_t** to);
 
+// there[s] = 1 for each symbol of the n bytes; others stay. At AVX-512 with VBMI:
+void huffman_present(const uint8_t* raw, int64_t n, uint8_t* there);
+
 }  // namespace autoflip
