@@ -10,15 +10,17 @@ namespace autoflip {
 namespace {
 
 constexpr int64_t kBlock = 127 << 10;  // bytes of a block, at most; zstd allows 128 kB
-constexpr int64_t kRoom = (kBlock + 3) / 4 * kLongest / 8 + 64;  // a stream's, to which whole words are written
+constexpr int64_t kRoom =
+    (kBlock + 3) / 4 * kLongest / 8 + 64;  // a stream's, to which whole words are written
 constexpr int64_t kFrameHead = 14, kBlockHead = 3;
 enum BlockKind : uint64_t { kPlain, kOne, kCoded };  // as it is; one byte again and again; by a table
 constexpr float kTableBits = 8 * 100;                // about what a table takes
 constexpr float kGuessBits = 12;  // for each symbol what one that a sample tells seems to save and does not
-constexpr int64_t kSampled = 1 << 19, kRun = 1 << 8, kEvery = 8;  // from so many bytes on an eighth makes the tables
+constexpr int64_t kSampled = 1 << 19, kRun = 1 << 8,
+                  kEvery = 8;  // from so many bytes on an eighth makes the tables
 
-// As equal as can be, but no multiple of a page, or nearly so, between the four streams: they would compete for the
-// same lines of the first cache, and take half as long again to read.
+// As equal as can be, but no multiple of a page, or nearly so, between the four streams: they would compete
+// for the same lines of the first cache, and take half as long again to read.
 int64_t block_of(int64_t n) {
   constexpr int64_t kNear = 256, kPage = 4096;
   const int64_t number = (n + kBlock - 1) / kBlock, each = (n + number - 1) / number;
@@ -38,7 +40,9 @@ struct Block {
   int64_t coded[4] = {}, bytes = 0;
 };
 
-int symbols_of(const HuffmanCounts& counts) { return 256 - int(std::count(counts.begin(), counts.end(), 0u)); }
+int symbols_of(const HuffmanCounts& counts) {
+  return 256 - int(std::count(counts.begin(), counts.end(), 0u));
+}
 
 // In four sets for stretches in turn: the same byte twice in a row would wait for its count to be stored.
 struct Apart {
@@ -148,7 +152,8 @@ int64_t expected(const Block& b, const Table& table) {
   return frame_of(b) + (bits + 4 + 7) / 8;  // four that mark the streams' ends
 }
 
-// Behind each other and from the last byte to the first, without vectors; each into its own `to`, which moves on.
+// Behind each other and from the last byte to the first, without vectors; each into its own `to`, which moves
+// on.
 void streams(const uint8_t* raw, const int64_t* size, const HuffmanCodes& codes, uint8_t** to) {
   for (int i = 0; i < 4; raw += size[i++]) {
     BackwardBits out{to[i]};
@@ -186,7 +191,8 @@ void code(Block& b, const Table& table, uint8_t* room) {
 void settle(Block& b, const Table& table, bool& pending) {
   pending |= b.fresh;
   b.fresh = pending;
-  b.bytes = frame_of(b) + (b.fresh ? table.head_bytes : 0) + b.coded[0] + b.coded[1] + b.coded[2] + b.coded[3];
+  b.bytes =
+      frame_of(b) + (b.fresh ? table.head_bytes : 0) + b.coded[0] + b.coded[1] + b.coded[2] + b.coded[3];
   if (b.kind == kOne)
     b.bytes = 1;
   else if (!table.head_bytes || b.bytes >= b.n)
