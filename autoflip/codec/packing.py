@@ -39,9 +39,9 @@ _LARGE = 1 << 20  # bytes of which both coders' sizes are compared, where the pa
 PAYS = 0.97  # of the bytes, under which they are packed
 _MIDDLE, _SURE = 1 << 18, 0.92  # beyond that size, and below that share of zstd's, only ours is tried
 _BARE = 0.4  # of the bytes, from which Huffman codes alone leave no long repetition to find
-# of zstd's bytes, from which our own coder is taken: zstd is faster, which counts where there is much to pack (half a
-# percent of a bf16 frame of 10 M weights took as long again as the frame, and what a link of 8 Mbit/s gains by it)
-_WORTH, _WORTH_MUCH = 0.995, 0.985
+# of zstd's bytes, from which our own coder is taken where there is much to pack: zstd is faster (half a percent of a
+# bf16 frame of 10 M weights took as long again as the frame, and what a link of 8 Mbit/s gains by it)
+_WORTH_MUCH = 0.985
 _NEAR = 1.03  # estimates are as good as that
 # a thorough search is for what our own coder does not see: where the quick one found repetitions that pay, or is
 # smaller than ours would be
@@ -123,10 +123,10 @@ def smallest(
         seen = entropy.estimate(view[:quarter], key, None if beside is None else beside[:quarter])
         if seen is not None and seen > _WORTH_MUCH * quarter:
             return STORED, raw
-    own, coded = entropy.encode_below(raw, key, int(min(_WORTH * len(best), PAYS * len(view))), beside)
+    own, coded = entropy.encode_below(raw, key, int(min(len(best), PAYS * len(view))), beside)
     if coded is not None:
         head = varint(len(view))
-        if len(head) + len(coded) < _WORTH * len(best):
+        if len(head) + len(coded) < len(best):
             if level <= CHEAP and len(best) < _STRONG * (entropy.literals(view, 0)[0] or 0):
                 best = _squeeze(view, CHEAP if len(view) > _TINY else _THOROUGH)
                 if len(best) < len(head) + len(coded):
