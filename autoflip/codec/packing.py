@@ -83,16 +83,18 @@ def _squeeze(raw: Buffer, level: int, *, plain: bool = False) -> bytes:
     return packer.compress(raw)
 
 
-def packed_size(raw: Buffer, level: int, times: float) -> tuple[int, bool]:
+def packed_size(raw: Buffer, level: int, times: float, wanted: int = 0) -> tuple[int, bool]:
     """Return about how many bytes ``times`` as much as ``raw``, and like it, would take after the entropy stage.
 
-    And whether something repeats in ``raw``, as far as zstd sees.
+    And whether something repeats in ``raw``, as far as zstd sees. Our own coder is not asked where nothing does and
+    zstd alone is below ``wanted`` bytes.
     """
     size = len(_squeeze(raw, level))
     bare, own = entropy.literals(raw, 0)[0], None
-    if length(raw) >= _LITTLE:  # what a sample of more bytes tells is 2 % off, too much to choose by
+    repeats = bare is None or size < _NOTHING * bare
+    if length(raw) >= _LITTLE and (repeats or times * size >= wanted):  # what a sample of more bytes tells is 2 % off, too much to choose by
         own, _ = entropy.encode_below(raw, PLAIN, 0 if length(raw) <= entropy.SAMPLE else int(_NEAR * size))
-    return int(times * (size if own is None else min(size, own))), bare is None or size < _NOTHING * bare
+    return int(times * (size if own is None else min(size, own))), repeats
 
 
 def little(size: int, level: int) -> bool:
