@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+import zstandard
 
 from autoflip.codec.reader import DecodeError, Reader, varint
 from autoflip.codec.section import plane_section, read_planes, read_section, section
@@ -40,6 +41,36 @@ def test_sections_return_and_pack_what_packs(n, level):
         assert sizes["repeated"] < n / 3
     if n > 1 << 14 and (cpp() or level == 1):  # 4.63 bits a code; zstd's high levels see repetitions in them
         assert sizes["codes"] < 0.6 * n
+
+
+def motifs(n, number):
+    """Return ``n`` bytes out of ``number`` walks of 40 steps, which come again and again."""
+    g = np.random.default_rng(n)
+    held = (g.integers(0, 256, (number, 1)) + g.normal(0, 4, (number, 40)).cumsum(1)).round().astype(np.uint8)
+    return held[g.integers(0, number, -(-n // 40))].tobytes()[:n]
+
+
+# neighbours tell our own coder half, and of what repeats a sample shows zstd little
+@pytest.mark.parametrize(("n", "number"), [(200_000, 2000), (900_000, 4000), (1_500_000, 3000)])
+def test_what_repeats_is_left_to_zstd(n, number):
+    raw = motifs(n, number)
+    size = sum(map(len, section([raw], "zstd", key=SIGNED)))
+    assert size < 1.001 * len(zstandard.ZstdCompressor(level=1).compress(raw)) + 8
+
+
+def test_small_parts_are_packed_together_where_that_is_smaller():
+    g = np.random.default_rng(0)
+    alike = [g.geometric(0.2, 300).astype(np.uint8).tobytes() for _ in range(20)]
+    unlike = [bytes(range(k, k + 40)) * 40 for k in (0, 40, 80)] + [g.integers(0, 256, 4000, np.uint8).tobytes()]
+    for parts in (alike, unlike):
+        blobs = [b"".join(section(parts, "zstd", apart=apart)) for apart in (True, False)]
+        alone = sum(len(b"".join(section([part], "zstd"))) for part in parts)
+        assert len(blobs[0]) <= min(len(blobs[1]), alone + 4)
+        bounds = [(len(part), len(part)) for part in parts]
+        assert b"".join(read_section(Reader(blobs[0], "test"), bounds)) == b"".join(parts)
+    assert len(b"".join(section(alike, "zstd", apart=True))) < 0.9 * sum(
+        len(b"".join(section([part], "zstd"))) for part in alike
+    )
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -148,10 +148,13 @@ def literal_streams(n):
     pause[n // 3 : 2 * n // 3] = 9  # blocks of one symbol lie between
     begins = held["rare"].copy()
     begins[: n // 3] = 0  # a table that does not come with the first of the blocks it is for
+    once = g.normal(0, 40, n).clip(-120, 120).astype(np.int8).view(np.uint8)
+    once[g.choice(n, 7, replace=False)] = np.arange(121, 128)  # a sample shows but some of these
     return held | {
         "begins": begins,
         "shifted": shifted,
         "late": late,
+        "once": once,
         "pause": pause,
         "two": np.where(g.random(n) < 0.1, 255, 254).astype(np.uint8),
         "few": g.integers(0, 3, n).astype(np.uint8),  # a table of plain weights
@@ -179,10 +182,10 @@ def by_zstd(blob, n):
 
 
 @needs_cpp
-@pytest.mark.parametrize("n", [4096, 4097, 16_383, 16_384, 65_791, 65_792, 131_072, 131_073, 140_000, 400_001])
+@pytest.mark.parametrize("n", [4096, 4097, 16_383, 16_384, 65_791, 65_792, 131_072, 131_073, 140_000, 400_001, 700_001])
 def test_literals_are_zstd_frames(n, threads):
-    threads(2)  # one thread leaves reading to zstd
-    for name, x in literal_streams(n).items():
+    for i, (name, x) in enumerate(literal_streams(n).items()):
+        threads(1 + i % 2)
         size, blob = entropy.literals(x, 2 * n)
         assert size == len(blob)
         assert by_zstd(blob, n) == x.tobytes()
@@ -190,18 +193,19 @@ def test_literals_are_zstd_frames(n, threads):
         assert entropy.read_literals(blob, n + 1) is None
         if name in ("codes", "gaps", "few", "steep", "noise"):  # elsewhere bytes repeat, or change within a block
             assert size < 1.001 * len(zstandard.ZstdCompressor(level=1).compress(x)) + 32
-        assert entropy.literals(x, size + 1) == (size, blob)
-        assert entropy.literals(x, size) == (size, None)
+        over = 1 if n < 1 << 19 else 1 + size // 300  # counts of an eighth of the bytes are not that exact
+        assert entropy.literals(x, size + over) == (size, blob)
+        assert entropy.literals(x, size) in [(size, None), (entropy.literals(x, 0)[0], None)]
     assert entropy.literals(b"", 9) == entropy.literals(bytes(4095), 9) == (None, None)
     assert entropy.read_literals(zstandard.ZstdCompressor(level=1).compress(x), n) is None
 
 
 @needs_cpp
 def test_damaged_literals_read_as_zstd_reads_them(threads):
-    threads(2)
     g, both_read = np.random.default_rng(0), 0
     for n in (4096, 70_000, 270_000):
-        for x in literal_streams(n).values():
+        for number, x in enumerate(literal_streams(n).values()):
+            threads(1 + number % 2)
             whole = bytes(entropy.literals(x, 2 * n)[1])
             for i in range(60):
                 blob = bytearray(whole[: g.integers(len(whole))] if i % 10 == 0 else whole)
@@ -223,7 +227,7 @@ def test_any_number_of_threads_writes_the_same_literals(threads):
         threads(number)
         found.add(bytes(entropy.literals(x, len(x))[1]))
     assert len(found) == 1
-    for number in (2, 5):
+    for number in (1, 2, 5):
         threads(number)
         assert np.array_equal(entropy.read_literals(*found, len(x)), x)
 
@@ -237,7 +241,7 @@ def digest():
                 blob = entropy.encode(x, entropy.SIGNED, known)
                 assert np.array_equal(entropy.decode(blob, n, known), x)
                 found.update(blob)
-    for n in (4097, 131_072, 300_001):
+    for n in (4097, 131_072, 300_001, 600_001):
         for x in literal_streams(n).values():
             found.update(entropy.literals(x, 2 * n)[1] or b"")
     return found.hexdigest()

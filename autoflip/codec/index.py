@@ -59,7 +59,7 @@ def choose(mask: Pack, entropy: str = "none", level: int = 1) -> tuple[int, int,
     if entropy == "none" or not mask.kept:
         return best
     if 4 * mask.kept <= mask.numel:  # a varint has a byte or more: at higher density packing it is work for nothing
-        size, repeats = packed_size(codes.varint_encode(part), level, times)
+        size, repeats = packed_size(codes.varint_encode(part), level, times, best[2])
         best = min(best, (VARINT, 0, size), key=lambda b: b[2])
         if not repeats:  # then bits do not either, and gaps tell more of each other than bytes of bits do
             return best

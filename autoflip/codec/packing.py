@@ -39,15 +39,18 @@ _LARGE = 1 << 20  # bytes of which both coders' sizes are compared, where the pa
 PAYS = 0.97  # of the bytes, under which they are packed
 _MIDDLE, _SURE = 1 << 18, 0.92  # beyond that size, and below that share of zstd's, only ours is tried
 _BARE = 0.4  # of the bytes, from which Huffman codes alone leave no long repetition to find
-# of zstd's bytes, from which our own coder is taken: zstd is faster, which counts where there is much to pack (half a
-# percent of a bf16 frame of 10 M weights took as long again as the frame, and what a link of 8 Mbit/s gains by it)
-_WORTH, _WORTH_MUCH = 0.995, 0.985
+# of zstd's bytes, from which our own coder is taken where there is much to pack: zstd is faster (half a percent of a
+# bf16 frame of 10 M weights took as long again as the frame, and what a link of 8 Mbit/s gains by it)
+_WORTH_MUCH = 0.985
 _NEAR = 1.03  # estimates are as good as that
 # a thorough search is for what our own coder does not see: where the quick one found repetitions that pay, or is
 # smaller than ours would be
 _REPEATS, _UNSEEN = 0.99, 1.02
 _NOTHING = 0.998  # of Huffman codes' bytes, below which zstd has found repetitions
 _SAME = 1.001  # of zstd's bytes, to which Huffman codes alone are as good
+# of Huffman codes' bytes, below which so much repeats that zstd tries everything: a sample shows too little of it, and
+# our own coder, though better than zstd's first try, none (2 % of the MLP's int8, 15 % of the CNN's downlink)
+_STRONG = 0.95
 
 
 class _Kept(threading.local):
@@ -80,16 +83,18 @@ def _squeeze(raw: Buffer, level: int, *, plain: bool = False) -> bytes:
     return packer.compress(raw)
 
 
-def packed_size(raw: Buffer, level: int, times: float) -> tuple[int, bool]:
+def packed_size(raw: Buffer, level: int, times: float, wanted: int = 0) -> tuple[int, bool]:
     """Return about how many bytes ``times`` as much as ``raw``, and like it, would take after the entropy stage.
 
-    And whether something repeats in ``raw``, as far as zstd sees.
+    And whether something repeats in ``raw``, as far as zstd sees. Our own coder is not asked where nothing does and
+    zstd alone is below ``wanted`` bytes.
     """
     size = len(_squeeze(raw, level))
     bare, own = entropy.literals(raw, 0)[0], None
-    if length(raw) >= _LITTLE:  # what a sample of more bytes tells is 2 % off, too much to choose by
+    repeats = bare is None or size < _NOTHING * bare
+    if length(raw) >= _LITTLE and (repeats or times * size >= wanted):  # what a sample of more bytes tells is 2 % off, too much to choose by
         own, _ = entropy.encode_below(raw, PLAIN, 0 if length(raw) <= entropy.SAMPLE else int(_NEAR * size))
-    return int(times * (size if own is None else min(size, own))), bare is None or size < _NOTHING * bare
+    return int(times * (size if own is None else min(size, own))), repeats
 
 
 def little(size: int, level: int) -> bool:
@@ -120,10 +125,14 @@ def smallest(
         seen = entropy.estimate(view[:quarter], key, None if beside is None else beside[:quarter])
         if seen is not None and seen > _WORTH_MUCH * quarter:
             return STORED, raw
-    own, coded = entropy.encode_below(raw, key, int(min(_WORTH * len(best), PAYS * len(view))), beside)
+    own, coded = entropy.encode_below(raw, key, int(min(len(best), PAYS * len(view))), beside)
     if coded is not None:
         head = varint(len(view))
-        if len(head) + len(coded) < _WORTH * len(best):
+        if len(head) + len(coded) < len(best):
+            if level <= CHEAP and len(best) < _STRONG * (entropy.literals(view, 0)[0] or 0):
+                best = _squeeze(view, CHEAP if len(view) > _TINY else _THOROUGH)
+                if len(best) < len(head) + len(coded):
+                    return ZSTD, best
             return FOLLOWS if beside is None else BESIDE, head + coded
     elif (
         level <= CHEAP
@@ -145,10 +154,17 @@ def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) 
         best, plain = min((found, False), (few, True))
     repeats = bare is None or best < _NOTHING * bare
     expected = (best if repeats or bare is None else min(best, bare)) * len(view) / len(part)
+    packed: Buffer | None = None
+    if bare is not None and best < _STRONG * bare:
+        packed = _squeeze(view, level, plain=plain)
+        if len(view) <= _MIDDLE:
+            packed = min(packed, _squeeze(view, CHEAP), key=length)
+        expected = length(packed)
     _, coded = entropy.encode_below(view, key, int(min(_WORTH_MUCH * expected, PAYS * len(view))), beside)
     # zstd finds far repetitions, which a sample does not have; hardly a tenth of larger parts
-    packed: Buffer | None = None
-    if len(view) <= _MIDDLE or repeats and coded and len(view) <= _LARGE and len(coded) >= _SURE * expected:
+    if packed is None and (
+        len(view) <= _MIDDLE or repeats and coded and len(view) <= _LARGE and len(coded) >= _SURE * expected
+    ):
         packed = _squeeze(view, level, plain=plain)
         expected = length(packed)
     if coded is not None:

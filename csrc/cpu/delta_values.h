@@ -33,14 +33,15 @@ void quantise_block(const float* x, int size, int levels, float largest, DeltaKe
     inverse = 1.0f / scale;
   }
   *scale_out = scale;
+  const float most = float(levels);  // rounded up, the quotient may be more
   for (int i = 0; i < size; ++i) {
-    const float y = x[i] * inverse;
+    float y = x[i] * inverse;
+    y = y > most ? most : y;
+    y = y < -most ? -most : y;
     const int32_t cut = int32_t(y);
     const int32_t low = cut - (float(cut) > y);
     const float u = float(int32_t(random_bits(first + uint32_t(i), key) >> 8)) * 5.9604644775390625e-08f;
-    int32_t code = low + (u < y - float(low));
-    code = code > levels ? levels : code;
-    codes[i] = int8_t(code < -levels ? -levels : code);
+    codes[i] = int8_t(low + (u < y - float(low)));
   }
 }
 

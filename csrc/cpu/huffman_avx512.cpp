@@ -69,7 +69,19 @@ struct Stream {
 
 }  // namespace
 
-void huffman_streams(const uint8_t* raw, const int64_t* size, const HuffmanCodes& codes, uint8_t* const* to) {
+__attribute__((target("avx512vbmi"))) void huffman_present(const uint8_t* raw, int64_t n, uint8_t* there) {
+  alignas(64) uint8_t absent[256];
+  for (int s = 0; s < 256; ++s) absent[s] = there[s] ? 0 : 0x80;
+  int64_t at = 0;
+  for (; at + 64 <= n; at += 64)
+    for (uint64_t m = _mm512_movepi8_mask(look(absent, _mm512_loadu_si512(raw + at))); m; m &= m - 1) {
+      const uint8_t s = raw[at + __builtin_ctzll(m)];
+      there[s] = 1, absent[s] = 0;
+    }
+  for (; at < n; ++at) there[raw[at]] = 1;
+}
+
+void huffman_streams(const uint8_t* raw, const int64_t* size, const HuffmanCodes& codes, uint8_t** to) {
   Tables t;
   for (int s = 0; s < 256; ++s) {
     t.low[s] = uint8_t(codes[s]);
@@ -100,7 +112,10 @@ void huffman_streams(const uint8_t* raw, const int64_t* size, const HuffmanCodes
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) s[i].put(f[i].codes[order(j)], f[i].bits[order(j)]);
   }
-  for (int i = 0; i < 4; ++i) s[i].put(1, 1);
+  for (int i = 0; i < 4; ++i) {
+    s[i].put(1, 1);
+    to[i] = s[i].to + (s[i].filled > 0);
+  }
 }
 
 }  // namespace autoflip

@@ -1,20 +1,19 @@
 // The other way, from bytes of anyone: a frame that differs in anything from what huffman_encode writes is
 // left to zstd.
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <vector>
 
 #include "common/cpu.h"
 #include "cpu/huffman.h"
+#include "cpu/huffman_read.h"
 
 namespace autoflip {
 namespace {
 
-constexpr int kLongest = 11, kSlots = 1 << kLongest;
 constexpr int64_t kBlock = 1 << 17;
 constexpr int kPerLoad = 5;  // codes that eight bytes hold, less what is left of the last one
-
-using Lengths = std::array<uint8_t, 256>;
 
 struct Part {
   const uint8_t* from;
@@ -23,188 +22,143 @@ struct Part {
   int kind, table;  // 0: as it is, 1: one byte again and again, 2: coded
 };
 
-// Bits below the set one that ends `bytes` bytes, or -1 where there is none.
-int64_t bits_below_mark(const uint8_t* from, int64_t bytes) {
-  if (bytes < 1 || !from[bytes - 1]) return -1;
-  return 8 * bytes - 1 - __builtin_clz(uint32_t(from[bytes - 1]) << 24);
-}
-
-// `count` bits from bit `at` on, which may lie before the first or behind the last byte: zeros.
-uint32_t bits_at(const uint8_t* from, int64_t bytes, int64_t at, int count) {
-  uint32_t value = 0;
-  for (int i = 0; i < count; ++i, ++at)
-    if (at >= 0 && at < 8 * bytes) value |= uint32_t(from[at >> 3] >> (at & 7) & 1) << i;
-  return value;
-}
-
-// Weights coded with up to 64 states in two turns (RFC 8878, 4.1 and 4.2.1.2); returns how many, or 0.
-int read_weights(const uint8_t* from, int64_t bytes, uint8_t* weights) {
-  const int log = 5 + int(bits_at(from, bytes, 0, 4)), size = 1 << log;
-  if (log > 6) return 0;
-  int shares[kLongest + 1] = {}, left = size + 1, w = 0;
-  int64_t at = 4;
-  while (left > 1) {
-    if (w > kLongest) return 0;
-    int width = 0;
-    while ((1 << width) <= left) ++width;
-    const int spare = (1 << width) - 1 - left;
-    int value = int(bits_at(from, bytes, at, width - 1));
-    if (value < spare) {
-      at += width - 1;
-    } else {
-      value = int(bits_at(from, bytes, at, width));
-      if (value >= 1 << (width - 1)) value -= spare;
-      at += width;
-    }
-    if (value < 1 || value > left) return 0;
-    shares[w++] = value - 1;
-    left -= value - 1;
-    for (uint32_t zeros = value == 1 ? 3 : 0; zeros == 3; at += 2)
-      w += int(zeros = bits_at(from, bytes, at, 2));
-  }
-  uint8_t of[64], bits[64], base[64];
-  int place = 0;
-  for (int s = 0; s <= kLongest; ++s)
-    for (int i = 0; i < shares[s]; ++i, place = (place + (size >> 1) + (size >> 3) + 3) & (size - 1))
-      of[place] = uint8_t(s);
-  for (int i = 0; i < size; ++i) {
-    const int x = shares[of[i]]++, nb = log - (31 - __builtin_clz(uint32_t(x)));
-    bits[i] = uint8_t(nb), base[i] = uint8_t((x << nb) - size);
-  }
-  const int64_t used = (at + 7) / 8;
-  if (used >= bytes) return 0;
-  from += used, bytes -= used;
-  int64_t pos = bits_below_mark(from, bytes);
-  if (pos < 2 * log) return 0;
-  uint32_t states[2];
-  for (uint32_t& state : states) state = bits_at(from, bytes, pos -= log, log);
-  for (int n = 0; n < 254; ++n) {
-    uint32_t& state = states[n & 1];
-    weights[n] = of[state];
-    if (bits[state] > pos) {  // the other state's is the last one
-      weights[n + 1] = of[states[~n & 1]];
-      return n + 2;
-    }
-    pos -= bits[state];
-    state = base[state] + bits_at(from, bytes, pos, bits[state]);
-  }
-  return 0;
-}
-
-// Returns the bytes of a table, or 0 where it is none.
-int64_t read_table(const uint8_t* from, int64_t bytes, Lengths& lengths) {
-  if (bytes < 1) return 0;
-  uint8_t weights[256] = {};
-  int64_t used = 1 + from[0];
-  int n = from[0] - 127;
-  if (n > 0) {
-    used = 1 + (n + 1) / 2;
-    if (used > bytes) return 0;
-    for (int s = 0; s < n; ++s) weights[s] = from[1 + s / 2] >> (s % 2 ? 0 : 4) & 15;
-  } else {
-    if (used > bytes) return 0;
-    n = read_weights(from + 1, used - 1, weights);
-  }
-  uint32_t total = 0;
-  for (int s = 0; s < n; ++s) {
-    if (weights[s] > kLongest) return 0;
-    total += weights[s] ? 1u << (weights[s] - 1) : 0;
-  }
-  if (!total || total >= kSlots) return 0;
-  const int longest = 32 - __builtin_clz(total);
-  const uint32_t rest = (1u << longest) - total;  // what the last symbol is left with
-  if (rest & (rest - 1)) return 0;
-  weights[n] = uint8_t(1 + __builtin_ctz(rest));
-  for (int s = 0; s < 256; ++s) lengths[size_t(s)] = uint8_t(weights[s] ? longest + 1 - weights[s] : 0);
-  return used;
-}
-
-// Lengths low, symbols high, by the next 11 bits.
-void fill(const Lengths& lengths, uint16_t* slots) {
-  for (int length = kLongest; length; --length)
-    for (int s = 0; s < 256; ++s)
-      if (lengths[size_t(s)] == length)
-        for (int i = 0; i < 1 << (kLongest - length); ++i) *slots++ = uint16_t(length | s << 8);
-}
-
 struct Stream {
   const uint8_t* from;
   int64_t bytes, pos;  // bits not yet read
   uint8_t *to, *end;
 };
 
-// While all streams have eight bytes: as many codes as a load holds for sure. A set bit behind those that are
-// loaded moves up with them, and tells how many were read.
-__attribute__((always_inline)) inline void codes_of_loads(Stream* s, const uint16_t* slots) {
-  uint8_t *to0 = s[0].to, *to1 = s[1].to, *to2 = s[2].to, *to3 = s[3].to;
-  int64_t pos[4] = {s[0].pos, s[1].pos, s[2].pos, s[3].pos}, at = 0;
-  const int64_t most = s[3].end - s[3].to - kPerLoad;
-  const auto load = [](const uint8_t* from, int64_t bit) __attribute__((always_inline)) {
-    uint64_t window;
-    const int64_t last = (bit + 7) >> 3;
-    std::memcpy(&window, from + last - 8, 8);
-    return window << (8 * last - bit) | 1;
-  };
-  for (; at <= most && pos[0] >= 64 && pos[1] >= 64 && pos[2] >= 64 && pos[3] >= 64; at += kPerLoad) {
-    uint64_t w0 = load(s[0].from, pos[0]), w1 = load(s[1].from, pos[1]), w2 = load(s[2].from, pos[2]),
-             w3 = load(s[3].from, pos[3]);
-    const auto next = [&](uint64_t& window, uint8_t* to) __attribute__((always_inline)) {
-      const uint32_t slot = slots[window >> (64 - kLongest)];
-      window <<= slot & 63;
-      *to = uint8_t(slot >> 8);
-    };
-#pragma GCC unroll 5
-    for (int j = 0; j < kPerLoad; ++j) {
-      next(w0, to0 + at + j);
-      next(w1, to1 + at + j);
-      next(w2, to2 + at + j);
-      next(w3, to3 + at + j);
-    }
-    pos[0] -= __builtin_ctzll(w0);
-    pos[1] -= __builtin_ctzll(w1);
-    pos[2] -= __builtin_ctzll(w2);
-    pos[3] -= __builtin_ctzll(w3);
+// A block's four streams, and the codes of their table.
+struct Four {
+  Stream of[4];
+  uint16_t slots[kSlots];
+  int64_t most() const { return of[3].end - of[3].to - kPerLoad; }  // the last one is the shortest
+};
+
+// As many codes of each stream as a load of eight bytes holds for sure, to `at` behind where the streams are
+// written. A set bit behind those that are loaded moves up with them, and tells how many were read.
+template <int kStreams>
+__attribute__((always_inline)) inline void codes_of_load(const uint8_t* const* from, uint8_t* const* to,
+                                                         const uint16_t* const* slots, int64_t at,
+                                                         int64_t* pos) {
+  uint64_t window[kStreams];
+#pragma GCC unroll 8
+  for (int i = 0; i < kStreams; ++i) {
+    std::memcpy(&window[i], from[i] + (pos[i] >> 3) - 7, 8);
+    window[i] = (window[i] << (~pos[i] & 7)) * 2 + 1;
   }
-  for (int i = 0; i < 4; ++i) s[i].to += at, s[i].pos = pos[i];
+  uint64_t below = 64 - kLongest;  // which the compiler is not to know: a shift by a register needs no copy
+
+#pragma GCC unroll 5
+  for (int j = 0; j < kPerLoad; ++j) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kStreams; ++i) {
+      const uint32_t slot = slots[i / 4][window[i] >> below];
+      window[i] <<= slot & 63;
+      to[i][at + j] = uint8_t(slot >> 8);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kStreams; ++i) pos[i] -= __builtin_ctzll(window[i]);
 }
 
-void plain_loads(Stream* streams, const uint16_t* slots) { codes_of_loads(streams, slots); }
+// While all streams have eight bytes. Those of two blocks in turn: a code waits for the one before it in its
+// stream, and four streams do not fill that time.
+template <int kBlocks>
+__attribute__((always_inline)) inline void codes_of_loads(Four* const* blocks) {
+  const uint8_t* from[4 * kBlocks];
+  uint8_t* to[4 * kBlocks];
+  const uint16_t* slots[kBlocks];
+  int64_t pos[4 * kBlocks], at = 0, most = INT64_MAX;
+  for (int b = 0; b < kBlocks; ++b) {
+    for (int i = 0; i < 4; ++i) {
+      const Stream& s = blocks[b]->of[i];
+      from[4 * b + i] = s.from, to[4 * b + i] = s.to, pos[4 * b + i] = s.pos;
+    }
+    slots[b] = blocks[b]->slots;
+    most = std::min(most, blocks[b]->most());
+  }
+  while (at <= most) {
+    // so many loads are there for sure
+    const int64_t least = *std::min_element(pos, pos + 4 * kBlocks);
+    if (least < 64) break;
+    const int64_t end =
+        at + kPerLoad * std::min((least - 64) / (kPerLoad * kLongest) + 1, (most - at) / kPerLoad + 1);
+    for (; at < end; at += kPerLoad) codes_of_load<4 * kBlocks>(from, to, slots, at, pos);
+  }
+  for (int b = 0; b < kBlocks; ++b)
+    for (int i = 0; i < 4; ++i) blocks[b]->of[i].to += at, blocks[b]->of[i].pos = pos[4 * b + i];
+}
+
+template <int kBlocks>
+void plain_loads(Four* const* blocks) {
+  codes_of_loads<kBlocks>(blocks);
+}
 #if defined(__x86_64__)
-__attribute__((target("bmi,bmi2"))) void bmi2_loads(Stream* streams, const uint16_t* slots) {
-  codes_of_loads(streams, slots);
+template <int kBlocks>
+__attribute__((target("bmi,bmi2"))) void bmi2_loads(Four* const* blocks) {
+  codes_of_loads<kBlocks>(blocks);
 }
 #endif
 
-bool decode_coded(const Part& p, const Lengths& lengths) {
-  uint16_t slots[kSlots];
-  fill(lengths, slots);
+template <int kBlocks>
+void loads(Four* const* blocks) {
+#if defined(__x86_64__)
+  if (cpu_isa() != Isa::base) return bmi2_loads<kBlocks>(blocks);
+#endif
+  plain_loads<kBlocks>(blocks);
+}
+
+// Returns whether the streams lie within the block.
+bool open(const Part& p, const Lengths& lengths, Four& f) {
+  fill(lengths, f.slots);
   uint16_t sizes[3];
   std::memcpy(sizes, p.from, 6);
   const int64_t quarter = (p.n + 3) / 4;
-  Stream s[4];
   const uint8_t* from = p.from + 6;
   for (int i = 0; i < 4; ++i) {
-    s[i].from = from;
-    s[i].bytes = i < 3 ? sizes[i] : p.from + p.bytes - from;
-    if (s[i].bytes < 1 || s[i].bytes > p.from + p.bytes - from) return false;
-    from += s[i].bytes;
-    s[i].pos = bits_below_mark(s[i].from, s[i].bytes);
-    s[i].to = p.to + i * quarter;
-    s[i].end = i < 3 ? s[i].to + quarter : p.to + p.n;
+    Stream& s = f.of[i];
+    s.from = from;
+    s.bytes = i < 3 ? sizes[i] : p.from + p.bytes - from;
+    if (s.bytes < 1 || s.bytes > p.from + p.bytes - from) return false;
+    from += s.bytes;
+    s.pos = bits_below_mark(s.from, s.bytes);
+    s.to = p.to + i * quarter;
+    s.end = i < 3 ? s.to + quarter : p.to + p.n;
   }
-#if defined(__x86_64__)
-  (cpu_isa() == Isa::base ? plain_loads : bmi2_loads)(s, slots);
-#else
-  plain_loads(s, slots);
-#endif
-  for (Stream& one : s) {
+  return true;
+}
+
+bool finish(Four& f) {
+  Four* alone[] = {&f};
+  loads<1>(alone);
+  for (Stream& one : f.of) {
     while (one.to < one.end && one.pos > 0) {
-      const uint32_t slot = slots[bits_at(one.from, one.bytes, one.pos - kLongest, kLongest)];
+      const uint32_t slot = f.slots[bits_at(one.from, one.bytes, one.pos - kLongest, kLongest)];
       *one.to++ = uint8_t(slot >> 8);
       one.pos -= slot & 255;
     }
     if (one.to != one.end || one.pos) return false;
   }
+  return true;
+}
+
+// One block, or two of them.
+bool decode(const Part* parts, int64_t number, const std::vector<Lengths>& tables) {
+  Four f[2];
+  int coded = 0;
+  for (int64_t i = 0; i < number; ++i) {
+    const Part& p = parts[i];
+    if (p.kind == 0) std::memcpy(p.to, p.from, size_t(p.n));
+    if (p.kind == 1) std::memset(p.to, *p.from, size_t(p.n));
+    if (p.kind == 2 && !open(p, tables[size_t(p.table)], f[coded++])) return false;
+  }
+  if (coded == 2) {
+    Four* both[] = {&f[0], &f[1]};
+    loads<2>(both);
+  }
+  for (int i = 0; i < coded; ++i)
+    if (!finish(f[i])) return false;
   return true;
 }
 
@@ -266,11 +220,8 @@ bool huffman_decode(const uint8_t* data, int64_t bytes, int64_t n, int threads, 
   int bad = 0;
   const int64_t number = int64_t(parts.size());
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t i = 0; i < number; ++i) {
-    const Part& p = parts[size_t(i)];
-    if (p.kind == 0) std::memcpy(p.to, p.from, size_t(p.n));
-    if (p.kind == 1) std::memset(p.to, *p.from, size_t(p.n));
-    if (p.kind == 2 && !decode_coded(p, tables[size_t(p.table)])) {
+  for (int64_t i = 0; i < number; i += 2) {
+    if (!decode(&parts[size_t(i)], std::min<int64_t>(2, number - i), tables)) {
 #pragma omp atomic write
       bad = 1;
     }

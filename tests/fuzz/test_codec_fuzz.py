@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from autoflip import MaskSet, codec
+from autoflip.codec import packing, section
+from autoflip.ops import entropy
 
 LIMITS = codec.Limits(max_bytes=1 << 16, max_tensors=64, max_schema_bytes=1 << 12)
 _G = torch.Generator().manual_seed(0)
@@ -22,6 +24,19 @@ SCHEMA = codec.Schema.of(DELTA)
 BASE = codec.decode_patch(codec.encode_patch(DELTA))
 WALK = {"w": torch.randn(48, 64, generator=_G).cumsum(1) * 0.01}  # neighbours are alike
 COMB = {"w": torch.zeros(64, 256).index_fill_(1, torch.arange(0, 256, 40), 1.25)}
+STEEP = {"w": torch.randn(48, 96, generator=_G) ** 9}
+
+
+def _by_huffman(tensors):
+    """Return an int8 frame whose codes are a zstd frame of literals alone, as those of large frames are."""
+
+    def smallest(raw, *way, **ways):
+        frame = entropy.literals(raw, 1 << 20)[1]
+        return (packing.ZSTD, frame) if frame else packing.smallest(raw, *way, **ways)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(section, "smallest", smallest)
+        return codec.encode(tensors, values="int8")
 
 
 def _accumulate(blob):
@@ -48,6 +63,7 @@ FRAMES = {
     "id-only": (codec.encode(DELTA, masks=MASKS, schema=SCHEMA), partial(codec.decode, masks=MASKS, schema=SCHEMA)),
     "explicit": (codec.encode(SPARSE, entropy="none"), codec.decode),
     **{f"walk {v}": (codec.encode(WALK, values=v), codec.decode) for v in ("fp32", "bf16", "int8")},
+    "literals": (_by_huffman(STEEP), codec.decode),
     "comb": (codec.encode(COMB, values="int8"), codec.decode),
     "patch": (codec.encode_patch(DELTA, BASE, masks=MASKS), partial(codec.decode_patch, base=BASE, masks=MASKS)),
     "masks": (codec.encode_masks(MASKS), codec.decode_masks),
