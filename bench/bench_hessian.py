@@ -13,7 +13,6 @@ below them), and the others have none.
 """
 
 import argparse
-import copy
 import json
 import statistics
 import subprocess
@@ -26,35 +25,11 @@ import hessian_peers as peers
 import torch
 import torch.nn.functional as F
 from conftest import machine
+from hessian_truth import errors, flat, kinks, truth
 
 from autoflip import curvature
 
 now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-
-def flat(diagonal):
-    return torch.cat([v.detach().flatten() for v in diagonal.values()]).double()
-
-
-def spearman(a, b):
-    """Ties (weights behind dead units, all exactly 0) share their middle rank."""
-
-    def ranks(v):
-        _, where, counts = v.unique(return_inverse=True, return_counts=True)
-        return (counts.cumsum(0) - (counts - 1) / 2)[where]
-
-    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
-
-
-def truth(model, batch):
-    """Return the exact diagonal and what it is of; in float64, but for the LSTM's, which has 79 factors.
-
-    Where Gauss-Newton is not the Hessian, trace estimates of the latter have no truth here.
-    """
-    if batch[0].is_floating_point():
-        model, batch = copy.deepcopy(model).double(), (batch[0].double(), batch[1])
-    diagonal = curvature.hessian_diagonal(model, F.cross_entropy, batch, method="ggn-exact")
-    return flat(diagonal), diagonal.matrix
 
 
 def methods(case, model, batch):
@@ -124,18 +99,6 @@ def methods(case, model, batch):
     return calls
 
 
-def errors(result, exact):
-    """Return (diagonal's relative L2 error, Spearman, trace's relative error); None where there is no such thing."""
-    if isinstance(result, float):
-        return None, None, abs(result / exact.sum().item() - 1)
-    got = flat(result)
-    return (
-        ((got - exact).norm() / exact.norm()).item(),
-        spearman(got, exact),
-        (got.sum() / exact.sum() - 1).abs().item(),
-    )
-
-
 def measure(case, passes, state="trained"):
     """Return rows (dicts), one a method."""
     model, batch = hessian_models.make(case, state)
@@ -180,7 +143,8 @@ def accuracy(cases=("cnn B64", "resnet8 B64"), seeds=9):
                     ]
                     d, r, t = (statistics.median(v) for v in zip(*got))
                     row = {"case": case, "state": state, "batch": what, "method": method, "draws": draws}
-                    rows.append({**row, "matrix": matrix, "diagonal_error": d, "spearman": r, "trace_error": t})
+                    row |= {"matrix": matrix, "diagonal_error": d, "spearman": r, "trace_error": t}
+                    rows.append(row | (kinks(model, batch, exact) if method == "ggn-exact" else {}))
     return rows
 
 
