@@ -48,7 +48,9 @@ def kinks(model, batch, exact):
     apart = hessian_gates.apart(*(hessian_gates.gates_of(m, b[0]) for m, b in ((model, batch), (wide, wide_batch))))
     there = flat(curvature.hessian_diagonal(wide, F.cross_entropy, wide_batch, method="ggn-exact"))
     here, truly = (
-        torch.cat([g.flatten().double() for g in torch.autograd.grad(F.cross_entropy(m(b[0]), b[1]), [*m.parameters()])])
+        torch.cat(
+            [g.flatten().double() for g in torch.autograd.grad(F.cross_entropy(m(b[0]), b[1]), [*m.parameters()])]
+        )
         for m, b in ((model, batch), (wide, wide_batch))
     )
     return {
