@@ -20,13 +20,14 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine() in ("x86_64", "AMD64")
-# sources end in _avx2.cpp or _avx512.cpp when they need that instruction set; dispatch happens at run time;
+# sources end in _avx2.cpp, _avx512.cpp or _bf16.cpp when they need that instruction set; dispatch happens at run time;
 # prfchw: prefetchw does nothing on a CPU that does not know it
 ISA = {
     "avx2": "-mavx2 -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt -mf16c -mprfchw",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt -mf16c -mprfchw "
     "-mprefer-vector-width=512",
 }
+ISA["bf16"] = ISA["avx512"] + " -mavx512bf16"
 
 
 def isa(source: str) -> str | None:

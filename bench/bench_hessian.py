@@ -8,16 +8,13 @@ Spearman's rank correlation of the diagonal, relative error of the trace. The tr
 is not the Hessian: there the errors of Gauss-Newton methods are against Gauss-Newton (in float32, whose rounding is far
 below them), and the others have none.
 
-    python bench/bench_hessian.py [--passes 9] [--accuracy] [--equal-error] [--memory]
-                                  [--out bench/results/hessian-cpu.json]
+    python bench/bench_hessian.py [--passes 9] [--accuracy] [--equal-error] [--coverage]
+                                  [--memory] [--out bench/results/hessian-cpu.json]
 """
 
 import argparse
-import copy
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,35 +23,13 @@ import hessian_peers as peers
 import torch
 import torch.nn.functional as F
 from conftest import machine
+from hessian_coverage import coverage
+from hessian_memory import memories
+from hessian_truth import errors, flat, kinks, truth
 
 from autoflip import curvature
 
 now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-
-def flat(diagonal):
-    return torch.cat([v.detach().flatten() for v in diagonal.values()]).double()
-
-
-def spearman(a, b):
-    """Ties (weights behind dead units, all exactly 0) share their middle rank."""
-
-    def ranks(v):
-        _, where, counts = v.unique(return_inverse=True, return_counts=True)
-        return (counts.cumsum(0) - (counts - 1) / 2)[where]
-
-    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
-
-
-def truth(model, batch):
-    """Return the exact diagonal and what it is of; in float64, but for the LSTM's, which has 79 factors.
-
-    Where Gauss-Newton is not the Hessian, trace estimates of the latter have no truth here.
-    """
-    if batch[0].is_floating_point():
-        model, batch = copy.deepcopy(model).double(), (batch[0].double(), batch[1])
-    diagonal = curvature.hessian_diagonal(model, F.cross_entropy, batch, method="ggn-exact")
-    return flat(diagonal), diagonal.matrix
 
 
 def methods(case, model, batch):
@@ -124,18 +99,6 @@ def methods(case, model, batch):
     return calls
 
 
-def errors(result, exact):
-    """Return (diagonal's relative L2 error, Spearman, trace's relative error); None where there is no such thing."""
-    if isinstance(result, float):
-        return None, None, abs(result / exact.sum().item() - 1)
-    got = flat(result)
-    return (
-        ((got - exact).norm() / exact.norm()).item(),
-        spearman(got, exact),
-        (got.sum() / exact.sum() - 1).abs().item(),
-    )
-
-
 def measure(case, passes, state="trained"):
     """Return rows (dicts), one a method."""
     model, batch = hessian_models.make(case, state)
@@ -180,7 +143,8 @@ def accuracy(cases=("cnn B64", "resnet8 B64"), seeds=9):
                     ]
                     d, r, t = (statistics.median(v) for v in zip(*got))
                     row = {"case": case, "state": state, "batch": what, "method": method, "draws": draws}
-                    rows.append({**row, "matrix": matrix, "diagonal_error": d, "spearman": r, "trace_error": t})
+                    row |= {"matrix": matrix, "diagonal_error": d, "spearman": r, "trace_error": t}
+                    rows.append(row | (kinks(model, batch, exact) if method == "ggn-exact" else {}))
     return rows
 
 
@@ -241,42 +205,6 @@ def equal_error(case="cnn B64", wanted=0.02):
     }
 
 
-def memory(case, which):
-    """Return the growth of this process's peak memory in one call, MiB; call it in a fresh process."""
-    model, batch = hessian_models.make(case, "start")
-    loss_fn, params = F.cross_entropy, list(model.parameters())
-    calls = {
-        "gradient": lambda b: torch.autograd.grad(loss_fn(model(b[0]), b[1]), params),
-        "ggn-mc, 1 draw": lambda b: curvature.hessian_diagonal(model, loss_fn, b, method="ggn-mc"),
-        "ggn-exact": lambda b: curvature.hessian_diagonal(model, loss_fn, b, method="ggn-exact"),
-        "hutchinson trace, 16 draws": lambda b: curvature.hessian_trace(model, loss_fn, b, 16, method="hutchinson"),
-        "PyHessian trace, 16 probes": lambda b: peers.pyhessian_trace(model, b, 16),
-    }
-    calls[which]((batch[0][:2], batch[1][:2]))  # libraries load and caches fill
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-
-    def status(word):
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(word))
-        return int(line.split()[1]) / 1024
-
-    before = status("VmRSS")
-    calls[which](batch)
-    return status("VmHWM") - before
-
-
-def memories(cases=("cnn B64", "cnn B256", "resnet8 B64")):  # an MLP's is too small to see
-    """Return rows: peak memory of each method, each in a process of its own."""
-    hutchinson = "hutchinson trace, 16 draws", "PyHessian trace, 16 probes"
-    rows = []
-    for case in cases:
-        for which in ("gradient", "ggn-mc, 1 draw", "ggn-exact", *hutchinson):
-            command = [sys.executable, "-c", f"import bench_hessian as b; print(b.memory({case!r}, {which!r}))"]
-            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-            if done.returncode == 0:
-                rows.append({"case": case, "method": which, "peak_mib": float(done.stdout.split()[-1])})
-    return rows
-
-
 def show(rows):
     for row in rows:
         if row["method"] == "gradient":
@@ -304,6 +232,7 @@ def main():
         "--accuracy", action="store_true", help="also at three stages of training, two kinds of batches"
     )
     parser.add_argument("--equal-error", action="store_true", help="also run PyHessian to 2 %% (minutes)")
+    parser.add_argument("--coverage", action="store_true", help="also how often intervals hold the truth (a minute)")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of a call")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -323,6 +252,9 @@ def main():
     if args.equal_error:
         content["equal_error"] = equal_error()
         print(content["equal_error"])
+    if args.coverage:
+        content["coverage"] = coverage()
+        print(*content["coverage"], sep="\n")
     if args.memory:
         content["memory"] = memories()
         print(*content["memory"], sep="\n")

@@ -2,10 +2,12 @@
 
 #include <array>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "bindings.h"
 #include "common/cpu.h"
+#include "cpu/coarse.h"
 #include "cpu/deal.h"
 #include "cpu/hessian.h"
 #include "cpu/softmax_draw.h"
@@ -80,14 +82,28 @@ int64_t conv_pull_back(const Addresses& d, uintptr_t weight, uintptr_t at_, uint
                      threads);
 }
 
-// sizes: samples, outputs, positions, columns, then the strides as StepsShape has them
-int64_t sequence_squares(const Addresses& d, uintptr_t u, uintptr_t out, const std::array<int64_t, 9>& sizes,
-                         int threads) {
+// columns, then the strides as StepsInput has them
+using Input = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+// sizes: samples, outputs, positions, then the strides as StepsShape has them; `coarse`: d is bfloat16
+int64_t sequence_squares(const Addresses& d, const std::vector<Input>& u, uintptr_t out,
+                         const std::array<int64_t, 6>& sizes, bool coarse, int threads) {
   const auto& s = sizes;
-  StepsShape shape = {static_cast<int64_t>(d.size()), s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
+  std::vector<StepsInput> inputs;
+  for (const auto& [values, columns, sample, position] : u)
+    inputs.push_back({at<const float>(values), columns, sample, position});
+  StepsShape shape = {static_cast<int64_t>(d.size()), s[0], s[1], s[2],
+                      static_cast<int64_t>(u.size()), s[3], s[4], s[5]};
   threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions, threads);
+#if defined(__x86_64__)
+  if (coarse) {
+    std::vector<const uint16_t*> halves;
+    for (uintptr_t address : d) halves.push_back(at<const uint16_t>(address));
+    return coarse_bf16.sequence_squares(halves.data(), inputs.data(), at<float>(out), shape, threads);
+  }
+#endif
   std::vector<const float*> values = pointers(d);
-  return kernels().sequence_squares(values.data(), at<float>(u), at<float>(out), shape, threads);
+  return kernels().sequence_squares(values.data(), inputs.data(), at<float>(out), shape, threads);
 }
 
 int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t rows, uintptr_t out, int64_t samples,

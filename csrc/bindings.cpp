@@ -34,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
   autoflip::bind_delta_index(m);
   autoflip::bind_hessian(m);
   autoflip::bind_recurrent(m);
+  autoflip::bind_lstm(m);
 }

@@ -15,6 +15,7 @@ void bind_delta(pybind11::module_& m);
 void bind_delta_index(pybind11::module_& m);
 void bind_hessian(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);
+void bind_lstm(pybind11::module_& m);
 
 // An address that Python took from tensor.data_ptr().
 template <class T>

@@ -271,7 +271,7 @@ def test_registered_ops():
         torch.ops.autoflip.conv_pull_back.default, ([*back], weight, [*y.shape[1:]], at, *geometry), test_utils=tests
     )
     torch.library.opcheck(torch.ops.autoflip.squared_matmul.default, (x[0, 0], x[1, 1]), test_utils=tests)
-    sequence = ([one[..., 0].contiguous() for one in d], torch.randn(d.shape[1], d.shape[3], 4))
+    sequence = ([one[..., 0].contiguous() for one in d], [torch.randn(d.shape[1], d.shape[3], k) for k in (4, 1)])
     torch.library.opcheck(torch.ops.autoflip.sequence_squares.default, sequence, test_utils=tests)
 
 

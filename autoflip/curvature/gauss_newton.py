@@ -11,7 +11,9 @@ What four draws cost at least, in gradients of three products a layer: 1/3 forwa
 take as long as the products behind them: 3. Less is to be had where zeros are skipped (behind max-pooling; dense layers
 behind ReLU), where squares of several draws are added first (dense layers), and by looking at fewer samples. Where only
 known layers, ReLU, max-pooling and reshapes stand between the loss and the input (:mod:`chained`), gradients go from
-layer to layer by hand, all factors in one product, and those of the dealt rows alone.
+layer to layer by hand, all factors in one product, and those of the dealt rows alone. Through an LSTM's steps
+(:mod:`lstm`) draws, whose own error is percents, go in products of bfloat16 with float32 sums where the CPU has them:
+twice as fast, their trace off by less than 1e-4. The exact sum never does.
 
 Parameters that no known layer owns (or that several use, or that see samples mixed by batch statistics) are
 handled with what always holds: a draw squares the gradient of the whole batch, equally unbiased but noisier; the
@@ -193,7 +195,7 @@ class GaussNewton:
                 f"rows of {self.problem.samples} samples; return (samples, classes, positions) or use 'ggn-mc'"
             )
         total = self._empty()
-        self._chunks(self.root.factors)
+        self._chunks(self.root.factors, coarse=False)
         for column in self.root.columns():
             self._backward(column, [])
             for n in range(len(column)) if self.rest else ():
@@ -221,13 +223,13 @@ class GaussNewton:
         if (most := int(rows.turns.max()) + 1) > 1:
             signs *= flips(power_from(most), signs.shape[1]).to(signs)[rows.turns]
         v = self.root.draw(signs, rows.samples)
-        self._chunks(1)
+        self._chunks(1, coarse=True)
         self._backward(v.mul_(rows.scale.to(v).unsqueeze(1)), [])
         return self._collect({})
 
     def _mean(self, draws: range, block: int) -> list[Diagonal]:
         total = self._empty()
-        self._chunks(len(draws))
+        self._chunks(len(draws), coarse=True)
         for i in draws:
             self._backward(
                 self.root.draw(signs_of(self.output, self.shape, self.seed, i, block), None), self.rest, total
@@ -237,9 +239,10 @@ class GaussNewton:
             return means
         return [{name: value / len(draws) for name, value in mean.items()} for mean in means]
 
-    def _chunks(self, count: int) -> None:
+    def _chunks(self, count: int, *, coarse: bool) -> None:
         """Cut ``count`` factors evenly, so that no layer squares a last one by itself."""
         for layer in self.layers:
+            layer.coarse = coarse
             layer.chunk = -(-count // -(-count // self.chunk))
 
     def _empty(self) -> Diagonal:

@@ -14,12 +14,19 @@ from torch.autograd.graph import get_gradient_edge
 class Layer(ABC):
     """One run of one layer: what it read, where its output stands in the graph, and its squares so far.
 
+    Attributes:
+        coarse: an estimate's squares are wanted, whose own error is far above bfloat16's.
+        receives: takes gradients from another layer, shaped like its output.
+
     Args:
         module: the layer.
         x: what it read.
         y: what it wrote.
         chunk: factors that are held before they are squared together.
     """
+
+    coarse = False
+    receives = False
 
     def __init__(self, module: nn.Module, x: Tensor, y: Tensor, chunk: int) -> None:
         self.module, self.x, self.version, self.chunk = module, x.detach(), x._version, chunk

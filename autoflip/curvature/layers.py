@@ -38,6 +38,8 @@ class _Norm(Layer):
 
 
 class _Embedding(Layer):
+    receives = True
+
     def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         m: Any = self.module
         tokens = x.reshape(len(x), -1)  # (N, P)

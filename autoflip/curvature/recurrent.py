@@ -1,9 +1,9 @@
 """LSTM and GRU step by step, so that the gradients at their gates can be seen and squared sample by sample.
 
 torch's fused layers hide their gates. While the model is looked at, they are computed here instead: the input's
-products for all steps at once, then a step after the other (Hochreiter and Schmidhuber 1997; Cho et al. 2014, torch's
-form with the reset gate behind the product). Weights count once a sample however many steps use them: their
-gradients are summed over steps before they are squared.
+products for all steps at once, then a step after the other (LSTM: :mod:`lstm`; GRU: Cho et al. 2014, torch's form with
+the reset gate behind the product). Weights count once a sample however many steps use them: their gradients are
+summed over steps before they are squared.
 
 Left to torch, and so to the general way: packed sequences, single sequences without a batch, ``proj_size``.
 """
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from autoflip import ops
 from autoflip.curvature.layer import Layer
+from autoflip.curvature.lstm import lstm
 
 
 class Projection(Layer):
@@ -37,22 +38,6 @@ class Projection(Layer):
         return {weight: total, bias: torch.stack([factor.sum(0).square().sum(0) for factor in d]).sum(0)}
 
 
-class _Steps(torch.autograd.Function):
-    """What all steps of one layer and direction share; ``run`` is told what the hidden weight reads."""
-
-    @staticmethod
-    def setup(ctx: Any, run: Run, weight: Tensor, h: Tensor, y: Tensor) -> Tensor:
-        run.read = torch.cat([h.unsqueeze(0), y[:-1]])
-        ctx.run, ctx.weight = run, weight
-        return run.read
-
-    @staticmethod
-    def weight_gradient(ctx: Any, d: Tensor) -> Tensor | None:
-        if not ctx.run.weight_gradient:  # its squares are taken elsewhere, nobody asks for the whole
-            return None
-        return d.flatten(0, 1).T @ ctx.run.read.flatten(0, 1)
-
-
 class Run:
     """One pass of one layer in one direction."""
 
@@ -60,49 +45,7 @@ class Run:
     weight_gradient = True
 
 
-class _LSTM(_Steps):
-    @staticmethod
-    def forward(ctx: Any, run: Run, gx: Tensor, gh: Tensor, weight: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        gates, size, turned = gx + gh, h.shape[1], weight.T.contiguous()
-        cells, y = gx.new_empty(len(gx) + 1, *c.shape), gx.new_empty(len(gx), *h.shape)
-        squashed = torch.empty_like(y)  # tanh of the cells: slow to compute again
-        cells[0], before = c, h
-        for t, g in enumerate(gates):
-            g.addmm_(before, turned)
-            g[:, : 2 * size].sigmoid_()
-            g[:, 2 * size : 3 * size].tanh_()
-            g[:, 3 * size :].sigmoid_()
-            i, f, n, o = g.chunk(4, 1)
-            torch.mul(f, cells[t], out=cells[t + 1]).addcmul_(i, n)
-            before = torch.mul(o, torch.tanh(cells[t + 1], out=squashed[t]), out=y[t])
-        _Steps.setup(ctx, run, weight, h, y)
-        ctx.gates, ctx.cells, ctx.squashed = gates, cells, squashed
-        return y, y[-1].clone(), cells[-1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *d_out: Tensor) -> tuple[Any, ...]:
-        dy, dh, dc = d_out
-        gates, cells, weight = ctx.gates, ctx.cells, ctx.weight
-        d = torch.empty_like(gates)
-        for t in range(len(gates) - 1, -1, -1):  # a step's tensors stay in the cache, all steps' would not
-            g, to = gates[t], d[t]
-            i, f, n, o = g.chunk(4, 1)
-            at_i, at_f, at_n, at_o = to.chunk(4, 1)
-            tanh = ctx.squashed[t]
-            dh = dh + dy[t]
-            dc = torch.addcmul(dc, dh, torch.addcmul(o, o * tanh, tanh, value=-1))
-            torch.addcmul(g, g, g, value=-1, out=to)  # the slopes of the sigmoids
-            at_i.mul_(n)
-            at_f.mul_(cells[t])
-            torch.addcmul(i, i * n, n, value=-1, out=at_n)
-            to[:, : 3 * i.shape[1]].unflatten(1, (3, -1)).mul_(dc.unsqueeze(1))
-            at_o.mul_(tanh).mul_(dh)
-            dh, dc = to @ weight, dc * f
-        return None, d, d, _Steps.weight_gradient(ctx, d), dh, dc
-
-
-class _GRU(_Steps):
+class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Run, gx: Tensor, gh: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, ...]:
         hidden, size, turned = gh.clone(memory_format=torch.contiguous_format), h.shape[1], weight.T.contiguous()
@@ -113,7 +56,8 @@ class _GRU(_Steps):
             r, z = both.chunk(2, 1)
             n = g[:, 2 * size :].addcmul_(r, product[:, 2 * size :]).tanh_()
             before = torch.lerp(n, before, z, out=y[t])
-        _Steps.setup(ctx, run, weight, h, y)
+        run.read = torch.cat([h.unsqueeze(0), y[:-1]])
+        ctx.run, ctx.weight = run, weight
         ctx.gates, ctx.hidden = gates, hidden[..., 2 * size :]
         return y, y[-1].clone()
 
@@ -134,7 +78,9 @@ class _GRU(_Steps):
             d_hidden[t] = d[t]
             d_hidden[t, :, 2 * size :] *= r[t]
             dh = torch.addmm(dh * z[t], d_hidden[t], weight)
-        return None, d, d_hidden, _Steps.weight_gradient(ctx, d_hidden), dh
+        # its squares are taken elsewhere, and nobody asks for the whole
+        whole = d_hidden.flatten(0, 1).T @ read.flatten(0, 1) if ctx.run.weight_gradient else None
+        return None, d, d_hidden, whole, dh
 
 
 class _Unrolled:
@@ -175,12 +121,16 @@ class _Unrolled:
         effective = getattr(m, "_effective", None) or (lambda name: getattr(m, name))  # masked layers have their own
         w_ih, w_hh = effective("weight_ih" + suffix), effective("weight_hh" + suffix)
         b_ih, b_hh = (effective(kind + suffix) if m.bias else None for kind in ("bias_ih", "bias_hh"))
+        if isinstance(m, nn.LSTM):
+            biases = [] if b_ih is None else [b_ih, b_hh]
+            outputs, steps = lstm(m, x, start, suffix, (w_ih, w_hh), biases, self.chunk)
+            self.layers += [] if steps is None else [steps]
+            return outputs
         gx = F.linear(x, w_ih, b_ih)
         # the hidden products' gradient is read off where their bias comes in; without one, where a zero does
         entry = x.new_zeros(()).requires_grad_() if b_hh is None else b_hh
         gh, run = entry.expand(gx.shape), Run()
-        steps: Any = _LSTM if isinstance(m, nn.LSTM) else _GRU
-        results = steps.apply(run, gx, gh, w_hh, *start)
+        results: tuple[Tensor, ...] = _GRU.apply(run, gx, gh, w_hh, *start)
         for kind, read, written in (("ih", x, gx), ("hh", run.read, gh)):
             if not written.requires_grad:
                 continue
@@ -189,7 +139,7 @@ class _Unrolled:
             layer.params = {name: p for name, p in layer.params.items() if name in names}
             layer.run = run
             self.layers.append(layer)
-        return tuple(results)
+        return results
 
 
 @contextmanager

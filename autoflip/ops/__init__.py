@@ -25,6 +25,10 @@ from autoflip.ops.hessian import rademacher as rademacher
 from autoflip.ops.hessian import sequence_squares as sequence_squares
 from autoflip.ops.hessian import squared_matmul as squared_matmul
 
+# lstm
+from autoflip.ops.lstm import lstm_pull_back as lstm_pull_back
+from autoflip.ops.lstm import lstm_states as lstm_states
+
 # masked_conv
 from autoflip.ops.masked_conv import ConvPack as ConvPack
 from autoflip.ops.masked_conv import conv_weight as conv_weight

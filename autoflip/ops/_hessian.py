@@ -120,32 +120,45 @@ def _added_up(d: Tensor, a: Tensor, squared: bool, samples: Tensor) -> tuple[Ten
     return v.new_zeros(len(seen), v.shape[1]).index_add_(0, places, v), a[seen], True
 
 
-def sequence_squares(d: list[Tensor], u: Tensor) -> tuple[Tensor, int]:
+def sequence_squares(d: list[Tensor], u: list[Tensor]) -> tuple[Tensor, int]:
     """See hessian.sequence_squares."""
-    full = 2 * len(d) * d[0].numel() * u.shape[2]
-    served = backend.serve("sequence_squares", u.device)
-    if _triton(served, u):
+    columns = sum(one.shape[2] for one in u)
+    full = 2 * len(d) * d[0].numel() * columns
+    served = backend.serve("sequence_squares", u[0].device)
+    kernels = _extension(served, u[0])
+    if kernels is not None and served == "cpp":
+        return _sequence_squares(kernels, d, u, columns), full
+    together = torch.cat(u, 2) if len(u) > 1 else u[0]
+    d = [one.to(together.dtype) for one in d]
+    if _triton(served, together):
         from autoflip.kernels import hessian
 
-        one, (p, k) = (1, 1), u.shape[1:]
-        image = u.contiguous().transpose(1, 2).unsqueeze(3)  # positions are an image's rows
+        one, (p, k) = (1, 1), together.shape[1:]
+        image = together.contiguous().transpose(1, 2).unsqueeze(3)  # positions are an image's rows
         out = hessian.conv_squares(torch.stack(d), image, (p, 1), one, one, (0, 0), one, 1, (p * k, 1, k, 0))
         return out, full
-    if (kernels := _extension(served, u)) is None:
-        return reference.sequence_squares(torch.stack(d), u), full
-    if served == "cuda":
-        image, (p, k) = u.contiguous().transpose(1, 2).unsqueeze(3), u.shape[1:]  # positions are an image's rows
-        image = image.as_strided(image.shape, (p * k, 1, k, 0))
-        return _cuda_conv(kernels, torch.stack(d), image, (p, 1), [1, 1, 1, 1, 0, 0, 1, 1], 1), full
-    if u.stride(2) != 1:
-        u = u.contiguous()
-    if any(one.stride() != d[0].stride() for one in d):
-        d = [one.contiguous() for one in d]
-    out = u.new_empty(d[0].shape[1], u.shape[2])
-    sizes = (*d[0].shape, u.shape[2], *d[0].stride(), *u.stride()[:2])
-    factors = [one.data_ptr() for one in d]
-    ran = kernels.sequence_squares(factors, u.data_ptr(), out.data_ptr(), sizes, torch.get_num_threads())
-    return out, 2 * ran
+    if kernels is None:
+        return reference.sequence_squares(torch.stack(d), together), full
+    p, k = together.shape[1:]
+    image = together.contiguous().transpose(1, 2).unsqueeze(3).as_strided((len(together), k, p, 1), (p * k, 1, k, 0))
+    return _cuda_conv(kernels, torch.stack(d), image, (p, 1), [1, 1, 1, 1, 0, 0, 1, 1], 1), full
+
+
+def _sequence_squares(kernels: Any, d: list[Tensor], u: list[Tensor], columns: int) -> Tensor:
+    coarse = d[0].dtype == torch.bfloat16 and kernels.multiplies_bf16()
+    if d[0].dtype != torch.float32 and not coarse:
+        d = [one.float() for one in d]
+    if (coarse and d[0].stride(1) != 1) or any(one.stride() != d[0].stride() for one in d):
+        d = [one.transpose(1, 2).contiguous().transpose(1, 2) for one in d]
+    u = [one if one.stride(2) == 1 else one.contiguous() for one in u]
+    (n, o, p), (by_sample, by_output, by_position) = d[0].shape, d[0].stride()
+    out = u[0].new_empty(o, columns)
+    inputs = [(one.data_ptr(), one.shape[2], *one.stride()[:2]) for one in u]
+    sizes = (n, o, p, by_sample, by_output, by_position)
+    kernels.sequence_squares(
+        [one.data_ptr() for one in d], inputs, out.data_ptr(), sizes, coarse, torch.get_num_threads()
+    )
+    return out
 
 
 def conv_squares(

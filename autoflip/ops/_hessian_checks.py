@@ -46,13 +46,16 @@ def positions(op: str, at: Tensor, d: Tensor, positions: int) -> None:
             raise ValueError(f"{op}: at holds positions {low} to {high}; the output has {positions}")
 
 
-def pair(op: str, left: str, a: Tensor, a_dims: int, right: str, b: Tensor, b_dims: int) -> None:
+def pair(
+    op: str, left: str, a: Tensor, a_dims: int, right: str, b: Tensor, b_dims: int, *, rounded: bool = False
+) -> None:
     if a.dim() != a_dims or b.dim() != b_dims:
         raise ValueError(
             f"{op}: {left} has shape {tuple(a.shape)} and {right} has {tuple(b.shape)}; "
             f"wanted {a_dims} and {b_dims} dimensions"
         )
-    if a.dtype != b.dtype or a.device != b.device or not a.is_floating_point():
+    alike = a.dtype == b.dtype or (rounded and (a.dtype, b.dtype) == (torch.bfloat16, torch.float32))
+    if not alike or a.device != b.device or not a.is_floating_point():
         raise ValueError(
             f"{op}: {left} is {a.dtype} on {a.device} and {right} is {b.dtype} on {b.device}; "
             "both need one floating dtype and one device"

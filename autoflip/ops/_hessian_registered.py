@@ -24,7 +24,7 @@ def _counted(op: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tenso
 
 _lib = torch.library.Library("autoflip", "FRAGMENT")
 _lib.define("squared_matmul(Tensor d, Tensor a, bool squared=False, Tensor? samples=None) -> (Tensor, Tensor)")
-_lib.define("sequence_squares(Tensor[] d, Tensor u) -> (Tensor, Tensor)")
+_lib.define("sequence_squares(Tensor[] d, Tensor[] u) -> (Tensor, Tensor)")
 _lib.define(
     "conv_squares(Tensor[] d, Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups,"
     " Tensor? at=None) -> (Tensor, Tensor)"
@@ -55,8 +55,8 @@ def _(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None
 
 
 @torch.library.register_fake("autoflip::sequence_squares", lib=_lib)
-def _(d: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    return u.new_empty(d[0].shape[1], u.shape[2]), torch.empty((), dtype=torch.int64)
+def _(d: list[Tensor], u: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return u[0].new_empty(d[0].shape[1], sum(one.shape[2] for one in u)), torch.empty((), dtype=torch.int64)
 
 
 @torch.library.register_fake("autoflip::conv_squares", lib=_lib)

@@ -8,6 +8,8 @@ Nothing here is differentiable: the results are statistics.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,16 +58,18 @@ def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tens
     return op(d, a, squared, None if samples is None else samples.contiguous())[0]
 
 
-def sequence_squares(d: Factors, u: Tensor) -> Tensor:
+def sequence_squares(d: Factors, u: Tensor | Sequence[Tensor]) -> Tensor:
     """Square what is summed over positions: ``D[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, p, k])^2``.
 
     Args:
         d: Q tensors ``(N, O, P)`` (or one ``(Q, N, O, P)``), floating: Q factors' gradients at the output of a layer
-            that serves P positions. Views of tensors with another order of axes are fine, like ``u``'s.
-        u: ``(N, P, K)``, dtype and device of ``d``, the layer's input at each position.
+            that serves P positions. Views of tensors with another order of axes are fine, like ``u``'s. bfloat16
+            beside a float32 ``u``: products round to bfloat16, sums are float32.
+        u: ``(N, P, K)``, dtype and device of ``d``, the layer's input at each position; or several, whose columns count
+            as one tensor's side by side.
 
     Returns:
-        ``(O, K)``, dtype of ``d``.
+        ``(O, K)``, dtype of ``u``.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -73,13 +77,14 @@ def sequence_squares(d: Factors, u: Tensor) -> Tensor:
     Cost: ``2 * Q * N * O * P * K`` FLOPs.
     """
     d = checks.factors("sequence_squares", d, contiguous=False)
-    checks.pair("sequence_squares", "d", d[0], 3, "u", u, 3)
-    if (d[0].shape[0], d[0].shape[2]) != (u.shape[0], u.shape[1]):
-        raise ValueError(
-            f"sequence_squares: d has {len(d)} factors (N, O, P) of shape {tuple(d[0].shape)} and u (N, P, K) has "
-            f"{tuple(u.shape)}; samples N and positions P must agree. Is u still (N, K, P)? Then transpose it."
-        )
-    u = u.detach()
+    u = [u.detach()] if isinstance(u, Tensor) else [one.detach() for one in u]
+    for one in u:
+        checks.pair("sequence_squares", "d", d[0], 3, "u", one, 3, rounded=True)
+        if (d[0].shape[0], d[0].shape[2]) != (one.shape[0], one.shape[1]):
+            raise ValueError(
+                f"sequence_squares: d has {len(d)} factors (N, O, P) of shape {tuple(d[0].shape)} and u (N, P, K) has "
+                f"{tuple(one.shape)}; samples N and positions P must agree. Is u still (N, K, P)? Then transpose it."
+            )
     op = torch.ops.autoflip.sequence_squares.default if traced() else _hessian.sequence_squares
     return op(d, u)[0]
 

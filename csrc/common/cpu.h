@@ -21,6 +21,9 @@ bool fetches_ahead();
 // Whether a CPU with AVX-512 has VBMI and VBMI2 too (Ice Lake, Zen 4 and later).
 bool expands_bytes();
 
+// Whether it is used as a CPU with AVX-512 and has BF16, too (Cooper Lake, Zen 4 and later).
+bool multiplies_bf16();
+
 // Picks the table for this CPU; families without a faster version of a level pass the lower one again.
 template <class Table>
 const Table& pick(const Table& base, const Table& avx2, const Table& avx512) {

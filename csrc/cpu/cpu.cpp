@@ -50,6 +50,15 @@ bool expands_bytes() {
 #endif
 }
 
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  static const bool found = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16") != 0);
+  return found && cpu_isa() == Isa::avx512;
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx512:

@@ -17,11 +17,16 @@ struct SquaresShape {
   int64_t columns() const { return channels / groups * kernel_height * kernel_width; }
 };
 
-// A dense layer on sequences; the strides in floats, of d's factors (samples, outputs, positions) and of u
-// (samples, positions, columns next to each other).
+// A dense layer on sequences; strides in values, of d's factors (samples, outputs, positions).
 struct StepsShape {
-  int64_t factors, samples, outputs, positions, columns;
-  int64_t d_sample, d_output, d_position, u_sample, u_position;
+  int64_t factors, samples, outputs, positions, inputs;
+  int64_t d_sample, d_output, d_position;
+};
+
+// Some columns of what it reads: (samples, positions, columns next to each other), strides in floats.
+struct StepsInput {
+  const float* values;
+  int64_t columns, sample, position;
 };
 
 struct HessianKernels {
@@ -51,8 +56,9 @@ struct HessianKernels {
   // v[n, k] *= (gate[at[n], k] > 0), after squaring it when `squared`; gate may be null, so may `at`.
   void (*gate_rows)(float* v, const float* gate, const int64_t* at, int64_t samples, int64_t columns,
                     bool squared);
-  // out[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, p, k])^2. Returns the multiply-adds that ran.
-  int64_t (*sequence_squares)(const float* const* d, const float* u, float* out, const StepsShape&,
+  // out[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, p, k])^2, u's columns those of all inputs. Returns the
+  // multiply-adds that ran.
+  int64_t (*sequence_squares)(const float* const* d, const StepsInput* u, float* out, const StepsShape&,
                               int threads);
   // out[i] = +-1, bit i % 64 of SplitMix64's word i / 64
   void (*rademacher)(uint64_t seed, uint64_t stream, float* out, int64_t count, int threads);

@@ -5,6 +5,8 @@
 #include "cpu/hessian_steps.h"
 
 namespace autoflip {
-const HessianKernels kHessianAvx2 = {squares_scratch, squares,   pull_back_scratch, pull_back, squared_matmul,
-                                     dense_pull_back, gate_rows, sequence_squares,  rademacher};
+const HessianKernels kHessianAvx2 = {
+    squares_scratch, squares,         pull_back_scratch, pull_back,
+    squared_matmul,  dense_pull_back, gate_rows,         squares_of_steps<Floats, float>,
+    rademacher};
 }

@@ -1,0 +1,5 @@
+#include "cpu/lstm_walk_impl.h"
+
+namespace autoflip {
+const LstmWalk lstm_walk_base = {lstm_forward<Floats>, lstm_back<Floats, float>};
+}
