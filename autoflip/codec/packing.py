@@ -92,7 +92,8 @@ def packed_size(raw: Buffer, level: int, times: float, wanted: int = 0) -> tuple
     size = len(_squeeze(raw, level))
     bare, own = entropy.literals(raw, 0)[0], None
     repeats = bare is None or size < _NOTHING * bare
-    if length(raw) >= _LITTLE and (repeats or times * size >= wanted):  # what a sample of more bytes tells is 2 % off, too much to choose by
+    # what a sample of more bytes tells is 2 % off, too much to choose by
+    if length(raw) >= _LITTLE and (repeats or times * size >= wanted):
         own, _ = entropy.encode_below(raw, PLAIN, 0 if length(raw) <= entropy.SAMPLE else int(_NEAR * size))
     return int(times * (size if own is None else min(size, own))), repeats
 
