@@ -27,7 +27,19 @@ ISA = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt -mf16c -mprfchw "
     "-mprefer-vector-width=512",
 }
-ISA["bf16"] = ISA["avx512"] + " -mavx512bf16"
+
+
+def bf16_flags() -> str:
+    """Return the flags of AVX512_BF16; none for compilers from before it (GCC 9), to which its sources are empty."""
+    cxx, flag = os.environ.get("CXX", "g++"), "-mavx512bf16"
+    try:
+        known = subprocess.run([*cxx.split(), flag, "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0
+    except OSError:  # no compiler: the build says so
+        known = False
+    return f"{ISA['avx512']} {flag}" if X86 and known else ""
+
+
+ISA["bf16"] = bf16_flags()
 
 
 def isa(source: str) -> str | None:
@@ -128,7 +140,10 @@ if not (ROOT / "autoflip" / "kernels" / "__init__.py").exists():
 
 NVCC, NO_NVCC = find_nvcc()
 extensions = [
-    Extension("autoflip._C", [s for s in sources("csrc/cpu/*.cpp") if X86 or not isa(s)] + sources("csrc/bind*.cpp"))
+    Extension(
+        "autoflip._C",
+        [s for s in sources("csrc/cpu/*.cpp") if X86 or isa(s) in (None, "bf16")] + sources("csrc/bind*.cpp"),
+    )
 ]
 if NVCC and sources("csrc/cuda/*.cu"):
     required = os.environ.get("AUTOFLIP_CUDA") == "1"

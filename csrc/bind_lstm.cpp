@@ -64,7 +64,9 @@ void back(uintptr_t w_hh, uintptr_t w_ih, uintptr_t gates, uintptr_t cells, cons
 
 void bind_lstm(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  m.def("multiplies_bf16", multiplies_bf16, "whether `coarse` may be asked for");
+  m.def(
+      "multiplies_bf16", [] { return coarse_bf16.lstm_back && multiplies_bf16(); },
+      "whether `coarse` may be asked for");
   m.def("lstm_forward", forward,
         "gates (steps, n, 4 h): x's products in, activated out; cells (steps + 1, n, h): the "
         "first in",

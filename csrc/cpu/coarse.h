@@ -6,6 +6,7 @@
 
 namespace autoflip {
 
+// Null where this build has none of them.
 struct CoarseKernels {
   // As in lstm_walk.h; d is bfloat16.
   decltype(LstmWalk::back) lstm_back;

@@ -51,7 +51,7 @@ bool expands_bytes() {
 }
 
 bool multiplies_bf16() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)  // older ones do not know the name
   static const bool found = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16") != 0);
   return found && cpu_isa() == Isa::avx512;
 #else
