@@ -1,6 +1,6 @@
 """Write README's tables out of the committed result files: ``python tools/readme.py`` (--check: only compare).
 
-Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` (results, methods, layers, codec) is made here; no figure is
+Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` (results, methods, layers, codec, curvature) is made here; no figure is
 typed by hand.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("bench", "bench/experiments")]
 import bench_narrow  # noqa: E402
 import codec_marks  # noqa: E402
+import hessian_marks  # noqa: E402
 import layer_marks  # noqa: E402
 import marks  # noqa: E402
 import study  # noqa: E402
@@ -178,6 +179,7 @@ def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
     parts = {"results": tables(), "methods": methods(), "layers": layers(), "codec": codec_marks.tables()}
+    parts["curvature"] = "\n".join(hessian_marks.table())
     new = text
     for marker, part in parts.items():
         new = filled(new, marker, part)
