@@ -1,7 +1,7 @@
 """Write README's tables out of the committed result files: ``python tools/readme.py`` (--check: only compare).
 
-Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` (results, methods, layers, codec, curvature) is made here; no
-figure is typed by hand.
+Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` (results, methods, layers, codec, curvature) is made here;
+no figure is typed by hand.
 """
 
 import json
