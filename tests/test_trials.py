@@ -133,3 +133,13 @@ def test_result_is_the_same_on_either_side_of_a_choice(kept):
     y = ops.masked_linear(x, w, None, Pack(mask))
     # float32 sums in another order, see tests/test_masked_matmul.py
     torch.testing.assert_close(y, x @ (w * mask).T, rtol=0, atol=64 * torch.finfo(torch.float32).eps * 300**0.5)
+
+
+def test_what_stands_for_a_batch_is_never_far_from_it():
+    kept = {paths.bucket(n) for n in range(1, 2000)}
+    assert kept == {1, 2, 4, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512}
+    for n in range(1, 513):
+        lanes, those = -(-n // 16), -(-paths.bucket(n) // 16)  # vectors of 16 samples
+        assert lanes <= those * 1.5
+        assert those <= lanes * 4 / 3
+    assert paths.bucket(5000) == 512

@@ -48,8 +48,13 @@ RULE: dict[str, dict[str, tuple[tuple[int, float], ...]]] = {
 
 
 def bucket(n_rows: int) -> int:
-    """Return the batch size that stands for ``n_rows``: the next power of two, 512 at most."""
-    return min(512, 1 << max(0, n_rows - 1).bit_length())
+    """Return the batch size that stands for ``n_rows``: the next power of two, 512 at most.
+
+    For a batch nearer to the power of two before it, that power and one more: 33 rows fill three vectors as badly as
+    any, and what pays for 64 rows cost them up to 1.27 times dense.
+    """
+    whole = min(512, 1 << max(0, n_rows - 1).bit_length())
+    return whole if whole <= 16 or n_rows > 3 * whole // 4 else whole // 2 + 1
 
 
 def chunk(n_rows: int, density: float, letter: str = "s", entries: int = 0) -> int:
