@@ -95,13 +95,11 @@ int64_t sequence_squares(const Addresses& d, const std::vector<Input>& u, uintpt
   StepsShape shape = {static_cast<int64_t>(d.size()), s[0], s[1], s[2],
                       static_cast<int64_t>(u.size()), s[3], s[4], s[5]};
   threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions, threads);
-#if defined(__x86_64__)
   if (coarse) {
     std::vector<const uint16_t*> halves;
     for (uintptr_t address : d) halves.push_back(at<const uint16_t>(address));
     return coarse_bf16.sequence_squares(halves.data(), inputs.data(), at<float>(out), shape, threads);
   }
-#endif
   std::vector<const float*> values = pointers(d);
   return kernels().sequence_squares(values.data(), inputs.data(), at<float>(out), shape, threads);
 }

@@ -51,10 +51,7 @@ void back(uintptr_t w_hh, uintptr_t w_ih, uintptr_t gates, uintptr_t cells, cons
   auto from = pointers<const float>(dy);
   auto to_d = pointers<void>(d);
   auto to_dx = pointers<float>(dx);
-  auto run = walk().back;
-#if defined(__x86_64__)
-  if (coarse) run = coarse_bf16.lstm_back;
-#endif
+  const auto run = coarse ? coarse_bf16.lstm_back : walk().back;
   run(s, at<float>(w_hh), at<float>(w_ih), at<float>(gates), at<float>(cells),
       {from.data(), dy_step, dy_sample}, at<float>(dh), at<float>(dc), to_d.data(), to_dx.data(),
       threads_for(s, threads));

@@ -125,6 +125,21 @@ def test_after_autocast_the_layer_goes_back_to_its_kernel(monkeypatch):
     assert counter.get_total_flops() == 2 * 16 * int(layer.weight_mask.sum())
 
 
+def test_after_autocast_the_convolution_goes_back_to_its_kernel(monkeypatch):
+    torch.manual_seed(0)
+    layer = sparse.MaskedConv2d(8, 12, 3, padding=1)
+    layer.set_mask(torch.rand(layer.weight.shape) < 0.5)
+    mask = layer.weight_mask
+    layer.__dict__["_pack"] = (mask, mask._version, ConvPack(mask, (1, 1), path="sparse"))
+    monkeypatch.setattr(narrow, "_faster", lambda *_: False)
+    x = torch.randn(16, 8, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.bfloat16  # as a layer before it hands it on
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 16 * 36 * int(mask.sum())
+
+
 @pytest.mark.parametrize("size", [1, 5, 4099, 70_001])
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float32, torch.float64], ids=str)
 def test_entries_of_every_size_are_looked_at_and_masked(dtype, size):

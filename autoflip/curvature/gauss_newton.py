@@ -145,7 +145,7 @@ class GaussNewton:
     def layers(self) -> list[Layer]:
         """The layers whose parameters' squares are summed where they ran."""
         graph, ran = self.graph, self.ran
-        layers = [] if graph.coupled else [layer for layer in ran if _alone(layer, ran, graph, self.problem)]
+        layers = [] if graph.coupled else [one for one in ran if graph.alone(one, ran, self.problem.params)]
         for layer in layers:
             layer.seen_through(graph.readers)
         for layer in layers:
@@ -294,11 +294,3 @@ def _forward(problem: Problem, chunk: int) -> tuple[Tensor, list[Layer]]:
 def _close(got: Tensor, want: Tensor) -> bool:
     # another batch size is another order of sums; another sample's influence is off by far more
     return bool((got - want).abs().max() <= torch.finfo(got.dtype).eps ** 0.5 * want.abs().max())
-
-
-def _alone(layer: Layer, ran: list[Layer], graph: Graph, problem: Problem) -> bool:
-    """Whether this run of the layer is all that its parameters do."""
-    names = {id(p): name for name, p in problem.params.items()}
-    own = {id(p) for p in layer.params.values()} & names.keys()
-    once = sum(not own.isdisjoint(map(id, other.params.values())) for other in ran) == 1
-    return once and layer.edge.node in graph.layer_nodes and all(graph.uses.get(names[i]) == 1 for i in own)

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from autoflip.curvature.layer import Layer
+
 # autograd node names without "Backward0"; a name that is not here counts as curved
 _LINEAR_NAMES = """
     Add Sub Neg View UnsafeView Reshape ReshapeAlias T Transpose Permute Squeeze Unsqueeze Expand Slice Select Cat
@@ -51,6 +53,13 @@ class Graph:
     uses: Mapping[str, int]
     layer_nodes: Set[Any]
     readers: Mapping[Any, Sequence[Any]]
+
+    def alone(self, layer: Layer, ran: Sequence[Layer], params: Mapping[str, Tensor]) -> bool:
+        """Tell whether this run of a layer, of all those that ``ran``, is all that its parameters do."""
+        names = {id(p): name for name, p in params.items()}
+        own = {id(p) for p in layer.params.values()} & names.keys()
+        once = sum(not own.isdisjoint(map(id, other.params.values())) for other in ran) == 1
+        return once and layer.edge.node in self.layer_nodes and all(self.uses.get(names[i]) == 1 for i in own)
 
 
 def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any]) -> Graph:

@@ -28,13 +28,10 @@ from torch import Tensor
 
 from autoflip.fed import readers
 from autoflip.fed.dataset import Dataset, Split
+from autoflip.fed.leaf import VOCABULARY, femnist, shakespeare
 from autoflip.fed.readers import DataError
 
 __all__ = ["NAMES", "VOCABULARY", "DataError", "Dataset", "Split", "load"]
-
-# LEAF's 80 characters, in LEAF's order (models/utils/language_utils.py)
-VOCABULARY = "\n !\"&'(),-.0123456789:;>?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz}"
-_SPACE = VOCABULARY.index(" ")
 
 # mean and standard deviation per channel of the published training sets, pixels in [0, 1]
 _MOMENTS = {
@@ -42,7 +39,6 @@ _MOMENTS = {
     "fashion-mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "femnist": ((0.9612,), (0.1657,)),  # of the 8847 training samples in a 5 % LEAF sample
     "digits": ((0.3053,), (0.3760,)),
 }
 
@@ -100,7 +96,6 @@ _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/ (four files *-ubyte.gz)
 _FASHION = "https://github.com/zalandoresearch/fashion-mnist (four files *-ubyte.gz)"
 _QMNIST = "https://github.com/facebookresearch/qmnist (qmnist-{train,test}-labels-idx2-int.gz)"
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (the Python version, unpacked)"
-_LEAF = "https://github.com/TalwalkarLab/leaf (preprocess.sh makes data/train and data/test)"
 _HAR = "https://archive.ics.uci.edu/dataset/240 (its windows as arrays x (N, 9, 128), y, subject, is_test)"
 _ANY = "the publisher of that data set (IDX files as MNIST's)"
 _USPS = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/ (usps, written as IDX files)"
@@ -191,64 +186,6 @@ def _cifar(root: Path, name: str) -> Dataset:
     return Dataset(name, splits[0], splits[1], 10 if ten else 100, (3, 32, 32))
 
 
-def _leaf(root: Path, name: str, convert: Callable[[str, list, list], tuple[Tensor, Tensor]]) -> list[Split]:
-    """Read both sides; groups number the users of both in sorted order, samples lie by group.
-
-    ``convert`` turns the x and y of one user into tensors; its first argument says where they come from.
-    """
-    sides: list[dict[str, list[tuple[Tensor, Tensor]]]] = []
-    for side in ("train", "test"):
-        folder = root / name / "data" / side
-        if not folder.is_dir():
-            raise readers.missing(folder, f"the folder of {name}'s {side} files all_data_*.json", _LEAF)
-        sides.append({})
-        for path, user, x, y in readers.read_leaf(folder):
-            if y:
-                sides[-1].setdefault(user, []).append(convert(f"{path}: user {user}", x, y))
-        if not sides[-1]:
-            raise DataError(f"{folder}: its files hold no sample; wanted at least one")
-    ids = {user: i for i, user in enumerate(sorted(sides[0].keys() | sides[1].keys()))}
-    splits = []
-    for users in sides:
-        parts = [(x, y, torch.full_like(y, ids[user])) for user in sorted(users) for x, y in users[user]]
-        splits.append(Split(*(torch.cat(tensors) for tensors in zip(*parts))))
-    return splits
-
-
-def _femnist(root: Path) -> Dataset:
-    """LEAF's FEMNIST: 28x28, 1 = paper and 0 = ink as in the files; digits, upper case, lower case; by writer."""
-    mean, std = _MOMENTS["femnist"][0][0], _MOMENTS["femnist"][1][0]
-
-    def convert(where: str, x: list, y: list) -> tuple[Tensor, Tensor]:
-        try:
-            pixels = np.asarray(x, np.float32)
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{where}: x is not numbers ({error}); wanted 784 in [0, 1] a sample") from error
-        if pixels.shape != (len(y), 784) or not (pixels.min() >= 0 and pixels.max() <= 1):
-            raise DataError(f"{where}: x has shape {pixels.shape}; wanted (N, 784) in [0, 1]")
-        labels = readers.class_ids(where, y, len(x), 62)
-        return torch.from_numpy(pixels).view(-1, 1, 28, 28).sub_(mean).div_(std), torch.from_numpy(labels)
-
-    train, test = _leaf(root, "femnist", convert)
-    return Dataset("femnist", train, test, 62, (1, 28, 28))
-
-
-def _shakespeare(root: Path) -> Dataset:
-    """LEAF's next-character task: 80 characters -> the next; by role; whatever is not in `VOCABULARY` is a space."""
-    table = {c: i for i, c in enumerate(VOCABULARY)}
-
-    def convert(where: str, x: list, y: list) -> tuple[Tensor, Tensor]:
-        if not all(isinstance(s, str) and len(s) == 80 for s in x):
-            raise DataError(f"{where}: some x is not a string of 80 characters; wanted 80 in each")
-        if not all(isinstance(c, str) and len(c) == 1 for c in y):
-            raise DataError(f"{where}: some y is not one character; wanted the one that follows x")
-        ids = np.array([[table.get(c, _SPACE) for c in s] for s in x], np.int64)
-        return torch.from_numpy(ids), torch.tensor([table.get(c, _SPACE) for c in y])
-
-    train, test = _leaf(root, "shakespeare", convert)
-    return Dataset("shakespeare", train, test, len(VOCABULARY), (80,))
-
-
 def _har(root: Path) -> Dataset:
     """UCI HAR windows: 9 channels of 128 steps, 6 activities, by subject."""
     path = root / "HAR" / "har.npz"
@@ -293,8 +230,8 @@ _LOADERS: dict[str, Callable[[Path], Dataset]] = {
     "usps": lambda root: _idx("usps", root, "USPS/raw/usps-", _USPS),
     "cifar10": lambda root: _cifar(root, "cifar10"),
     "cifar100": lambda root: _cifar(root, "cifar100"),
-    "femnist": _femnist,
-    "shakespeare": _shakespeare,
+    "femnist": femnist,
+    "shakespeare": shakespeare,
     "har": _har,
 }
 NAMES = ("digits", *_LOADERS)

@@ -26,10 +26,11 @@ __all__ = ["MaskedConv2d"]
 class MaskedConv2d(Masked, nn.Conv2d):
     """``torch.nn.Conv2d`` on ``weight * mask``; torch's own until a mask is set.
 
-    Pruned weights do no work where the sparse kernel is the faster one: float32 on a CPU, stride 1, one group, zero
-    padding, 8 samples or more; see :func:`autoflip.ops.masked_conv2d`. Elsewhere the dense convolution runs, and time
-    and FLOPs fall when whole channels go: :func:`autoflip.compact` removes them. Of fewer than 16 channels the kernel
-    may be the faster one without a pruned weight too: a mask that keeps everything has it tried.
+    Pruned weights do no work where the sparse kernel is the faster one: on a CPU, stride 1, one group, zero padding, 8
+    samples or more, float32 or what is narrower; see :func:`autoflip.ops.masked_conv2d`. Elsewhere the dense
+    convolution runs, and time and FLOPs fall when whole channels go: :func:`autoflip.compact` removes them. Of fewer
+    than 16 channels the kernel may be the faster one without a pruned weight too: a mask that keeps everything has it
+    tried.
 
     Arguments, parameters and ``state_dict()`` are torch's. Pruned weights are zero, get exactly zero
     gradients, and so stay zero under SGD with momentum and weight decay and under Adam(W). Momentum gathered
@@ -67,13 +68,14 @@ class MaskedConv2d(Masked, nn.Conv2d):
             pack = self._conv_pack(mask)
         else:
             pack = known[2]
-        if pack is not None and (weight.dtype is not torch.float32 or torch.is_autocast_enabled("cpu")):
+        cast = torch.is_autocast_enabled("cpu")
+        if pack is not None and (cast or weight.dtype is not torch.float32):
             y = narrow_conv2d(input, weight, bias, pack)
             if y is not None:
                 return y
-        if pack is None or self._all_dense(pack, input, weight):
+        if pack is None or cast or self._all_dense(pack, input, weight):
             whole = self._mask_of("weight") is None if pack is None else pack.whole
-            if whole or (not traced() and self._stands(input, weight, mask)):
+            if whole or (not traced() and self._stands(input, weight, mask, again=not cast)):
                 return self._conv_forward(input, weight, bias)
             if channels_last(weight):  # torch's convolution keeps that layout
                 return self._conv_forward(input, self._effective("weight"), bias)

@@ -1,8 +1,9 @@
 """Convolve with the kept weights only, where that is faster: ``y = conv2d(x, w * mask) + b`` and its derivatives.
 
-A sparse kernel serves float32 on a CPU with stride 1, one group and zero padding; everything else is torch's dense
-convolution. Forward, dx and dw choose each for itself, per shape, batch size, density and thread count: by a short
-trial (:mod:`autoflip.ops.trials`), or by :data:`RULE` where trials are off.
+A sparse kernel serves float32 on a CPU with stride 1, one group and zero padding, and narrower types where widening
+pays (:mod:`autoflip.ops.narrow`); everything else is torch's dense convolution. Forward, dx and dw choose each for
+itself, per shape, batch size, density and thread count: by a short trial (:mod:`autoflip.ops.trials`), or by
+:data:`RULE` where trials are off.
 """
 
 from __future__ import annotations

@@ -62,25 +62,13 @@ inline void panel_product(const float* panel, int64_t words, const float* const*
 }
 
 template <class E>
-inline void panel_product(int64_t count, const float* panel, int64_t words, const float* const* rows,
-                          const float* bias, int64_t width, float* const* out) {
-  switch (count) {
-    case 1:
-      return panel_product<E, 1>(panel, words, rows, bias, width, out);
-    case 2:
-      return panel_product<E, 2>(panel, words, rows, bias, width, out);
-    case 3:
-      return panel_product<E, 3>(panel, words, rows, bias, width, out);
+constexpr decltype(&panel_product<E, 1>) kPanelProducts[] = {
+    panel_product<E, 1>, panel_product<E, 2>, panel_product<E, 3>,
 #if defined(__AVX512F__)
-    case 4:
-      return panel_product<E, 4>(panel, words, rows, bias, width, out);
-    case 5:
-      return panel_product<E, 5>(panel, words, rows, bias, width, out);
-    case 6:
-      return panel_product<E, 6>(panel, words, rows, bias, width, out);
+    panel_product<E, 4>, panel_product<E, 5>, panel_product<E, 6>,
 #endif
-  }
-}
+};
+static_assert(sizeof(kPanelProducts<Floats>) == kMaxRows * sizeof(void*), "one for each number of rows");
 
 // out(r) + column = row(r) * packed + bias (whole panels; null: none), for `count` rows in even groups and
 // all columns.
@@ -95,8 +83,8 @@ inline void product(const float* packed, int64_t words, int64_t columns, const f
       const float* rows[kMaxRows];
       float* to[kMaxRows];
       for (int64_t r = 0; r < some; ++r) rows[r] = row(begin + r), to[r] = out(begin + r) + first;
-      panel_product<E>(some, packed, words, rows, bias == nullptr ? kNone : bias + first,
-                       least(kPanel, columns - first), to);
+      kPanelProducts<E>[some - 1](packed, words, rows, bias == nullptr ? kNone : bias + first,
+                                  least(kPanel, columns - first), to);
     }
 }
 
