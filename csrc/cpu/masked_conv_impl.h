@@ -153,7 +153,7 @@ AF_INLINE void sample_tile(Runs& runs, const Tile& tile, const float* values, fl
     const int64_t row = *runs.run & 0xffff, count = *runs.run >> 16;
     const float* dy = tile.dy + row * tile.row_stride;
     int64_t done = 0;
-    for (; count - done > kMost - 4; done += kMost)
+    for (; count - done > (kMost > 4 ? kMost - 4 : 0); done += kMost)
       sample_columns<P, kMost>(tile, dy, runs.column + done, count - done, out + done, count);
     // what is left, in one piece: each piece reads dy again and waits for its own sums
     unroll<1, kMost / 4>([&](auto i) AF_LAMBDA {
