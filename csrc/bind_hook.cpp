@@ -202,7 +202,7 @@ void meet(py::dict given) {
            name("new_empty"),     name("save_for_backward"),
            name("saved_tensors"), name("needs_input_grad"),
            name("job"),           name("operand"),
-           name("values")};
+           name("values"),        name("panel")};
 }
 
 }  // namespace
