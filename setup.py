@@ -75,7 +75,7 @@ def rules(nvcc: str | None, sanitize: str) -> list[str]:
     codes += f" -gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     depend = "-MMD -MF $out.d -std=c++17"
     tail = f"{include} -c $in -o $out\n depfile = $out.d\n deps = gcc"
-    link = f"-fsanitize={sanitize}" if sanitize else ""
+    link = f"-fsanitize={sanitize}" if sanitize else "-s"
     warn = "-Wall -Wextra -ffp-contract=off -fno-trapping-math"
     return [
         f"rule cxx\n command = {cxx} {depend} -fPIC -fvisibility=hidden -fopenmp {warn} {opt} $isa {tail}",

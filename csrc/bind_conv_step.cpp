@@ -1,5 +1,6 @@
-// A masked convolution's training step as autograd calls it, one function forward and one back: written in Python it
-// takes 0.3 ms longer after other code has been run, as in any model (Zen 4): a fifth of a step at density 0.1.
+// A masked convolution's training step as autograd calls it, one function forward and one back: written in
+// Python it takes 0.3 ms longer after other code has been run, as in any model (Zen 4): a fifth of a step at
+// density 0.1.
 #include <cstring>
 
 #include "masked_conv_calls.h"
@@ -10,7 +11,8 @@ namespace py = pybind11;
 namespace autoflip {
 namespace {
 
-// What the steps of one mask and shape of x share, whose products are all sparse and whose tensors lie row by row.
+// What the steps of one mask and shape of x share, whose products are all sparse and whose tensors lie row by
+// row.
 struct ConvPlan {
   ConvShape shape;
   uintptr_t forward, dx, dw;  // layouts
@@ -78,8 +80,8 @@ PyObject* backward_here(const ConvPlan& p, PyObject* ctx, PyObject* dy, PyObject
     x_panel = data(panel.cast<ConvPanel&>());
   }
   const ConvPanel dy_panel(p.shape.dy_floats());
-  p.shape.backward(x_in, x_panel, place(dy), data(dy_panel), p.dx, p.dw, p.kept, place(weight), place(dx.ptr()),
-                   place(dw.ptr()), place(db.ptr()), threads());
+  p.shape.backward(x_in, x_panel, place(dy), data(dy_panel), p.dx, p.dw, p.kept, place(weight),
+                   place(dx.ptr()), place(dw.ptr()), place(db.ptr()), threads());
   return PyTuple_Pack(4, dx.ptr(), dw.ptr(), db.ptr(), Py_None);
 }
 
@@ -128,10 +130,12 @@ py::tuple steps(py::object forward, py::object backward) {
 
 void bind_conv_step(py::module_& m) {
   m.def("masked_conv_plan", make_plan,
-        "what masked_conv_steps' functions need of a mask: the sizes, the layouts of forward, dx and dw, how many "
+        "what masked_conv_steps' functions need of a mask: the sizes, the layouts of forward, dx and dw, how "
+        "many "
         "weights are kept, what keeps the layouts alive");
   m.def("masked_conv_steps", steps,
-        "forward(ctx, x, weight, bias, job) and backward(ctx, dy) of an autograd function, for jobs with a plan "
+        "forward(ctx, x, weight, bias, job) and backward(ctx, dy) of an autograd function, for jobs with a "
+        "plan "
         "and contiguous tensors; takes what to call in all other cases");
 }
 

@@ -47,14 +47,16 @@ py::bytes layout(uintptr_t mask, int64_t rows, const Seven& images, const Four& 
     const uint8_t* from = at<const uint8_t>(mask);
     const int64_t entries = rows * images[1] * kernel[0] * kernel[1];
     const int64_t kept = std::count(from, from + entries, uint8_t(1));
-    bytes = masked_conv_layout(kernels(), from, rows, images_of(images), kernel_of(kernel), tile_height(sample),
-                               tile_width(sample, kept, entries), turned);
+    bytes = masked_conv_layout(kernels(), from, rows, images_of(images), kernel_of(kernel),
+                               tile_height(sample), tile_width(sample, kept, entries), turned);
   }
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
-Layout layout_at(const ConvShape& s, uintptr_t lay, int64_t kept, int64_t rows, const Images& images, bool sample) {
-  return masked_conv_layout_at(kernels(), at<const uint8_t>(lay), kept, rows, images, s.kernel, tile_height(sample),
+Layout layout_at(const ConvShape& s, uintptr_t lay, int64_t kept, int64_t rows, const Images& images,
+                 bool sample) {
+  return masked_conv_layout_at(kernels(), at<const uint8_t>(lay), kept, rows, images, s.kernel,
+                               tile_height(sample),
                                tile_width(sample, kept, rows * images.channels * s.kernel.area()));
 }
 
@@ -68,8 +70,8 @@ void multiply(const ConvShape& s, uintptr_t panel, const Images& images, const I
   float *maps = thread_scratch().take(strips + kept), *values = maps + strips;
   k.gather(at<const int32_t>(lay), kept, at<const float>(weight), values);
   const int64_t tile = tile_of(k, kept, found.rows * found.cols);
-  k.multiply(found, tile, values, at<const float>(panel), images, s.kernel, at<const float>(bias), at<float>(y),
-             out.last, maps, threads);
+  k.multiply(found, tile, values, at<const float>(panel), images, s.kernel, at<const float>(bias),
+             at<float>(y), out.last, maps, threads);
 }
 
 void panels(const ConvShape& s, uintptr_t x_in, uintptr_t x_panel, uintptr_t dy_in, uintptr_t dy_panel,

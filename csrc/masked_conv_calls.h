@@ -1,4 +1,5 @@
-// One convolution's sizes and its products by addresses: what Python calls, and the steps of bind_conv_step.cpp.
+// One convolution's sizes and its products by addresses: what Python calls, and the steps of
+// bind_conv_step.cpp.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -7,8 +8,8 @@
 
 namespace autoflip {
 
-// Memory for a panel. Some that is out of use is kept: fresh pages cost more than the conversion into them. To be
-// made and dropped while Python's lock is held.
+// Memory for a panel. Some that is out of use is kept: fresh pages cost more than the conversion into them.
+// To be made and dropped while Python's lock is held.
 class ConvPanel {
  public:
   explicit ConvPanel(int64_t floats);
@@ -33,8 +34,8 @@ struct ConvShape {
   // y = conv2d(x, weight at the layout) + bias, by way of x's panel, which is written; addresses, 0: none
   void forward(uintptr_t in, uintptr_t panel, uintptr_t lay, int64_t kept, uintptr_t weight, uintptr_t bias,
                uintptr_t y, int threads) const;
-  // dx, dw and db, unless 0. x_in, dy_in 0: their panels are there, else they are written; dw keeps its entries
-  // outside the layout
+  // dx, dw and db, unless 0. x_in, dy_in 0: their panels are there, else they are written; dw keeps its
+  // entries outside the layout
   void backward(uintptr_t x_in, uintptr_t x_panel, uintptr_t dy_in, uintptr_t dy_panel, uintptr_t dx_lay,
                 uintptr_t dw_lay, int64_t kept, uintptr_t weight, uintptr_t dx, uintptr_t dw, uintptr_t db,
                 int threads) const;

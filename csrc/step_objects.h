@@ -13,7 +13,9 @@ inline void set(PyObject* object, PyObject* name, PyObject* value) {
   if (PyObject_SetAttr(object, name, value)) throw pybind11::error_already_set();
 }
 
-inline pybind11::object get(PyObject* object, PyObject* name) { return owned(PyObject_GetAttr(object, name)); }
+inline pybind11::object get(PyObject* object, PyObject* name) {
+  return owned(PyObject_GetAttr(object, name));
+}
 
 // where a tensor's entries are; 0: of None
 inline uintptr_t place(PyObject* t) {

@@ -95,7 +95,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
             if channels_last(weight):  # torch's convolution keeps that layout
                 return self._conv_forward(input, self._effective("weight"), bias)
             return self._conv_forward(input, conv_weight(weight, mask), bias)
-        return self._step(input, weight, bias, pack) if weight is found else masked_conv2d(input, weight, bias, pack)
+        return masked_conv2d(input, weight, bias, pack) if found is None else self._step(input, found, bias, pack)
 
     def _step(self, input: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> Tensor:
         """Convolve by the kernels, and note what must not change for the next call to go straight to them."""

@@ -21,8 +21,8 @@ from autoflip.ops import _masked_conv_kernels as conv
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend, paths, trials
-from autoflip.ops._masked_conv_kernels import Pair, Parts
 from autoflip.ops._masked_conv import conv_step
+from autoflip.ops._masked_conv_kernels import Pair, Parts
 from autoflip.ops._masked_weight import CPP
 from autoflip.ops.narrow import narrow_conv2d
 

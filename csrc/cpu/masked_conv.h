@@ -63,8 +63,9 @@ extern const MaskedConv masked_conv_base;
 extern const MaskedConv masked_conv_avx2;
 extern const MaskedConv masked_conv_avx512;
 
-// Positions that a product takes at once. Where few weights are kept most are alone in their group of rows: such
-// a one asks for as many loads as multiply-adds and one for itself, whose share falls with the positions.
+// Positions that a product takes at once. Where few weights are kept most are alone in their group of rows:
+// such a one asks for as many loads as multiply-adds and one for itself, whose share falls with the
+// positions.
 inline int64_t tile_of(const MaskedConv& conv, int64_t kept, int64_t entries) {
   return kept * 6 < entries ? 2 * conv.tile : conv.tile;
 }
@@ -72,14 +73,16 @@ inline int64_t tile_of(const MaskedConv& conv, int64_t kept, int64_t entries) {
 // Input channels of a chunk for tiles of height x width positions, 0 where offsets do not fit 16 bits.
 inline int64_t channels_of_chunk(const MaskedConv& conv, Images images, Kernel kernel, int64_t tile_height,
                                  int64_t tile_width) {
-  constexpr int64_t kCache = 48 << 10;  // bytes
+  const int64_t cache = (tile_width > conv.tile ? 48 : 64) << 10;  // bytes
   const int64_t touched =
       (tile_height + kernel.span_height()) * (tile_width + kernel.span_width()) * conv.lanes * 4;
-  int64_t channels = kCache / touched;
-  const auto at_most = [&](int64_t most) { channels = channels < most ? channels : most; };
-  at_most(images.channels);
+  // equal chunks, of about as many channels as the cache holds: a short one at the end would have short runs
+  const int64_t chunks = (2 * images.channels * touched + cache) / (2 * cache);
+  int64_t channels = ceil_div(images.channels, chunks > 1 ? chunks : 1);
+  const auto at_most = [&](int64_t most) {
+    if (most > 0 && channels > most) channels = ceil_div(images.channels, ceil_div(images.channels, most));
+  };
   at_most(kMaxChunk / kernel.area());
-  channels = channels > 0 ? channels : 1;
   at_most(65536 / (images.full_height() * images.full_width()));
   return kernel.area() <= kMaxChunk ? channels : 0;
 }

@@ -62,8 +62,8 @@ void multiply(Layout layout, int64_t tile, const float* values, const float* pan
             for (int64_t v = 0; v < count; ++v)
               store(to + r * stride + v * kVector, broadcast(bias ? bias[row + r] : 0.0f));
           for (int64_t c = 0; c < chunks; ++c)
-            add_tile(layout, b * chunks + c, values, x + c * step + (line * full + column) * kVector, count, to,
-                     stride);
+            add_tile(layout, b * chunks + c, values, x + c * step + (line * full + column) * kVector, count,
+                     to, stride);
           for (int64_t r = 0; last && r < rows; ++r)
             for (int64_t v = 0; v < count; ++v)
               store(strip + ((at + v) * rows + r) * kVector, load(sums + (r * count + v) * kVector));

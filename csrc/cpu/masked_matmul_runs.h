@@ -28,8 +28,8 @@ AF_INLINE void each_pattern(const Layout& layout, int64_t cell, Runs& runs, Visi
   });
 }
 
-// sums += the runs of pattern P at V positions side by side. The activations of column k begin k vectors on; a
-// row's sums begin `stride` floats after those of the row before.
+// sums += the runs of pattern P at V positions side by side. The activations of column k begin k vectors on;
+// a row's sums begin `stride` floats after those of the row before.
 template <int P, int V>
 AF_INLINE void add_runs(Runs& runs, const float* x, float* sums, int64_t stride) {
   constexpr int kRows = popcount(P);
@@ -92,9 +92,9 @@ Runs add_shared(const Layout& layout, int64_t cell, const float* values, const f
 
 template <int V>
 void add_singles(const Layout& layout, int64_t cell, Runs runs, const float* x, float* sums, int64_t stride) {
-  each_pattern<kPatterns - 1, kPatterns>(
-      layout, cell, runs,
-      [&](auto p, Runs& found) AF_LAMBDA { add_runs<p.value, V>(found, x, sums, stride); });
+  each_pattern<kPatterns - 1, kPatterns>(layout, cell, runs, [&](auto p, Runs& found) AF_LAMBDA {
+    add_runs<p.value, V>(found, x, sums, stride);
+  });
 }
 
 #if defined(__AVX512F__)
@@ -107,14 +107,16 @@ constexpr AddSingles* kAddSingles[] = {add_singles<1>, add_singles<2>, add_singl
 #endif
 constexpr int64_t kPositions = 2 * kVectors;  // that a single row's sums take side by side
 
-// sums[row][positions] += a cell at `count` positions, kPositions at most. A weight of a single row asks for as many
-// loads as multiply-adds, and one for itself: it meets twice the positions that the sums of four rows leave room for.
-AF_INLINE void add_tile(const Layout& layout, int64_t cell, const float* values, const float* x, int64_t count,
-                        float* sums, int64_t stride) {
+// sums[row][positions] += a cell at `count` positions, kPositions at most. A weight of a single row asks for
+// as many loads as multiply-adds, and one for itself: it meets twice the positions that the sums of four rows
+// leave room for.
+AF_INLINE void add_tile(const Layout& layout, int64_t cell, const float* values, const float* x,
+                        int64_t count, float* sums, int64_t stride) {
   const int64_t some = count < kVectors ? count : kVectors;
   Runs singles = kAddShared[some - 1](layout, cell, values, x, sums, stride);
   if (count > some)
-    singles = kAddShared[count - some - 1](layout, cell, values, x + some * kVector, sums + some * kVector, stride);
+    singles =
+        kAddShared[count - some - 1](layout, cell, values, x + some * kVector, sums + some * kVector, stride);
   kAddSingles[count - 1](layout, cell, singles, x, sums, stride);
 }
 
