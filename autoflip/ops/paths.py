@@ -27,9 +27,9 @@ PATHS = ("auto", "sparse", "dense")
 LEAST_WORK = 400_000
 # seconds that a layer takes to check what it hands to a kernel, more than for the dense product (Zen 4)
 CHECKS = 3e-6
-# seconds that whole steps are timed for in a row. One at a time, each found in the caches what the way before it had
-# left there, which favours what reads few weights: 2304x512, 1 row, density 0.05 took 0.87 of the time of every
-# product computed where it takes 1.1 of it step after step (Zen 4, 1 thread)
+# seconds that whole steps are timed for in a row. After another way a step finds the weight in memory, not in the
+# cache, which favours what reads little of it: 2304x512, 1 row, density 0.05 took 0.7 of the time of every product
+# computed, and 1.2 to 1.5 of it step after step. Every product computed is as fast as dense in both (Zen 4, 1 thread)
 WHOLE = 0.003
 # density below which a rule takes the kernels for blocks where all of the sparse ones would run: at 0.1 and less they
 # were as fast or faster at every weight and batch tried, 200x200 to 4096x4096 at 16 and 64 rows (Zen 4, 1 thread)
