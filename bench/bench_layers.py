@@ -193,7 +193,9 @@ def threads(problem: Problem) -> dict:
 def sources() -> str:
     """Return a hash of everything that a figure depends on here: not the delta and Hessian kernels."""
     found = hashlib.sha256()
-    for pattern in ("csrc/cpu/[!dh]*", "csrc/common/*", "autoflip/ops/[!dh]*.py", "autoflip/nn/[lcm]*.py"):
+    bindings = "csrc/[!d]*.h", "csrc/bind_[!adh]*.cpp", "csrc/bind_hook.cpp"
+    kernels = "csrc/cpu/[!dh]*", "csrc/common/*", "autoflip/ops/[!dh]*.py", "autoflip/nn/[lcm]*.py"
+    for pattern in (*bindings, *kernels):
         for path in sorted(ROOT.glob(pattern)):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]

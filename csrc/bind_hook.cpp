@@ -194,15 +194,12 @@ void meet(py::dict given) {
            take("bfloat16"),     take("modes"),     take("tracing"), take("transforms"), take("batched"),
            take("grad_enabled"), take("autocast"),  take("threads")};
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
-  names = {name("dtype"),         name("is_cpu"),
-           name("is_contiguous"), name("numel"),
-           name("data_ptr"),      name("_use_count"),
-           name("_base"),         name("_version"),
-           name("shape"),         name("cpu"),
-           name("new_empty"),     name("save_for_backward"),
-           name("saved_tensors"), name("needs_input_grad"),
-           name("job"),           name("operand"),
-           name("values")};
+  names = {name("dtype"),         name("is_cpu"),           name("is_contiguous"),
+           name("numel"),         name("data_ptr"),         name("_use_count"),
+           name("_base"),         name("_version"),         name("shape"),
+           name("cpu"),           name("new_empty"),        name("save_for_backward"),
+           name("saved_tensors"), name("needs_input_grad"), name("job"),
+           name("operand"),       name("values"),           name("panel")};
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 // Python a step of a small layer takes a seventh longer, more where other layers' code has been run in
 // between.
 #include "masked_calls.h"
-#include "torch_objects.h"
+#include "step_objects.h"
 
 namespace py = pybind11;
 
@@ -33,20 +33,8 @@ py::object make_plan(uintptr_t layout, int64_t chunk, int64_t rows, int64_t cols
 // the functions that serve every other case, given once
 PyObject *otherwise_forward, *otherwise_backward;
 
-// A job is (relu, parts, what makes the weight's gradient or None, plan or None). Null where it has no plan.
-const Plan* plan_of(PyObject* job) {
-  PyObject* capsule = PyTuple_GET_ITEM(job, 3);
-  return capsule == Py_None ? nullptr : static_cast<Plan*>(PyCapsule_GetPointer(capsule, nullptr));
-}
-
-py::object owned(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-void set(PyObject* object, PyObject* name, PyObject* value) {
-  if (PyObject_SetAttr(object, name, value)) throw py::error_already_set();
-}
+// A job is (relu, parts, what makes the weight's gradient or None, plan or None).
+constexpr Py_ssize_t kPlan = 3;
 
 // a new tensor like `t`, of one or (cols > 0) two dimensions
 py::object empty(PyObject* t, int64_t rows, int64_t cols) {
@@ -56,16 +44,10 @@ py::object empty(PyObject* t, int64_t rows, int64_t cols) {
                                          (cols < 0 ? 2 : 3) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
 }
 
-uintptr_t place(PyObject* t) {
-  return t == Py_None ? 0 : reinterpret_cast<uintptr_t>(address(method(t, names.data_ptr)));
-}
-
 int64_t rows_of(PyObject* t) {
-  const py::object shape = owned(PyObject_GetAttr(t, names.shape));
+  const py::object shape = get(t, names.shape);
   return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), 0));
 }
-
-int threads() { return int(number(PyObject_CallNoArgs(torch.threads))); }
 
 PyObject* forward_here(const Plan& p, PyObject* ctx, PyObject* x, PyObject* weight, PyObject* bias,
                        PyObject* job) {
@@ -73,7 +55,7 @@ PyObject* forward_here(const Plan& p, PyObject* ctx, PyObject* x, PyObject* weig
   const py::object y = empty(x, n, p.rows);
   py::object values = py::none();
   if (p.values) {
-    const py::object needs = owned(PyObject_GetAttr(ctx, names.needs));
+    const py::object needs = get(ctx, names.needs);
     if (PyTuple_GET_ITEM(needs.ptr(), 0) == Py_True) values = empty(x, p.values, -1);
   }
   const uintptr_t from = place(x), w = place(weight), b = place(bias), to = place(y.ptr());
@@ -85,8 +67,7 @@ PyObject* forward_here(const Plan& p, PyObject* ctx, PyObject* x, PyObject* weig
   else
     masked_matmul_forward(from, w, p.layout, p.chunk, b, n, p.rows, p.cols, false, to, place(values.ptr()),
                           threads());
-  PyObject* args[] = {ctx, x, weight, Py_None};
-  owned(PyObject_VectorcallMethod(names.save, args, 4 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  save(ctx, x, weight, Py_None);
   set(ctx, names.job, job);
   set(ctx, names.operand, Py_None);
   set(ctx, names.values, values.ptr());
@@ -101,7 +82,7 @@ PyObject* backward_here(const Plan& p, PyObject* ctx, PyObject* dy, PyObject* x,
   if (needs[1] == Py_True)
     dw = gradient == Py_None ? empty(dy, p.rows, p.cols) : owned(PyObject_CallNoArgs(gradient));
   if (needs[2] == Py_True) db = empty(dy, p.rows, -1);
-  const py::object values = owned(PyObject_GetAttr(ctx, names.values));
+  const py::object values = get(ctx, names.values);
   const uintptr_t from = place(dy), in = dw.is_none() ? 0 : place(x), w = dx.is_none() ? 0 : place(weight),
                   v = place(values.ptr()), to = place(dx.ptr()), to_w = place(dw.ptr()),
                   to_b = place(db.ptr());
@@ -115,21 +96,9 @@ PyObject* backward_here(const Plan& p, PyObject* ctx, PyObject* dy, PyObject* x,
   return PyTuple_Pack(4, dx.ptr(), dw.ptr(), db.ptr(), Py_None);
 }
 
-template <class Step>
-PyObject* guarded(Step&& step) {
-  try {
-    return step();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
 // (ctx, x, weight, bias or None, job) -> y
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  const Plan* plan = plan_of(args[4]);
+  const Plan* plan = plan_of<Plan>(args[4], kPlan);
   if (!plan || !contiguous(args[1]) || !contiguous(args[2]) || (args[3] != Py_None && !contiguous(args[3])))
     return PyObject_Vectorcall(otherwise_forward, args, size_t(n), nullptr);
   return guarded([&] { return forward_here(*plan, args[0], args[1], args[2], args[3], args[4]); });
@@ -139,12 +108,12 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return guarded([&]() -> PyObject* {
     PyObject *ctx = args[0], *dy = args[1];
-    const py::object job = owned(PyObject_GetAttr(ctx, names.job));
-    const Plan* plan = plan_of(job.ptr());
+    const py::object job = get(ctx, names.job);
+    const Plan* plan = plan_of<Plan>(job.ptr(), kPlan);
     if (plan && is(PyObject_CallNoArgs(torch.grad_enabled), Py_False) && quiet() && ordinary(dy) &&
         contiguous(dy)) {
-      const py::object needs = owned(PyObject_GetAttr(ctx, names.needs));
-      const py::object saved = owned(PyObject_GetAttr(ctx, names.saved));
+      const py::object needs = get(ctx, names.needs);
+      const py::object saved = get(ctx, names.saved);
       PyObject *x = PyTuple_GET_ITEM(saved.ptr(), 0), *weight = PyTuple_GET_ITEM(saved.ptr(), 1);
       PyObject* const* need = &PyTuple_GET_ITEM(needs.ptr(), 0);
       // what hooks on saved tensors bring back may lie otherwise

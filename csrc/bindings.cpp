@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("address", address, "where the bytes of a contiguous buffer lie");
   autoflip::bind_masked_matmul(m);
   autoflip::bind_hook(m);
+  autoflip::bind_conv_step(m);
   autoflip::bind_step(m);
   autoflip::bind_few(m);
   autoflip::bind_blocks(m);

@@ -6,6 +6,7 @@ namespace autoflip {
 
 void bind_masked_matmul(pybind11::module_& m);
 void bind_hook(pybind11::module_& m);
+void bind_conv_step(pybind11::module_& m);
 void bind_step(pybind11::module_& m);
 void bind_few(pybind11::module_& m);
 void bind_blocks(pybind11::module_& m);

@@ -14,7 +14,7 @@ struct Torch {
 };
 struct Names {
   PyObject *dtype, *is_cpu, *is_contiguous, *numel, *data_ptr, *use_count, *base, *version, *shape, *cpu;
-  PyObject *new_empty, *save, *saved, *needs, *job, *operand, *values;
+  PyObject *new_empty, *save, *saved, *needs, *job, *operand, *values, *panel;
 };
 extern Torch torch;
 extern Names names;

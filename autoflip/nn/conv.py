@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Masked
+from autoflip.nn.masked import Known, Masked
 from autoflip.ops import (
     ConvPack,
+    again,
     channels_last,
+    conv_job,
+    conv_step,
     conv_weight,
     few_channels,
     masked_conv2d,
@@ -19,6 +22,8 @@ from autoflip.ops import (
     traced,
     version_of,
 )
+
+_compiling, _threads = torch.compiler.is_compiling, torch.get_num_threads
 
 __all__ = ["MaskedConv2d"]
 
@@ -48,6 +53,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         super()._set_masks(masks)
         self.__dict__.pop("_pack", None)
+        self.__dict__.pop("_again", None)
         if (mask := self._mask_of("weight")) is not None:
             self._conv_pack(mask)
 
@@ -59,7 +65,16 @@ class MaskedConv2d(Masked, nn.Conv2d):
         weight: Any = self.weight if found is None else found
         if mask is not None and self._stands_still(input, found, mask):
             return self._conv_forward(input, weight, bias)
-        if torch.compiler.is_compiling():
+        went = self.__dict__.get("_again")
+        if (
+            went is not None
+            and went.threads == _threads()
+            and not _compiling()
+            and again(went, input, found, bias, mask)
+            and input.is_contiguous()
+        ):
+            return conv_step(input, weight, bias, went.job)
+        if _compiling():
             return self._conv_forward(input, weight if mask is None else conv_weight(weight, mask), bias)
         known = self.__dict__.get("_pack")  # asked first: the rest of the way costs a small layer a percent or two
         if known is None or mask is None or known[0] is not mask or known[1] != version_of(mask):
@@ -80,7 +95,18 @@ class MaskedConv2d(Masked, nn.Conv2d):
             if channels_last(weight):  # torch's convolution keeps that layout
                 return self._conv_forward(input, self._effective("weight"), bias)
             return self._conv_forward(input, conv_weight(weight, mask), bias)
-        return masked_conv2d(input, weight, bias, pack)
+        return masked_conv2d(input, weight, bias, pack) if found is None else self._step(input, found, bias, pack)
+
+    def _step(self, input: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> Tensor:
+        """Convolve by the kernels, and note what must not change for the next call to go straight to them."""
+        job = conv_job(input, weight, bias, pack)
+        if job is None:
+            return masked_conv2d(input, weight, bias, pack)
+        mask = self._buffers["weight_mask"]
+        if job.plan is not None and mask is not None and not mask.is_inference():
+            shapes = input.shape, weight.shape, None if bias is None else bias.shape
+            self.__dict__["_again"] = Known(weight, bias, mask, mask._version, *shapes, _threads(), job)
+        return conv_step(input, weight, bias, job)
 
     @staticmethod
     def _all_dense(pack: ConvPack, input: Tensor, weight: Tensor) -> bool:
@@ -89,6 +115,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
     def _forget(self) -> None:
         super()._forget()
         self.__dict__.pop("_pack", None)
+        self.__dict__.pop("_again", None)
 
     def _conv_pack(self, mask: Tensor) -> ConvPack | None:
         known = self.__dict__.get("_pack")

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Masked
+from autoflip.nn.masked import Known, Masked
 from autoflip.ops import Pack, again, linear_job, linear_step, masked_linear, narrow_linear, traced, version_of
 
 _compiling, _threads = torch.compiler.is_compiling, torch.get_num_threads
-
-
-class _Known(NamedTuple):
-    """What a layer's last sparse step went by; ``ops.again`` compares the first seven, in this order."""
-
-    weight: Tensor
-    bias: Tensor | None
-    mask: Tensor
-    version: int
-    input_shape: torch.Size
-    weight_shape: torch.Size
-    bias_shape: torch.Size | None
-    threads: int
-    job: Any
 
 
 __all__ = ["MaskedLinear", "MaskedSelectingLinear", "SelectingLinear", "select"]
@@ -129,7 +115,7 @@ class MaskedLinear(Masked, nn.Linear):
         mask = pack.mask
         if not mask.is_inference():
             shapes = input.shape, weight.shape, None if bias is None else bias.shape
-            self.__dict__["_again"] = _Known(weight, bias, mask, mask._version, *shapes, _threads(), job)
+            self.__dict__["_again"] = Known(weight, bias, mask, mask._version, *shapes, _threads(), job)
         return linear_step(input, weight, bias, job)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from autoflip.ops import channels_last, gradient_hook, looker, masked_weight, ve
 
 _compiling = torch.compiler.is_compiling
 
-__all__ = ["Masked", "rows"]
+__all__ = ["Known", "Masked", "rows"]
 
 
 def _laid_out(parameter: Tensor, mask: Tensor) -> Tensor:
@@ -27,6 +27,20 @@ def rows(parameter: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if channels_last(parameter) and channels_last(mask):
         return parameter.permute(0, 2, 3, 1), mask.permute(0, 2, 3, 1)
     return parameter, mask
+
+
+class Known(NamedTuple):
+    """What a layer's last sparse step went by; ``ops.again`` compares the first seven, in this order."""
+
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+    version: int
+    input_shape: torch.Size
+    weight_shape: torch.Size
+    bias_shape: torch.Size | None
+    threads: int
+    job: Any
 
 
 class Masked(nn.Module):

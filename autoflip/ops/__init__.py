@@ -31,6 +31,8 @@ from autoflip.ops.lstm import lstm_states as lstm_states
 
 # masked_conv
 from autoflip.ops.masked_conv import ConvPack as ConvPack
+from autoflip.ops.masked_conv import conv_job as conv_job
+from autoflip.ops.masked_conv import conv_step as conv_step
 from autoflip.ops.masked_conv import conv_weight as conv_weight
 from autoflip.ops.masked_conv import few_channels as few_channels
 from autoflip.ops.masked_conv import masked_conv2d as masked_conv2d

@@ -7,7 +7,7 @@ Three bilinear maps, each of which is the gradient of the other two: ``forward(x
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops._masked_conv_kernels import Gradients, Parts, cpu_backward, cpu_forward, dense_backward, panels, span
+from autoflip.ops._masked_conv_kernels import Gradients, Parts, cpu_backward, cpu_forward, dense_backward, plan, span
 
 # --- registered ops
 
@@ -24,9 +24,7 @@ from autoflip.ops._masked_conv_kernels import Gradients, Parts, cpu_backward, cp
 def _forward_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     parts = Parts(*rest)
     if parts.path[0] == "s":
-        y, made = cpu_forward(x, weight, bias, parts)
-        panels.give(made)
-        return y.contiguous()
+        return cpu_forward(x, weight, bias, parts)[0].contiguous()
     return F.conv2d(x, weights.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation).contiguous()
 
 
@@ -145,43 +143,61 @@ for _name, _backward in (("", _forward_backward), ("_dx", _dx_backward), ("_dw",
 # --- the way that training on a CPU takes
 
 
+class Job(NamedTuple):
+    """What a step takes beside its tensors."""
+
+    parts: Parts
+    plan: Any  # kernels.plan's
+
+
+def make_job(x: Tensor, weight: Tensor, parts: Parts) -> Job:
+    """Return the job of all tensors of these sizes and formats."""
+    return Job(parts, plan(x, weight, parts))
+
+
+def _step_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
+    parts = job.parts
+    ctx.job, ctx.panel = job, None
+    ctx.save_for_backward(x, weight)
+    if parts.path[0] == "d":
+        return F.conv2d(x, weights.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation)
+    y, made = cpu_forward(x, weight, bias, parts)
+    if parts.path[2] == "s" and ctx.needs_input_grad[1]:
+        ctx.panel = made
+    return y
+
+
+def _step_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *_ = ctx.saved_tensors
+    need_x, need_w, need_b = ctx.needs_input_grad[:3]
+    parts: Parts = ctx.job.parts
+    if torch.is_grad_enabled() or not weights.kernel_here(dy):  # a second derivative is wanted, or a transform
+        db = dy.sum((0, 2, 3)) if need_b else None
+        return *dense_backward(dy, x, weights.select(weight, parts.mask), parts, (need_x, need_w)), db, None
+    sparse_x, sparse_w = need_x and parts.path[1] == "s", need_w and parts.path[2] == "s"
+    dx = dw = db = None
+    if sparse_x or sparse_w:
+        made, ctx.panel = ctx.panel, None  # a second backward pass makes its own
+        wanted = Gradients(sparse_x, sparse_w, need_b)
+        dx, dw, db = cpu_backward(dy, x, weight, parts, wanted, x_panel=made)
+    elif need_b:
+        db = dy.sum((0, 2, 3))
+    if (need_x and not sparse_x) or (need_w and not sparse_w):
+        left = need_x and not sparse_x, need_w and not sparse_w
+        others = dense_backward(dy, x, weights.operand(weight, parts.mask), parts, left)
+        dx, dw = dx if others[0] is None else others[0], dw if others[1] is None else others[1]
+    return dx, dw, db, None
+
+
 class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> Tensor:
-        ctx.parts, ctx.panel = parts, None
-        ctx.save_for_backward(x, weight)
-        if parts.path[0] == "d":
-            return F.conv2d(x, weights.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation)
-        y, made = cpu_forward(x, weight, bias, parts)
-        if parts.path[2] == "s" and ctx.needs_input_grad[1]:
-            ctx.panel = made
-        else:
-            panels.give(made)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        parts: Parts = ctx.parts
-        if torch.is_grad_enabled() or not weights.kernel_here(dy):  # a second derivative is wanted, or a transform
-            db = dy.sum((0, 2, 3)) if need_b else None
-            return *dense_backward(dy, x, weights.select(weight, parts.mask), parts, (need_x, need_w)), db, None
-        sparse_x, sparse_w = need_x and parts.path[1] == "s", need_w and parts.path[2] == "s"
-        dx = dw = db = None
-        if sparse_x or sparse_w:
-            made, ctx.panel = ctx.panel, None  # a second backward pass makes its own
-            wanted = Gradients(sparse_x, sparse_w, need_b)
-            dx, dw, db = cpu_backward(dy, x, weight, parts, wanted, x_panel=made)
-        elif need_b:
-            db = dy.sum((0, 2, 3))
-        if (need_x and not sparse_x) or (need_w and not sparse_w):
-            left = need_x and not sparse_x, need_w and not sparse_w
-            others = dense_backward(dy, x, weights.operand(weight, parts.mask), parts, left)
-            dx, dw = dx if others[0] is None else others[0], dw if others[1] is None else others[1]
-        return dx, dw, db, None
+    # the extension's own steps take jobs with a plan, and leave the others to these two
+    if weights.CPP is not None:
+        forward, backward = map(staticmethod, weights.CPP.masked_conv_steps(_step_forward, _step_backward))
 
 
-def train(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> Tensor:
+_apply = super(torch.autograd.Function, _Conv).apply  # type: ignore[misc]
+
+
+def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Tensor:
     """Return the convolution where ``weights.kernel_here`` holds for all three."""
-    return _Conv.apply(x, weight, bias, parts)  # type: ignore[no-any-return]
+    return _apply(x, weight, bias, job)  # type: ignore[no-any-return]

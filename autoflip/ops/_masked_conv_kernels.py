@@ -5,7 +5,6 @@ Every tensor that arrives here was checked by autoflip.ops.masked_conv: float32 
 
 from __future__ import annotations
 
-import threading
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -86,40 +85,23 @@ def make_layout(mask: Tensor, sizes: Sizes, kernel: tuple[int, int, int, int], s
 # --- kernels
 
 
-class _Panels(threading.local):
-    """Panels that are out of use: fresh pages cost more than the conversion into them."""
+def plan(x: Tensor, weight: Tensor, parts: Parts) -> Any:
+    """Return what the extension's own training step takes (csrc/bind_conv_step.cpp) for x of this size.
 
-    MOST = 1 << 24  # floats kept by a thread: 64 MB
-
-    def __init__(self) -> None:
-        self.free: dict[int, list[Tensor]] = {}
-        self.floats = 0
-
-    def take(self, floats: int) -> Tensor:
-        found = self.free.get(floats)
-        if not found:
-            return torch.empty(floats, dtype=torch.float32)
-        self.floats -= floats
-        return found.pop()
-
-    def give(self, panel: Tensor) -> None:
-        if self.floats + panel.numel() > self.MOST:
-            self.free.clear()
-            self.floats = 0
-        if panel.numel() <= self.MOST:
-            self.free.setdefault(panel.numel(), []).append(panel)
-            self.floats += panel.numel()
+    None where a step is dense or channels come last.
+    """
+    if "d" in parts.path or channels_last(x) or channels_last(weight):
+        return None
+    layouts = parts.forward, parts.dx, parts.dw
+    return CPP.masked_conv_plan(geometry(x, parts, False).shape, *(t.data_ptr() for t in layouts), parts.kept, layouts)
 
 
-panels = _Panels()
-
-
-def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, Tensor]:
+def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, Any]:
     """Return (y, panel of x); y's channels come last where those of x or of the weight do, as torch's would."""
     sizes = geometry(x, parts, channels_last(x) or channels_last(weight))
     x, weight = _as(x, sizes.x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    panel, y = panels.take(sizes.shape.x_floats), _laid_out(sizes.dy)
+    panel, y = CPP.MaskedConvPanel(sizes.shape.x_floats), _laid_out(sizes.dy)
     sizes.shape.forward(
         x.data_ptr(),
         panel.data_ptr(),
@@ -148,19 +130,16 @@ def cpu_backward(
     parts: Parts,
     wanted: Gradients,
     *,
-    x_panel: Tensor | None = None,
-    dy_panel: Tensor | None = None,
+    x_panel: Any = None,
+    dy_panel: Any = None,
 ) -> Gradients:
-    """Return the wanted gradients; ``x`` gives sizes alone where ``x_panel`` is there or dw is not wanted.
-
-    Panels that are given are used up: they must not be read again.
-    """
+    """Return the wanted gradients; ``x`` gives sizes alone where ``x_panel`` is there or dw is not wanted."""
     sizes = geometry(x, parts, channels_last(dy))
     x_new = dy_new = None
     if wanted.dw and x_panel is None:
-        x_new, x_panel = _as(x, sizes.x), panels.take(sizes.shape.x_floats)
+        x_new, x_panel = _as(x, sizes.x), CPP.MaskedConvPanel(sizes.shape.x_floats)
     if dy_panel is None:
-        dy_new, dy_panel = _as(dy, sizes.dy), panels.take(sizes.shape.dy_floats)
+        dy_new, dy_panel = _as(dy, sizes.dy), CPP.MaskedConvPanel(sizes.shape.dy_floats)
     weight = weight.contiguous() if wanted.dx else weight
     found = Gradients(
         _laid_out(sizes.x) if wanted.dx else None,
@@ -179,9 +158,6 @@ def cpu_backward(
         *(0 if out is None else out.data_ptr() for out in found),
         torch.get_num_threads(),
     )
-    panels.give(dy_panel)
-    if x_panel is not None:
-        panels.give(x_panel)
     return found
 
 

@@ -9,6 +9,7 @@ itself, per shape, batch size, density and thread count: by a short trial (:mod:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from autoflip.ops import _masked_conv_kernels as conv
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend, paths, trials
+from autoflip.ops._masked_conv import conv_step
 from autoflip.ops._masked_conv_kernels import Pair, Parts
 from autoflip.ops._masked_weight import CPP
 from autoflip.ops.narrow import narrow_conv2d
 
-__all__ = ["ConvPack", "conv_weight", "few_channels", "masked_conv2d"]
+__all__ = ["ConvPack", "conv_job", "conv_step", "conv_weight", "few_channels", "masked_conv2d"]
 
 LEAST_BATCH = 8  # samples are SIMD lanes
 # multiply-adds of the dense convolution below which a sparse call costs more than it saves, and is not tried
@@ -71,6 +73,7 @@ class ConvPack:
         self.kept = int(mask.sum())
         self._parts: dict[tuple[int, int, int, bool, bool, int], Parts | None] = {}
         self._layouts: dict[tuple[str, int, int], Tensor] = {}
+        self._jobs: dict[tuple[Any, ...], steps.Job] = {}
         self.narrow: dict[tuple[Any, ...], bool] = {}  # of autoflip.ops.narrow
 
     @property
@@ -79,7 +82,7 @@ class ConvPack:
         return self.kept == self.mask.numel()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parts": {}, "_layouts": {}, "narrow": {}}
+        return {**self.__dict__, "_parts": {}, "_layouts": {}, "_jobs": {}, "narrow": {}}
 
     def parts(self, x: Tensor, weight: Tensor) -> Parts | None:
         """Return what the ops take for tensors of these sizes and formats, None where all three steps are dense."""
@@ -91,6 +94,16 @@ class ConvPack:
         if key not in self._parts:
             self._parts[key] = self._make_parts(*key[:5])
         return self._parts[key]
+
+    def job(self, x: Tensor, weight: Tensor) -> steps.Job | None:
+        """Return what :func:`conv_step` takes for tensors of these sizes and formats, None where it serves none."""
+        parts = self.parts(x, weight)
+        if parts is None:
+            return None
+        key = (*x.shape, weights.channels_last(x), weights.channels_last(weight), id(parts))
+        if key not in self._jobs:
+            self._jobs[key] = steps.make_job(x, weight, parts)
+        return self._jobs[key]
 
     def _make_parts(self, n: int, height: int, width: int, x_last: bool, last: bool) -> Parts | None:
         span = [d * (k - 1) for d, k in zip(self.dilation, self.mask.shape[2:], strict=True)]
@@ -179,6 +192,14 @@ class _Trial:
             self._made = x.to(memory_format=torch.channels_last) if self.x_last else x, dy, weight, parts
         return self._made
 
+    @cached_property
+    def panels(self) -> tuple[Any, Any]:
+        """Panels of x and of dy, all zeros: they take as long as any numbers."""
+        made = tuple(CPP.MaskedConvPanel(n) for n in (self.geometry.shape.x_floats, self.geometry.shape.dy_floats))
+        for panel in made:
+            panel.clear()
+        return made[0], made[1]
+
     def dense(self, step: str) -> object:
         x, dy, weight, parts = self.case()
         if step == "forward":
@@ -188,14 +209,11 @@ class _Trial:
     def sparse(self, step: str, before: str) -> object:
         x, dy, weight, parts = self.case()
         if step == "forward":
-            y, made = conv.cpu_forward(x, weight, None, parts)
-            conv.panels.give(made)
-            return y
+            return conv.cpu_forward(x, weight, None, parts)[0]
         wanted = conv.Gradients(step == "dx", step == "dw", False)
-        # a panel that a step before has made costs nothing here; zeros take as long as any numbers
-        shape = self.geometry.shape
-        x_panel = conv.panels.take(shape.x_floats).zero_() if step == "dw" and before[0] == "s" else None
-        dy_panel = conv.panels.take(shape.dy_floats).zero_() if step == "dw" and before[1] == "s" else None
+        # a panel that a step before has made costs nothing here
+        x_panel = self.panels[0] if step == "dw" and before[0] == "s" else None
+        dy_panel = self.panels[1] if step == "dw" and before[1] == "s" else None
         return conv.cpu_backward(dy, x, weight, parts, wanted, x_panel=x_panel, dy_panel=dy_panel)
 
 
@@ -220,6 +238,18 @@ def conv_weight(weight: Tensor, mask: Tensor) -> Tensor:
     if weights.is_clean(weight, mask):
         return _Clean.apply(weight, mask) if torch.is_grad_enabled() and weight.requires_grad else weight
     return weights.select(weight, mask)
+
+
+def conv_job(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> steps.Job | None:
+    """Return what :func:`conv_step` takes, where the CPU extension serves these tensors; else None."""
+    here = (
+        x.dim() == 4
+        and (weights.kernel_here(x, weight) if bias is None else weights.kernel_here(x, weight, bias))
+        and weight.shape == pack.mask.shape
+        and x.shape[1] == weight.shape[1]
+        and not torch.is_autocast_enabled("cpu")
+    )
+    return pack.job(x, weight) if here else None
 
 
 def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> Tensor:
@@ -250,16 +280,13 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
         raise ValueError(f"masked_conv2d: x has shape {tuple(x.shape)}, wanted (N, {mask.shape[1]}, H, W)")
     if (y := narrow_conv2d(x, weight, bias, pack)) is not None:
         return y
+    if (job := conv_job(x, weight, bias, pack)) is not None:
+        return conv_step(x, weight, bias, job)
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if x.dim() == 4 and not torch.is_autocast_enabled("cpu"):
-        if weights.kernel_here(*tensors):
-            parts = pack.parts(x, weight)
-            if parts is not None:
-                return steps.train(x, weight, bias, parts)
-        elif _counted(*tensors):
-            parts = pack.parts(x, weight)
-            if parts is not None:
-                return steps.forward_op(x, weight, bias, *parts)  # type: ignore[no-any-return]
+    if x.dim() == 4 and not torch.is_autocast_enabled("cpu") and _counted(*tensors):
+        parts = pack.parts(x, weight)
+        if parts is not None:
+            return steps.forward_op(x, weight, bias, *parts)  # type: ignore[no-any-return]
     return F.conv2d(x, conv_weight(weight, mask), bias, 1, pack.padding, pack.dilation)
 
 

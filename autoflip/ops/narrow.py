@@ -83,7 +83,7 @@ def narrow_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
 
     def wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weights.kernel_here(x, weight):
-            return conv_steps.train(x, weight, bias, parts)
+            return conv_steps.conv_step(x, weight, bias, conv_steps.make_job(x, weight, parts))
         return conv_steps.forward_op(x, weight, bias, *parts)  # type: ignore[no-any-return]
 
     dense = partial(F.conv2d, padding=pack.padding, dilation=pack.dilation)

@@ -27,6 +27,10 @@ PATHS = ("auto", "sparse", "dense")
 LEAST_WORK = 400_000
 # seconds that a layer takes to check what it hands to a kernel, more than for the dense product (Zen 4)
 CHECKS = 3e-6
+# seconds that whole steps are timed for in a row. After another way a step finds the weight in memory, not in the
+# cache, which favours what reads little of it: 2304x512, 1 row, density 0.05 took 0.7 of the time of every product
+# computed, and 1.2 to 1.5 of it step after step. Every product computed is as fast as dense in both (Zen 4, 1 thread)
+WHOLE = 0.003
 # density below which a rule takes the kernels for blocks where all of the sparse ones would run: at 0.1 and less they
 # were as fast or faster at every weight and batch tried, 200x200 to 4096x4096 at 16 and 64 rows (Zen 4, 1 thread)
 BLOCK_DENSITY = 0.15
@@ -141,9 +145,8 @@ def letters(
     if n_rows <= kernels.FEW:
         # a large weight is read as often as by the dense products, but the dense path also looks at it and masks dw
         candidates.insert(0 if mask.numel() >= LEAST_READ else 1, "fff")
-    return trials.choose(
-        f"{key} whole", {path: partial(whole, path) for path in candidates}, seconds=0.05, least=CHECKS
-    )
+    steps = {path: partial(whole, path) for path in candidates}
+    return trials.choose(f"{key} whole", steps, seconds=0.1, least=CHECKS, burst=WHOLE)
 
 
 def _rows_together(mask: Tensor, kept: int) -> float:

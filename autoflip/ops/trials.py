@@ -27,9 +27,9 @@ from autoflip.ops import backend
 
 __all__ = ["choose", "enabled", "file", "forget", "known", "machine", "near"]
 
-_VERSION = 8  # of the kernels that trials compare: raise it when one changes its speed
+_VERSION = 9  # of the kernels that trials compare: raise it when one changes its speed
 _GAIN = 0.95  # the way that needs no care is left only for one that is at least 5 % faster
-_BURST = 0.0005  # seconds that a way is timed for in a row
+_BURST = 0.0005  # seconds that a way is timed for in a row, unless a caller says otherwise
 _chosen: dict[str, str] = {}
 
 
@@ -80,7 +80,14 @@ def near(density: float) -> str:
     return f"{2 ** (round(math.log2(max(density, 1e-4)) * 4) / 4):.3g}"
 
 
-def choose(key: str, ways: Mapping[str, Callable[[], object]], *, seconds: float = 0.03, least: float = 0.0) -> str:
+def choose(
+    key: str,
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 0.03,
+    least: float = 0.0,
+    burst: float = _BURST,
+) -> str:
     """Return the name of the fastest of ``ways``, by what is remembered under ``key`` or else by a trial.
 
     Args:
@@ -88,17 +95,19 @@ def choose(key: str, ways: Mapping[str, Callable[[], object]], *, seconds: float
         ways: name -> function of no argument; the first is kept unless another takes less than 95 % of its time.
         seconds: about how long the trial may take.
         least: seconds that another way must gain beyond that: what it costs its caller outside of the trial.
+        burst: seconds that a way is timed for in a row, after an untimed call; what is longer runs once, after another
+            way, and pays for what that one has left in the caches.
     """
     if not _chosen:
         _chosen.update(known())
     if _chosen.get(key) not in ways:
         # a counter of FLOPs must not see the trial, nor autograd
         with _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
-            _chosen[key] = _remember(key, _fastest(ways, seconds, least), ways)
+            _chosen[key] = _remember(key, _fastest(ways, seconds, least, burst), ways)
     return _chosen[key]
 
 
-def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, least: float) -> str:
+def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, least: float, burst: float = _BURST) -> str:
     # on one thread CPU time: what other processes take of a shared core is not ours
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -108,10 +117,12 @@ def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, least: fl
         start = now()
         way()
         # a short way several times in a row, as training does: in turns each would find the others' code in the caches
-        calls[name] = max(1, min(50, int(_BURST / max(now() - start, 1e-6))))
+        calls[name] = max(1, min(50, int(burst / max(now() - start, 1e-6))))
     end = time.perf_counter() + seconds
     while len(times[next(iter(ways))]) < 3 or (time.perf_counter() < end and len(times[next(iter(ways))]) < 25):
         for name, way in ways.items():
+            if calls[name] > 1:
+                way()  # what the way before has left in the caches is not this one's cost
             start = now()
             for _ in range(calls[name]):
                 way()

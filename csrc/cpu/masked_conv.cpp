@@ -9,8 +9,7 @@ namespace {
 
 // Equal shares: threads take positions, not blocks.
 int64_t conv_block(int64_t rows) {
-  constexpr int64_t kMost = 64;
-  const int64_t blocks = std::max<int64_t>(1, ceil_div(rows, kMost));
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(rows, kConvBlock));
   return std::max<int64_t>(1, ceil_div(ceil_div(rows, blocks), kGroup)) * kGroup;
 }
 

@@ -18,6 +18,8 @@
 
 namespace autoflip {
 
+constexpr int64_t kConvBlock = 64;  // most rows of a block
+
 // n images of some channels, padded by (pad_height, pad_width) on each side; `last`: outside of panels they
 // lie (n, height, width, channels), else (n, channels, height, width)
 struct Images {
@@ -37,7 +39,7 @@ struct Kernel {
 
 struct MaskedConv {
   int64_t lanes;                        // of a panel
-  int64_t tile;                         // positions in a row that a product takes at once
+  int64_t tile;                         // positions in a row that a product takes at once, or twice as many
   int64_t sample_height, sample_width;  // and the gradient's rectangle
   // floats of a panel
   int64_t (*panel_size)(Images images);
@@ -47,9 +49,9 @@ struct MaskedConv {
   // values[i] = w[index[i]]
   void (*gather)(const int32_t* index, int64_t kept, const float* w, float* values);
   // y, rows channels of n images, `last` or not, = convolution of the panel plus bias (rows) or null.
-  // scratch: strip_size floats a thread
-  void (*multiply)(Layout layout, const float* values, const float* panel, Images images, Kernel kernel,
-                   const float* bias, float* y, bool last, float* scratch, int threads);
+  // tile: tile_of; scratch: strip_size floats a thread
+  void (*multiply)(Layout layout, int64_t tile, const float* values, const float* panel, Images images,
+                   Kernel kernel, const float* bias, float* y, bool last, float* scratch, int threads);
   int64_t (*strip_size)(Images images, Kernel kernel, int64_t block);
   // dw[index[i]] = sum over samples and positions of dy * x at the i-th kept weight. Panels of x and dy.
   // scratch: kept floats
@@ -61,17 +63,26 @@ extern const MaskedConv masked_conv_base;
 extern const MaskedConv masked_conv_avx2;
 extern const MaskedConv masked_conv_avx512;
 
+// Positions that a product takes at once. Where few weights are kept most are alone in their group of rows:
+// such a one asks for as many loads as multiply-adds and one for itself, whose share falls with the
+// positions.
+inline int64_t tile_of(const MaskedConv& conv, int64_t kept, int64_t entries) {
+  return kept * 6 < entries ? 2 * conv.tile : conv.tile;
+}
+
 // Input channels of a chunk for tiles of height x width positions, 0 where offsets do not fit 16 bits.
 inline int64_t channels_of_chunk(const MaskedConv& conv, Images images, Kernel kernel, int64_t tile_height,
                                  int64_t tile_width) {
-  constexpr int64_t kCache = 48 << 10;  // bytes
+  const int64_t cache = (tile_width > conv.tile ? 48 : 64) << 10;  // bytes
   const int64_t touched =
       (tile_height + kernel.span_height()) * (tile_width + kernel.span_width()) * conv.lanes * 4;
-  int64_t channels = kCache / touched;
-  const auto at_most = [&](int64_t most) { channels = channels < most ? channels : most; };
-  at_most(images.channels);
+  // equal chunks, of about as many channels as the cache holds: a short one at the end would have short runs
+  const int64_t chunks = (2 * images.channels * touched + cache) / (2 * cache);
+  int64_t channels = ceil_div(images.channels, chunks > 1 ? chunks : 1);
+  const auto at_most = [&](int64_t most) {
+    if (most > 0 && channels > most) channels = ceil_div(images.channels, ceil_div(images.channels, most));
+  };
   at_most(kMaxChunk / kernel.area());
-  channels = channels > 0 ? channels : 1;
   at_most(65536 / (images.full_height() * images.full_width()));
   return kernel.area() <= kMaxChunk ? channels : 0;
 }

@@ -16,13 +16,6 @@ void gather(const int32_t* index, int64_t kept, const float* w, float* values) {
   for (int64_t i = 0; i < kept; ++i) values[i] = w[index[i]];
 }
 
-#if defined(__AVX512F__)
-constexpr decltype(&add_cell<1, 1>) kAddTile[] = {add_cell<1, 1>, add_cell<2, 1>, add_cell<3, 1>,
-                                                  add_cell<4, 1>};
-#else
-constexpr decltype(&add_cell<1, 1>) kAddTile[] = {add_cell<1, 1>, add_cell<2, 1>};
-#endif
-
 // Lines that are finished together: as many as fill whole tiles of a transpose.
 AF_INLINE int64_t lines_of_strip(int64_t height, int64_t width) {
   int64_t lines = 1;
@@ -37,18 +30,18 @@ int64_t strip_size(Images images, Kernel kernel, int64_t block) {
   return block * (lines_of_strip(height, width) * width + 4) * kVector;
 }
 
-void multiply(Layout layout, const float* values, const float* panel, Images images, Kernel kernel,
-              const float* bias, float* y, bool last, float* scratch, int threads) {
+void multiply(Layout layout, int64_t tile, const float* values, const float* panel, Images images,
+              Kernel kernel, const float* bias, float* y, bool last, float* scratch, int threads) {
   const int64_t blocks = ceil_div(layout.rows, layout.block), chunks = ceil_div(layout.cols, layout.chunk);
   const int64_t full = images.full_width(), map = images.full_height() * full * kVector;
   const int64_t height = images.full_height() - kernel.span_height(), width = full - kernel.span_width();
   const int64_t area = height * width, step = layout.chunk / kernel.area() * map;
-  const int64_t tiles = ceil_div(width, kVectors), deep = lines_of_strip(height, width);
+  const int64_t tiles = ceil_div(width, tile), deep = lines_of_strip(height, width);
   const int64_t strips = ceil_div(height, deep), groups = ceil_div(images.n, kVector);
   const int64_t row_stride = (deep * width + 4) * kVector, tasks = groups * strips;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; ++part) {
-    alignas(64) float sums[(kRowBlock + kGroup) * kLanes];
+    alignas(64) float sums[(kConvBlock + kGroup) * kPositions * kVector];
     float* strip = scratch + part * layout.block * row_stride;
     for (int64_t task = tasks * part / threads; task < tasks * (part + 1) / threads; ++task) {
       const int64_t first = task / strips * kVector, top = task % strips * deep;
@@ -61,17 +54,19 @@ void multiply(Layout layout, const float* values, const float* panel, Images ima
         for (int64_t t = 0; t < lines * tiles; ++t) {
           const int64_t line = t / tiles, column = t % tiles * width / tiles;
           const int64_t count = (t % tiles + 1) * width / tiles - column;
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t v = 0; v < count; ++v)
-              store(sums + (r * count + v) * kVector, broadcast(bias ? bias[row + r] : 0.0f));
-          for (int64_t c = 0; c < chunks; ++c)
-            kAddTile[count - 1](layout, b * chunks + c, values,
-                                x + c * step + (line * full + column) * kVector, sums);
           const int64_t at = line * width + column;
+          // channels that come last lie too far apart in a strip to be added up there
+          float* to = last ? sums : strip + at * kVector;
+          const int64_t stride = last ? count * kVector : row_stride;
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t v = 0; v < count; ++v)
-              store(strip + (last ? ((at + v) * rows + r) * kVector : r * row_stride + (at + v) * kVector),
-                    load(sums + (r * count + v) * kVector));
+              store(to + r * stride + v * kVector, broadcast(bias ? bias[row + r] : 0.0f));
+          for (int64_t c = 0; c < chunks; ++c)
+            add_tile(layout, b * chunks + c, values, x + c * step + (line * full + column) * kVector, count,
+                     to, stride);
+          for (int64_t r = 0; last && r < rows; ++r)
+            for (int64_t v = 0; v < count; ++v)
+              store(strip + ((at + v) * rows + r) * kVector, load(sums + (r * count + v) * kVector));
         }
         write_rows(strip, row_stride, row, rows, layout.rows, top * width, lines * width, area, samples, last,
                    y + first * layout.rows * area);
@@ -196,8 +191,9 @@ void gradient(Layout layout, const int32_t* index, int64_t kept, const float* x,
                            x_full * kVector,
                            lines,
                            columns};
-        each_pattern(layout, t, scratch, [&](auto p, Runs& runs) AF_LAMBDA {
-          sample_tile<p.value>(runs, tile, scratch, scratch);
+        Runs runs = runs_at(layout, t, scratch);
+        each_pattern<0, kPatterns>(layout, t, runs, [&](auto p, Runs& found) AF_LAMBDA {
+          sample_tile<p.value>(found, tile, scratch, scratch);
         });
       }
     }

@@ -38,6 +38,27 @@ struct Sums {
   }
 };
 
+#if defined(__AVX512F__)
+// One channel whose lines are whole eights of positions: two eights at a time are turned round where they
+// belong. `out`: its first line's first position.
+template <bool Sum>
+float pad_eights(const float* maps, int64_t stride, int64_t samples, Images images, float* out) {
+  const int64_t full = images.full_width(), left = images.pad_width, width = images.width;
+  const int64_t area = images.height * width;
+  const auto place = [&](int64_t p) AF_LAMBDA { return out + (p / width * full + p % width) * kVector; };
+  for (int64_t h = 0; left && h < images.height; ++h) {
+    clear(out + (h * full - left) * kVector, left);
+    clear(out + (h * full + width) * kVector, left);
+  }
+  for (int64_t p = 0; p < area; p += 16)
+    transpose_tile(maps + p, stride, samples, area - p, place(p), kVector, 0xffff, 16 * kVector,
+                   place(p + 8) - place(p) - 8 * kVector);
+  Sums sums;
+  for (int64_t h = 0; Sum && h < images.height; ++h) sums.add(out + h * full * kVector, width);
+  return sums.total();
+}
+#endif
+
 // One channel of one group of samples; `maps` are n apart by `stride`. Returns its sum if asked.
 template <bool Sum>
 float pad_channel(const float* maps, int64_t stride, int64_t samples, Images images, float* out) {
@@ -47,6 +68,12 @@ float pad_channel(const float* maps, int64_t stride, int64_t samples, Images ima
   Sums sums;
   clear(out, images.pad_height * full);
   out += images.pad_height * full * kVector;
+#if defined(__AVX512F__)
+  if (width % 8 == 0) {
+    clear(out + images.height * full * kVector, images.pad_height * full);
+    return pad_eights<Sum>(maps, stride, samples, images, out + left * kVector);
+  }
+#endif
   alignas(64) float piece[kPiece * kVector];
   int64_t column = 0;
   float* to = out;

@@ -1,4 +1,4 @@
-// The walk along a layout, and the product over it, that masked products and convolutions share.
+// The walk along a layout of masked_conv.h, and the product over it.
 #pragma once
 #include "cpu/masked_matmul_simd.h"
 
@@ -12,21 +12,26 @@ struct Runs {
   const float* value;
 };
 
-// Calls visit(pattern, runs), which reads the runs, for each pattern of one (block, chunk).
-template <class Visit>
-AF_INLINE void each_pattern(const Layout& layout, int64_t cell, const float* values, Visit&& visit) {
+AF_INLINE Runs runs_at(const Layout& layout, int64_t cell, const float* values) {
   const int32_t* table = layout.table + cell * kTable;
-  Runs runs = {nullptr, nullptr, layout.columns + table[0], values + table[1]};
-  unroll<0, kPatterns>([&](auto slot) AF_LAMBDA {
+  return {nullptr, nullptr, layout.columns + table[0], values + table[1]};
+}
+
+// Calls visit(pattern, runs), which reads the runs, for the patterns [Begin, End) of one (block, chunk).
+template <int Begin, int End, class Visit>
+AF_INLINE void each_pattern(const Layout& layout, int64_t cell, Runs& runs, Visit&& visit) {
+  const int32_t* table = layout.table + cell * kTable;
+  unroll<Begin, End>([&](auto slot) AF_LAMBDA {
     runs.run = layout.runs + table[2 + slot.value];
     runs.end = layout.runs + table[3 + slot.value];
     visit(Int<kPattern[slot.value]>{}, runs);
   });
 }
 
-// sums[row][V vectors] += the runs of pattern P; the activations of column k begin k * Step vectors on
-template <int P, int V, int Step>
-AF_INLINE void add_runs(Runs& runs, const float* x, float* sums_at) {
+// sums += the runs of pattern P at V positions side by side. The activations of column k begin k vectors on;
+// a row's sums begin `stride` floats after those of the row before.
+template <int P, int V>
+AF_INLINE void add_runs(Runs& runs, const float* x, float* sums, int64_t stride) {
   constexpr int kRows = popcount(P);
   // a multiply-add takes 4 cycles and two can begin in each: 8 chains of sums must be open
   constexpr int kSets = kRows * V >= 8 ? 1 : kRows * V >= 4 ? 2 : 4;
@@ -35,15 +40,15 @@ AF_INLINE void add_runs(Runs& runs, const float* x, float* sums_at) {
   for (; runs.run != runs.end; ++runs.run) {
     const int64_t row = *runs.run & 0xffff, count = *runs.run >> 16;
     const uint16_t* end = column + count;
-    float* at = sums_at + row * V * kVector;
+    float* at = sums + row * stride;
     vec set[kSets][kRows][V];
     unroll<0, kRows * V>([&](auto i) AF_LAMBDA {
       constexpr int r = decltype(i)::value / V, v = decltype(i)::value % V;
-      set[0][r][v] = load(at + (row_of(P, r) * V + v) * kVector);
+      set[0][r][v] = load(at + row_of(P, r) * stride + v * kVector);
       unroll<1, kSets>([&](auto s) AF_LAMBDA { set[s.value][r][v] = vec{}; });
     });
     const auto add = [&](int64_t k, const float* wk, vec(&to)[kRows][V]) AF_LAMBDA {
-      const float* xk = x + k * Step * kVector;
+      const float* xk = x + k * kVector;
       vec xs[V];
       unroll<0, V>([&](auto v) AF_LAMBDA { xs[v.value] = load(xk + v.value * kVector); });
       unroll<0, kRows>([&](auto r) AF_LAMBDA {
@@ -62,17 +67,57 @@ AF_INLINE void add_runs(Runs& runs, const float* x, float* sums_at) {
       vec sum = set[0][r][v];
       if constexpr (kSets == 2) sum = sum + set[1][r][v];
       if constexpr (kSets == 4) sum = (sum + set[1][r][v]) + (set[2][r][v] + set[3][r][v]);
-      store(at + (row_of(P, r) * V + v) * kVector, sum);
+      store(at + row_of(P, r) * stride + v * kVector, sum);
     });
   }
   runs.column = column;
   runs.value = w;
 }
 
-template <int V, int Step = V>
-void add_cell(const Layout& layout, int64_t cell, const float* values, const float* x, float* sums) {
-  each_pattern(layout, cell, values,
-               [&](auto p, Runs& runs) AF_LAMBDA { add_runs<p.value, V, Step>(runs, x, sums); });
+typedef Runs AddShared(const Layout& layout, int64_t cell, const float* values, const float* x, float* sums,
+                       int64_t stride);
+typedef void AddSingles(const Layout& layout, int64_t cell, Runs runs, const float* x, float* sums,
+                        int64_t stride);
+
+// the runs of several rows; returns those of single rows
+template <int V>
+Runs add_shared(const Layout& layout, int64_t cell, const float* values, const float* x, float* sums,
+                int64_t stride) {
+  Runs runs = runs_at(layout, cell, values);
+  each_pattern<0, kPatterns - 1>(layout, cell, runs, [&](auto p, Runs& found) AF_LAMBDA {
+    add_runs<p.value, V>(found, x, sums, stride);
+  });
+  return runs;
+}
+
+template <int V>
+void add_singles(const Layout& layout, int64_t cell, Runs runs, const float* x, float* sums, int64_t stride) {
+  each_pattern<kPatterns - 1, kPatterns>(layout, cell, runs, [&](auto p, Runs& found) AF_LAMBDA {
+    add_runs<p.value, V>(found, x, sums, stride);
+  });
+}
+
+#if defined(__AVX512F__)
+constexpr AddShared* kAddShared[] = {add_shared<1>, add_shared<2>, add_shared<3>, add_shared<4>};
+constexpr AddSingles* kAddSingles[] = {add_singles<1>, add_singles<2>, add_singles<3>, add_singles<4>,
+                                       add_singles<5>, add_singles<6>, add_singles<7>, add_singles<8>};
+#else
+constexpr AddShared* kAddShared[] = {add_shared<1>, add_shared<2>};
+constexpr AddSingles* kAddSingles[] = {add_singles<1>, add_singles<2>, add_singles<3>, add_singles<4>};
+#endif
+constexpr int64_t kPositions = 2 * kVectors;  // that a single row's sums take side by side
+
+// sums[row][positions] += a cell at `count` positions, kPositions at most. A weight of a single row asks for
+// as many loads as multiply-adds, and one for itself: it meets twice the positions that the sums of four rows
+// leave room for.
+AF_INLINE void add_tile(const Layout& layout, int64_t cell, const float* values, const float* x,
+                        int64_t count, float* sums, int64_t stride) {
+  const int64_t some = count < kVectors ? count : kVectors;
+  Runs singles = kAddShared[some - 1](layout, cell, values, x, sums, stride);
+  if (count > some)
+    singles =
+        kAddShared[count - some - 1](layout, cell, values, x + some * kVector, sums + some * kVector, stride);
+  kAddSingles[count - 1](layout, cell, singles, x, sums, stride);
 }
 
 }  // namespace

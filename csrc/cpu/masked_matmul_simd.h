@@ -113,9 +113,11 @@ AF_INLINE void transpose16(__m512 (&a)[16]) {
 
 // out[column * out_stride + row] = in[row * in_stride + column], at most 16 x 16. Inlined into a loop its 32
 // addresses would be kept, and spilled, one by one. `ahead`: how far on the next call's output begins; stores
-// that miss the first-level cache wait for each other unless their lines were asked for before.
+// that miss the first-level cache wait for each other unless their lines were asked for before. `skip`:
+// columns from 8 on begin so much further on.
 __attribute__((noinline)) void transpose_tile(const float* in, int64_t in_stride, int64_t rows, int64_t cols,
-                                              float* out, int64_t out_stride, __mmask16 to, int64_t ahead) {
+                                              float* out, int64_t out_stride, __mmask16 to, int64_t ahead,
+                                              int64_t skip = 0) {
   __m512 a[16];
   if (rows >= 16 && cols >= 16) {
     unroll<0, 16>([&](auto i) AF_LAMBDA {
@@ -123,7 +125,9 @@ __attribute__((noinline)) void transpose_tile(const float* in, int64_t in_stride
       a[i.value] = _mm512_loadu_ps(in + i.value * in_stride);
     });
     transpose16(a);
-    unroll<0, 16>([&](auto i) AF_LAMBDA { _mm512_storeu_ps(out + i.value * out_stride, a[i.value]); });
+    unroll<0, 16>([&](auto i) AF_LAMBDA {
+      _mm512_storeu_ps(out + i.value * out_stride + (i.value < 8 ? 0 : skip), a[i.value]);
+    });
     return;
   }
   const __mmask16 from = cols >= 16 ? __mmask16(0xffff) : __mmask16((1u << cols) - 1);
@@ -132,7 +136,8 @@ __attribute__((noinline)) void transpose_tile(const float* in, int64_t in_stride
   });
   transpose16(a);
   unroll<0, 16>([&](auto i) AF_LAMBDA {
-    if (i.value < cols) _mm512_mask_storeu_ps(out + i.value * out_stride, to, a[i.value]);
+    if (i.value < cols)
+      _mm512_mask_storeu_ps(out + i.value * out_stride + (i.value < 8 ? 0 : skip), to, a[i.value]);
   });
 }
 
