@@ -96,6 +96,9 @@ def case(name, density):
     row["pickle"] = len(pickle.dumps(dense, protocol=5))
     row["accuracy"] = example.accuracy
     row["values"] = {v: compare(delta, masks, v) for v in ("fp32", "bf16", "int8")}
+    row["int8, 63 levels"], row["int8, 40 levels"] = (
+        len(codec.encode(delta, masks=masks, values="int8", levels=levels, schema=schema)) for levels in (63, 40)
+    )
     row["int4"] = len(codec.encode(delta, masks=masks, values="int4", schema=schema))
     row["downlink"] = len(codec.encode_patch(example.new, example.old, masks=masks, schema=schema))
     # what frames cost beyond values and index: fixed lengths show it
@@ -124,6 +127,10 @@ def marks(row):
     kept, shared = row["kept"], {v: c["ours"].get("shared") for v, c in row["values"].items()}
     if shared["int8"]:
         out["int8 B/kept"] = shared["int8"] / kept, 0.82
+        for levels in (63, 40):
+            size = row[f"int8, {levels} levels"]
+            out[f"int8, {levels} levels, B/kept"] = size / kept, 0.82
+            out[f"int8, {levels} levels, below pickle"] = row["pickle"] / size, None
         out["bf16 B/kept"] = shared["bf16"] / kept, 1.5
         out["int4 B/kept"] = row["int4"] / kept, 0.45
         out["downlink B/kept"] = row["downlink"] / kept, 0.70

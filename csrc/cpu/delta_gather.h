@@ -45,8 +45,8 @@ inline void open_page(const float* x) {
 
 constexpr int64_t kFewer = 6;  // below one entry of so many, those of a word are picked one by one
 
-// The kept entries of a word one by one, four to a turn: up to three more are stored. In cache 10 M entries at
-// density 0.1 take 0.74 ms with it and 1.12 with compress, at 0.2 as long (Zen 4).
+// The kept entries of a word one by one, four to a turn: up to three more are stored. In cache 10 M entries
+// at density 0.1 take 0.74 ms with it and 1.12 with compress, at 0.2 as long (Zen 4).
 template <bool kBase>
 inline int64_t pick_64(const float* x, const float* base, uint64_t word, float* out) {
   const int hits = __builtin_popcountll(word);
