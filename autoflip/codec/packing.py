@@ -16,7 +16,6 @@ __all__ = [
     "BESIDE",
     "CHEAP",
     "FOLLOWS",
-    "PAYS",
     "SMALL",
     "STORED",
     "ZSTD",
@@ -24,6 +23,7 @@ __all__ = [
     "length",
     "little",
     "packed_size",
+    "pays",
     "smallest",
     "zstd",
 ]
@@ -36,7 +36,8 @@ _LITTLE = 1 << 9  # bytes that are packed thoroughly and in no other way: that t
 _TINY, SMALL = 1 << 15, 1 << 17  # bytes that may be packed thoroughly, and of which a part does not tell
 _NOISY = 1 << 14  # bytes of which a quarter tells whether they are noise
 _LARGE = 1 << 20  # bytes of which both coders' sizes are compared, where the part speaks for ours
-PAYS = 0.97  # of the bytes, under which they are packed
+_PAYS_MUCH, _PAYS = 0.97, 0.995  # of the bytes, under which they are packed: of many, and of others
+_SLOW = 3 << 18  # bytes from which they are many: packing and unpacking takes as long as 10 Mbit/s take for what it saves
 _MIDDLE, _SURE = 1 << 18, 0.92  # beyond that size, and below that share of zstd's, only ours is tried
 _BARE = 0.4  # of the bytes, from which Huffman codes alone leave no long repetition to find
 # of zstd's bytes, from which our own coder is taken where there is much to pack: zstd is faster (half a percent of a
@@ -66,6 +67,15 @@ _kept = _Kept()
 def length(buffer: Buffer) -> int:
     """Bytes of a buffer."""
     return memoryview(buffer).nbytes
+
+
+def pays(packed: int, size: int) -> bool:
+    """Tell whether ``packed`` bytes instead of ``size`` are worth the time."""
+    return packed < _share(size) * size
+
+
+def _share(size: int) -> float:
+    return _PAYS_MUCH if size >= _SLOW else _PAYS
 
 
 def _squeeze(raw: Buffer, level: int, *, plain: bool = False) -> bytes:
@@ -124,9 +134,9 @@ def smallest(
     if len(view) > _NOISY and len(best) >= len(view):  # zstd found nothing: does a quarter show anything?
         quarter = len(view) // 4
         seen = entropy.estimate(view[:quarter], key, None if beside is None else beside[:quarter])
-        if seen is not None and seen > _WORTH_MUCH * quarter:
+        if seen is not None and seen > _PAYS * quarter:
             return STORED, raw
-    own, coded = entropy.encode_below(raw, key, int(min(len(best), PAYS * len(view))), beside)
+    own, coded = entropy.encode_below(raw, key, int(min(len(best), _share(len(view)) * len(view))), beside)
     if coded is not None:
         head = varint(len(view))
         if len(head) + len(coded) < len(best):
@@ -137,7 +147,7 @@ def smallest(
             return FOLLOWS if beside is None else BESIDE, head + coded
     elif (
         level <= CHEAP
-        and len(best) < PAYS * len(view)
+        and pays(len(best), len(view))
         and (own is None or own > _UNSEEN * len(best) or len(packed[False]) < _REPEATS * len(packed[True]))
     ):
         best = min(best, _squeeze(raw, CHEAP if len(view) > _TINY else _THOROUGH), key=len)
@@ -161,7 +171,9 @@ def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) 
         if len(view) <= _MIDDLE:
             packed = min(packed, _squeeze(view, CHEAP), key=length)
         expected = length(packed)
-    _, coded = entropy.encode_below(view, key, int(min(_WORTH_MUCH * expected, PAYS * len(view))), beside)
+    most = _share(len(view)) * len(view)
+    limit = _WORTH_MUCH * expected if expected < _PAYS_MUCH * len(view) else most  # else what nothing else packs
+    _, coded = entropy.encode_below(view, key, int(min(limit, most)), beside)
     # zstd finds far repetitions, which a sample does not have; hardly a tenth of larger parts
     if packed is None and (
         len(view) <= _MIDDLE or repeats and coded and len(view) <= _LARGE and len(coded) >= _SURE * expected
@@ -170,10 +182,10 @@ def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) 
         expected = length(packed)
     if coded is not None:
         head = varint(len(view))
-        if len(head) + len(coded) < _WORTH_MUCH * expected:
+        if len(head) + len(coded) < (limit if packed is None else min(limit, expected)):
             return FOLLOWS if beside is None else BESIDE, head + coded
     if bare is not None and bare <= _SAME * best:
-        packed = entropy.literals(view, int(PAYS * len(view) if packed is None else expected))[1] or packed
+        packed = entropy.literals(view, int(most if packed is None else expected))[1] or packed
     return ZSTD, packed or _squeeze(view, level, plain=plain)
 
 
