@@ -31,13 +31,15 @@ __all__ = [
 Buffer = bytes | memoryview
 STORED, ZSTD, _, FOLLOWS, BESIDE = range(5)  # entropy stages of a part
 CHEAP, _THOROUGH = 6, 12  # levels of zstd: about 100 and 30 MB/s
-_FEW = 16  # bytes that stay as they are: a zstd frame has 9 beside what it holds, our own coder's 32
+_FEW = 16  # bytes that stay as they are: a zstd frame has 9 beside what it holds, our own coder 7 and a table
 _LITTLE = 1 << 9  # bytes that are packed thoroughly and in no other way: that takes 5 to 20 us
 _TINY, SMALL = 1 << 15, 1 << 17  # bytes that may be packed thoroughly, and of which a part does not tell
 _NOISY = 1 << 14  # bytes of which a quarter tells whether they are noise
 _LARGE = 1 << 20  # bytes of which both coders' sizes are compared, where the part speaks for ours
 _PAYS_MUCH, _PAYS = 0.97, 0.995  # of the bytes, under which they are packed: of many, and of others
-_SLOW = 3 << 18  # bytes from which they are many: packing and unpacking takes as long as 10 Mbit/s take for what it saves
+_SLOW = (
+    3 << 18
+)  # bytes from which they are many: packing and unpacking takes as long as 10 Mbit/s take for what it saves
 _MIDDLE, _SURE = 1 << 18, 0.92  # beyond that size, and below that share of zstd's, only ours is tried
 _BARE = 0.4  # of the bytes, from which Huffman codes alone leave no long repetition to find
 # of zstd's bytes, from which our own coder is taken where there is much to pack: zstd is faster (half a percent of a
@@ -125,8 +127,14 @@ def smallest(
     view = memoryview(raw)
     if len(view) < _FEW:
         return STORED, raw
-    if tries == 1 or little(len(view), level):
-        return ZSTD, _squeeze(raw, level if tries == 1 else _THOROUGH)
+    if tries == 1:
+        return ZSTD, _squeeze(raw, level)
+    if little(len(view), level):
+        packed_thoroughly = _squeeze(raw, _THOROUGH)
+        _, coded = entropy.encode_below(raw, key, len(packed_thoroughly) - 2, beside)
+        if coded is None:
+            return ZSTD, packed_thoroughly
+        return FOLLOWS if beside is None else BESIDE, varint(len(view)) + coded
     if len(view) > SMALL:
         return _of_many(view, level, key, beside)
     packed = {plain: _squeeze(view, level, plain=plain) for plain in ((False, True) if level <= CHEAP else (False,))}

@@ -5,6 +5,7 @@ import struct
 import zlib
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,10 @@ def _by_huffman(tensors):
         return codec.encode(tensors, values="int8")
 
 
+def _golden(name):
+    return (Path(__file__).parents[1] / "golden" / f"{name}.afd").read_bytes()
+
+
 def _accumulate(blob):
     sums = {n: torch.zeros(t.shape) for n, t in DELTA.items()}
     try:
@@ -67,6 +72,8 @@ FRAMES = {
     "comb": (codec.encode(COMB, values="int8"), codec.decode),
     "patch": (codec.encode_patch(DELTA, BASE, masks=MASKS), partial(codec.decode_patch, base=BASE, masks=MASKS)),
     "masks": (codec.encode_masks(MASKS), codec.decode_masks),
+    **{f"{v} of version 1": (_golden(f"v12_{v}"), codec.decode) for v in ("explicit_fp32", "lanes_bf16")},
+    "masks of version 1": (_golden("v12_masks"), codec.decode_masks),
     "change": (codec.encode_masks(OTHER, MASKS), partial(codec.decode_masks, base=MASKS)),
 }  # fmt: skip
 
@@ -74,17 +81,25 @@ FRAMES = {
 def sign(blob):
     """Give a mutated frame the checksum and length of a sender who means it."""
     blob = bytearray(blob)
-    if len(blob) < 96:
+    if len(blob) < (96 if blob[4:5] == b"\1" else 12):
         return bytes(blob)
-    blob[72:80] = struct.pack("<Q", len(blob) - 96)
-    blob[92:96] = bytes(4)
-    blob[92:96] = struct.pack("<I", zlib.crc32(blob))
+    if blob[4] == 1:
+        blob[72:80] = struct.pack("<Q", len(blob) - 96)
+    at = 92 if blob[4] == 1 else 8
+    blob[at : at + 4] = bytes(4)
+    blob[at : at + 4] = struct.pack("<I", zlib.crc32(blob))
     return bytes(blob)
 
 
 def _places(blob):
     """Every byte but those that sign() writes."""
-    return [i for i in range(len(blob)) if not 72 <= i < 80 and not 92 <= i < 96]
+    written = [*range(72, 80), *range(92, 96)] if blob[4] == 1 else range(8, 12)
+    return [i for i in range(len(blob)) if i not in written]
+
+
+def _body_from(blob):
+    """Where a header ends, or before."""
+    return 96 if blob[4] == 1 else 30
 
 
 def mutated(blob, rng):
@@ -99,9 +114,9 @@ def mutated(blob, rng):
         elif kind == 2:
             del bad[i : i + rng.randint(1, 9)]
         else:
-            j = rng.randrange(96, len(other))
+            j = rng.randrange(_body_from(other), len(other))
             bad[i:i] = other[j : j + rng.randint(1, 40)]
-        bad = bad if len(bad) > 96 else bytearray(blob)
+        bad = bad if len(bad) > _body_from(blob) else bytearray(blob)
     return bad
 
 
@@ -134,7 +149,7 @@ def test_a_cut_or_lengthened_frame_is_refused(name):
     for bad in [blob[:i] for i in range(len(blob))] + [blob + b"\0", b"\0" + blob, blob * 2]:
         with pytest.raises(codec.DecodeError):
             decode(bad)
-    for i in range(96, len(blob)):
+    for i in range(_body_from(blob), len(blob)):
         survives(sign(blob[:i]), decode)
 
 
@@ -152,7 +167,7 @@ def test_signed_mutations_end_in_an_error_or_in_order(name):
 
 def test_accumulate_touches_nothing_unless_all_is_well():
     blob, _ = FRAMES["int8-none"]
-    for i in range(96, len(blob)):
+    for i in range(_body_from(blob), len(blob)):
         for value in (0, 0x80, 0xFF, blob[i] ^ 4):
             with suppress(codec.DecodeError):
                 _accumulate(sign(blob[:i] + bytes([value]) + blob[i + 1 :]))
@@ -161,7 +176,8 @@ def test_accumulate_touches_nothing_unless_all_is_well():
 def test_random_bytes_are_refused():
     rng = random.Random(0)
     for _ in range(300):
-        for bad in (rng.randbytes(rng.randint(0, 200)), b"AFD1\1\0\x60\0" + rng.randbytes(rng.randint(80, 200))):
+        starts = (b"", b"AFD1\1\0\x60\0", b"AFD1\2\0")
+        for bad in (start + rng.randbytes(rng.randint(0, 200)) for start in starts):
             for _, decode in FRAMES.values():
                 with pytest.raises(codec.DecodeError):
                     decode(sign(bad))

@@ -1,6 +1,7 @@
-"""Write the golden frames of format version 1.2; run once per version, never to make a test green.
+"""Write the golden frames of format version 2.0; run once per version, never to make a test green.
 
-Version 1.0 wrote the v1_ files, without those named ranks, and 1.1 the v11_ ones; 1.2 added those named lanes.
+Version 1.0 wrote the v1_ files, without those named ranks, 1.1 the v11_ ones, 1.2 the v12_ ones and added those named
+lanes; 2.0 has a shorter header and lanes of one.
 """
 
 import sys
@@ -29,6 +30,8 @@ for v in ("fp32", "bf16", "int8", "int4"):
 for v in ("fp32", "bf16", "int8"):
     frames[f"lanes_{v}"] = codec.encode(golden_walk(), values=v, seed=1)
 frames["lanes_long"] = codec.encode(golden_walk(40_000), values="int8", seed=1)
+frames["lanes_middle"] = codec.encode(golden_walk(20_000), values="int8", seed=1)
+frames["shared_levels"] = codec.encode(update, masks=masks, values="int8", levels=40, seed=1)
 for name, blob in frames.items():
-    with open(HERE / f"v12_{name}.afd", "xb") as file:
+    with open(HERE / f"v20_{name}.afd", "xb") as file:
         file.write(blob)
