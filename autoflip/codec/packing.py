@@ -53,7 +53,7 @@ _NOTHING = 0.998  # of Huffman codes' bytes, below which zstd has found repetiti
 _SAME = 1.001  # of zstd's bytes, to which Huffman codes alone are as good
 # of Huffman codes' bytes, below which so much repeats that zstd tries everything: a sample shows too little of it, and
 # our own coder, though better than zstd's first try, none (2 % of the MLP's int8, 15 % of the CNN's downlink)
-_STRONG = 0.95
+_STRONG = 0.95  # and of little bytes where anything repeats
 
 
 class _Kept(threading.local):
@@ -145,20 +145,18 @@ def smallest(
         if seen is not None and seen > _PAYS * quarter:
             return STORED, raw
     own, coded = entropy.encode_below(raw, key, int(min(len(best), _share(len(view)) * len(view))), beside)
-    if coded is not None:
-        head = varint(len(view))
-        if len(head) + len(coded) < len(best):
-            if level <= CHEAP and len(best) < _STRONG * (entropy.literals(view, 0)[0] or 0):
-                best = _squeeze(view, CHEAP if len(view) > _TINY else _THOROUGH)
-                if len(best) < len(head) + len(coded):
-                    return ZSTD, best
-            return FOLLOWS if beside is None else BESIDE, head + coded
-    elif (
-        level <= CHEAP
+    head = varint(len(view))
+    wins = coded is not None and len(head) + len(coded) < len(best)
+    strong = _STRONG if len(view) > _TINY else _NOTHING
+    if level <= CHEAP and (
+        len(best) < strong * (entropy.literals(view, 0)[0] or len(view))
+        or not wins
         and pays(len(best), len(view))
         and (own is None or own > _UNSEEN * len(best) or len(packed[False]) < _REPEATS * len(packed[True]))
     ):
         best = min(best, _squeeze(raw, CHEAP if len(view) > _TINY else _THOROUGH), key=len)
+    if coded is not None and len(head) + len(coded) < len(best):
+        return FOLLOWS if beside is None else BESIDE, head + coded
     return ZSTD, best
 
 
