@@ -58,9 +58,11 @@ def entropy_bytes(n, kept):
     return 0.0 if p in (0, 1) else n * -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) / 8
 
 
-def index_bytes(packs):
-    """Bytes of our explicit index of these sets, and of the entropy of each tensor's density, and of the flat one."""
-    sets = [(*index.choose(p, "zstd")[:2], p) for p in packs if p.kept]
+def index_bytes(shaped):
+    """Bytes of our index of these sets (with shapes), of the entropy of each tensor's density, and of the flat one."""
+    packs = [p for p, _ in shaped]
+    chosen = (index.choose_order(p, tuple(shape), "zstd", 1) for p, shape in shaped if p.kept)
+    sets = [(coding, k, named) for coding, k, _, named in chosen]
     sections = index.write_sets(sets, "zstd")
     numel, kept = sum(p.numel for p in packs), sum(p.kept for p in packs)
     return sum(map(len, sections)), sum(entropy_bytes(p.numel, p.kept) for p in packs), entropy_bytes(numel, kept)
@@ -105,17 +107,17 @@ def case(name, density):
     plain = codec.encode(delta, masks=masks, values="fp32", schema=schema, entropy="none")
     if masks is not None:
         row["framing"] = len(plain) - 4 * kept
-        packs = list(layout.packs_of(masks).values())
-        ours, per_tensor, flat = index_bytes(packs)
+        shaped = [(pack, masks[n].shape) for n, pack in layout.packs_of(masks).items()]
+        ours, per_tensor, flat = index_bytes(shaped)
         row["index"] = {"ours": ours, "entropy_per_tensor": per_tensor, "entropy_flat": flat}
     return row
 
 
 def top(name, share):
     delta = real_deltas.top_k(real_deltas.load(name, 1.0).delta, share)
-    packs = [ops.pack_nonzero(t) for t in delta.values()]
-    ours, per_tensor, flat = index_bytes(packs)
-    row = {"entries": sum(t.numel() for t in delta.values()), "kept": sum(p.kept for p in packs)}
+    shaped = [(ops.pack_nonzero(t), t.shape) for t in delta.values()]
+    ours, per_tensor, flat = index_bytes(shaped)
+    row = {"entries": sum(t.numel() for t in delta.values()), "kept": sum(p.kept for p, _ in shaped)}
     row["index"] = {"ours": ours, "entropy_per_tensor": per_tensor, "entropy_flat": flat}
     row["values"] = {v: compare(delta, None, v) for v in ("fp32", "bf16", "int8")}
     return row

@@ -126,6 +126,27 @@ def test_extreme_values_stay_finite(values):
     assert float((codec.decode(codec.encode({"x": tiny}, values=values))["x"] - tiny).abs().max()) <= 1.2e-38
 
 
+def striped():
+    """A tensor of which a few columns hold all that is not zero."""
+    g = torch.Generator().manual_seed(0)
+    held = torch.rand(90, 2, 50, generator=g) * (torch.rand(2, 50, generator=g) < 0.1)
+    return torch.where(torch.rand(held.shape, generator=g) < 0.6, held, 0)
+
+
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_columns_are_told_by_columns(values):
+    w = striped()
+    for x, coding in ((w, "varint, by columns"), (w.permute(1, 2, 0).reshape(100, 90), None)):
+        blob = codec.encode({"w": x}, values=values)
+        assert (codec.inspect(blob)["tensors"][0]["coding"] == coding) == (coding is not None)
+        got = codec.decode(blob)["w"]
+        torch.testing.assert_close(got, x, rtol=0, atol=0 if values == "fp32" else 1 / 127)
+        total = {"w": torch.ones_like(x)}
+        codec.accumulate(blob, total, 2.0)
+        assert torch.equal(total["w"], 1 + 2 * got)
+    assert "columns" not in codec.inspect(codec.encode({"w": w}, entropy="none"))["tensors"][0]["coding"]
+
+
 def test_explicit_index_takes_the_smallest_coding():
     g = torch.Generator().manual_seed(0)
 

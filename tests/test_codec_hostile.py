@@ -147,6 +147,20 @@ def test_values_on_the_wire_must_be_finite_and_in_range():
         codec.decode(sign(blob[:at] + bytes([blob[at] | 0x70]) + blob[at + 1 :]))
 
 
+def test_vectors_have_no_columns():
+    for shape in ((6,), (), (0, 3)):
+        schema = codec.Schema.of({"w": torch.zeros(shape)})
+        blob = codec.encode({"w": torch.zeros(shape)}, values="fp32", schema=schema, entropy="none")
+        head = blob[: head_of(blob)]
+        with pytest.raises(codec.DecodeError, match="coded by columns"):
+            codec.decode(sign(head + b"\x50\0" + b"\0\0"), schema=schema)
+    schema = codec.Schema.of({"w": torch.zeros(2, 3)})
+    head = codec.encode({"w": torch.zeros(2, 3)}, values="fp32", schema=schema)[:32]
+    table, gaps, value = b"\x50\1", b"\0\1\3", b"\0\4" + b"\0\0\x80\x3f"
+    got = codec.decode(sign(head[: head_of(head)] + table + gaps + value), schema=schema)["w"]
+    assert got.flatten().tolist() == [0, 0, 0, 0, 1, 0]  # the fourth of 0, 3, 1, 4, 2, 5
+
+
 def test_bool_bytes_above_one_are_refused():
     blob = codec.encode({"f": torch.tensor([True, False])}, entropy="none")
     with pytest.raises(codec.DecodeError, match="no bool"):
@@ -171,6 +185,14 @@ def golden_walk(n=3000):
     return {"w": ((steps % 256 - 128) / 64).view(10, -1)}
 
 
+def golden_stripes():
+    """A matrix of which a few columns hold all, in no order, that is not zero."""
+    i = torch.arange(90 * 100).view(90, 100)
+    noise = i * 2654435761 % 2**32
+    noise = (noise ^ noise >> 15) * 2246822519 % 2**32 >> 16 & 31
+    return torch.where((i % 100 * 37 % 101 < 10) & (noise < 20), noise / 8, 0.0)
+
+
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 def test_golden_frames_decode_for_ever(path):
     update, masks = golden_update()
@@ -183,6 +205,9 @@ def test_golden_frames_decode_for_ever(path):
         base = {n: torch.full_like(t, 2) if "difference" in name else torch.zeros_like(t) for n, t in update.items()}
         got = codec.decode_patch(blob, base, base_id=b"golden base 0001")
         assert torch.equal(got["w"], update["w"].to(torch.bfloat16))
+    elif name == "columns":
+        assert codec.inspect(blob)["tensors"][0]["coding"] == "varint, by columns"
+        assert torch.equal(codec.decode(blob)["w"], golden_stripes())
     elif name.startswith("lanes"):
         stages = [s["entropy"] for s in codec.inspect(blob)["sections"]]
         assert ("parts apart" if name.endswith(("fp32", "bf16")) else "lanes") in stages
@@ -209,4 +234,4 @@ def test_golden_frames_decode_for_ever(path):
 
 
 def test_golden_frames_are_there():
-    assert len(GOLDEN) == 9 + 14 + 17 + 19
+    assert len(GOLDEN) == 9 + 14 + 17 + 20

@@ -18,7 +18,7 @@ from test_codec_hostile import golden_update
 from autoflip import MaskSet, codec
 
 INTEGERS = {1: "<i8", 2: "<i4", 3: "<i2", 4: "i1", 5: "u1", 6: "?"}
-WHOLE, SHARED, BITMAP, RICE, VARINT, RANKS = 0, 1, 2, 3, 4, 8
+WHOLE, SHARED, BITMAP, RICE, VARINT, COLUMNS, RANKS = 0, 1, 2, 3, 4, 5, 8
 
 
 class Bytes:
@@ -247,11 +247,13 @@ def read_frame(blob, masks=None, schema=None, base=None):
         k = data.byte() if index & ~RANKS == RICE else 0
         rows.append((name, tensor_kind, shape, n, index, values, kept, k))
     coded = [r for r in rows if r[4] & ~RANKS >= BITMAP]
-    sets = iter(read_sets(data, [(i & ~RANKS, k, len(masks[name]) if i & RANKS else n, kept)
+    sets = iter(read_sets(data, [(min(i & ~RANKS, VARINT), k, len(masks[name]) if i & RANKS else n, kept)
                                  for name, _, _, n, i, _, kept, k in coded]))  # fmt: skip
     where = []
-    for name, _, _, n, index, *_ in rows:
+    for name, _, shape, n, index, *_ in rows:
         found = next(sets) if index & ~RANKS >= BITMAP else None
+        if index == COLUMNS:
+            found = np.sort(np.arange(n).reshape(shape[0], -1).T.ravel()[found])
         base_set = masks[name] if index == SHARED or index & RANKS else np.arange(n)
         where.append(base_set if found is None else base_set[found])
     streams = {}

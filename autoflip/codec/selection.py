@@ -32,7 +32,7 @@ class Selection(NamedTuple):
         coding: of the index (:mod:`autoflip.codec.index`).
         codec: of the values.
         entries: those of the tensor that travel; None = all.
-        named: what the frame names, entries or ranks; None = nothing.
+        named: what the frame names, entries (turned under COLUMNS) or ranks; None = nothing.
         k: Rice parameter.
         coded: the values, and whether all of the tensor is finite, where the choice took them; None = not yet.
     """
@@ -94,10 +94,10 @@ def _explicit(entry: Entry, x: Tensor, how: Rounding, entropy: str, level: int) 
         coded = stream, finite
         if not finite:
             return Selection(WHOLE, codec, coded=coded)
-    coding, k, size = index.choose(mask, entropy, level)
+    coding, k, size, named = index.choose_order(mask, entry.shape, entropy, level)
     if values.value_bytes(codec, entry.numel) <= values.value_bytes(codec, mask.kept) + size:
         return Selection(WHOLE, codec)
-    return Selection(coding, codec, mask, mask, k, coded)
+    return Selection(coding, codec, mask, named, k, coded)
 
 
 def _filled(x: Tensor) -> bool:
