@@ -54,6 +54,7 @@ _SAME = 1.001  # of zstd's bytes, to which Huffman codes alone are as good
 # of Huffman codes' bytes, below which so much repeats that zstd tries everything: a sample shows too little of it, and
 # our own coder, though better than zstd's first try, none (2 % of the MLP's int8, 15 % of the CNN's downlink)
 _STRONG = 0.95  # and of little bytes where anything repeats
+_CLOSE = 1.1  # of ours, below which zstd's quick try promises something of its thorough one
 
 
 class _Kept(threading.local):
@@ -147,9 +148,10 @@ def smallest(
     own, coded = entropy.encode_below(raw, key, int(min(len(best), _share(len(view)) * len(view))), beside)
     head = varint(len(view))
     wins = coded is not None and len(head) + len(coded) < len(best)
-    strong = _STRONG if len(view) > _TINY else _NOTHING
+    bare = entropy.literals(view, 0)[0]  # None for so few bytes that ours is to stand for them
+    strong = (_STRONG if len(view) > _TINY else _NOTHING) * bare if bare else _CLOSE * (own or 0)
     if level <= CHEAP and (
-        len(best) < strong * (entropy.literals(view, 0)[0] or len(view))
+        len(best) < strong
         or not wins
         and pays(len(best), len(view))
         and (own is None or own > _UNSEEN * len(best) or len(packed[False]) < _REPEATS * len(packed[True]))

@@ -41,7 +41,7 @@ INT = 4
 NAMES = ("fp32", "bf16", "int8", "int4", "int")
 Stream = Coded | np.ndarray  # an array of bytes for INT
 _PLANES = {FP32: 4, BF16: 2}
-_MANY = 1 << 19  # codes whose scales, a hundredth of them, are packed in one way only
+_MANY = 3 << 17  # codes whose scales, a hundredth of them, are packed in one way only
 
 
 def check_levels(levels: int | None, codec: int) -> None:
