@@ -48,12 +48,14 @@ def kernels(delta, masks):
     """Name -> call of one op alone."""
     x = delta["w"].view(-1)
     base, out, total = torch.randn_like(x), torch.zeros_like(x), torch.zeros_like(x)
-    mask = ops.pack(masks["w"])
+    mask, none = ops.pack(masks["w"]), ops.pack(torch.zeros_like(masks["w"]))
     values, _ = delta_stream.code(x, mask, delta_stream.FP32, KEY)
     codes, _ = delta_stream.code(x, mask, delta_stream.INT8, KEY)
     return {
         "memcpy": lambda: out.copy_(x),
         "memcpy, first touch": lambda: x.clone(),
+        "read": lambda: ops.gather(x, none),  # what no kernel that looks at every entry can beat
+        "read both": lambda: ops.gather(x, none, base),
         "pack": lambda: ops.gather(x, mask),
         "nonzero to bits": lambda: ops.pack_nonzero(x),
         "subtract + pack": lambda: ops.gather(x, mask, base),

@@ -58,9 +58,11 @@ def entropy_bytes(n, kept):
     return 0.0 if p in (0, 1) else n * -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) / 8
 
 
-def index_bytes(packs):
-    """Bytes of our explicit index of these sets, and of the entropy of each tensor's density, and of the flat one."""
-    sets = [(*index.choose(p, "zstd")[:2], p) for p in packs if p.kept]
+def index_bytes(shaped):
+    """Bytes of our index of these sets (with shapes), of the entropy of each tensor's density, and of the flat one."""
+    packs = [p for p, _ in shaped]
+    chosen = (index.choose_order(p, tuple(shape), "zstd", 1) for p, shape in shaped if p.kept)
+    sets = [(coding, k, named) for coding, k, _, named in chosen]
     sections = index.write_sets(sets, "zstd")
     numel, kept = sum(p.numel for p in packs), sum(p.kept for p in packs)
     return sum(map(len, sections)), sum(entropy_bytes(p.numel, p.kept) for p in packs), entropy_bytes(numel, kept)
@@ -96,23 +98,26 @@ def case(name, density):
     row["pickle"] = len(pickle.dumps(dense, protocol=5))
     row["accuracy"] = example.accuracy
     row["values"] = {v: compare(delta, masks, v) for v in ("fp32", "bf16", "int8")}
+    row["int8, 63 levels"], row["int8, 40 levels"] = (
+        len(codec.encode(delta, masks=masks, values="int8", levels=levels, schema=schema)) for levels in (63, 40)
+    )
     row["int4"] = len(codec.encode(delta, masks=masks, values="int4", schema=schema))
     row["downlink"] = len(codec.encode_patch(example.new, example.old, masks=masks, schema=schema))
     # what frames cost beyond values and index: fixed lengths show it
     plain = codec.encode(delta, masks=masks, values="fp32", schema=schema, entropy="none")
     if masks is not None:
         row["framing"] = len(plain) - 4 * kept
-        packs = list(layout.packs_of(masks).values())
-        ours, per_tensor, flat = index_bytes(packs)
+        shaped = [(pack, masks[n].shape) for n, pack in layout.packs_of(masks).items()]
+        ours, per_tensor, flat = index_bytes(shaped)
         row["index"] = {"ours": ours, "entropy_per_tensor": per_tensor, "entropy_flat": flat}
     return row
 
 
 def top(name, share):
     delta = real_deltas.top_k(real_deltas.load(name, 1.0).delta, share)
-    packs = [ops.pack_nonzero(t) for t in delta.values()]
-    ours, per_tensor, flat = index_bytes(packs)
-    row = {"entries": sum(t.numel() for t in delta.values()), "kept": sum(p.kept for p in packs)}
+    shaped = [(ops.pack_nonzero(t), t.shape) for t in delta.values()]
+    ours, per_tensor, flat = index_bytes(shaped)
+    row = {"entries": sum(t.numel() for t in delta.values()), "kept": sum(p.kept for p, _ in shaped)}
     row["index"] = {"ours": ours, "entropy_per_tensor": per_tensor, "entropy_flat": flat}
     row["values"] = {v: compare(delta, None, v) for v in ("fp32", "bf16", "int8")}
     return row
@@ -124,6 +129,10 @@ def marks(row):
     kept, shared = row["kept"], {v: c["ours"].get("shared") for v, c in row["values"].items()}
     if shared["int8"]:
         out["int8 B/kept"] = shared["int8"] / kept, 0.82
+        for levels in (63, 40):
+            size = row[f"int8, {levels} levels"]
+            out[f"int8, {levels} levels, B/kept"] = size / kept, 0.82
+            out[f"int8, {levels} levels, below pickle"] = row["pickle"] / size, None
         out["bf16 B/kept"] = shared["bf16"] / kept, 1.5
         out["int4 B/kept"] = row["int4"] / kept, 0.45
         out["downlink B/kept"] = row["downlink"] / kept, 0.70

@@ -137,10 +137,10 @@ DeltaCoding coding_of(int kind, const std::array<uintptr_t, 4>& streams, uintptr
 // offsets may be null with words: then every entry is kept. find: both are filled beforehand, with x != 0, in
 // the same pass. Returns whether all differences are finite.
 bool delta_encode(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offsets, int64_t n, int kind,
-                  std::array<uintptr_t, 4> streams, uintptr_t scales, float largest, uint32_t key0,
-                  uint32_t key1, bool nearest, bool find, int threads) {
+                  std::array<uintptr_t, 4> streams, uintptr_t scales, int levels, float largest,
+                  uint32_t key0, uint32_t key1, bool nearest, bool find, int threads) {
   DeltaCoding c = coding_of(kind, streams, scales);
-  c.largest = largest, c.key = key_of(key0, key1, nearest);
+  c.levels = levels, c.largest = largest, c.key = key_of(key0, key1, nearest);
   int64_t* ranks = at<int64_t>(offsets);
   const int64_t entries = 64 * kDeltaChunkWords, chunks = (n + entries - 1) / entries;
   auto rank = [&](int64_t chunk) { return words ? ranks[chunk] : chunk < chunks ? chunk * entries : n; };

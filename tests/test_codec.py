@@ -65,12 +65,15 @@ def test_fp32_frame_returns_what_went_in(update, use_masks, use_schema, entropy)
     assert_same(codec.decode(blob, masks=masks, schema=schema), want)
 
 
-@given(updates(), st.booleans(), st.sampled_from(["bf16", "int8", "int4"]))
-@settings(deadline=None, max_examples=100)
-def test_rounded_frame_is_within_one_step(update, use_masks, values):
+WAYS = [("bf16", None), ("int8", None), ("int4", None), ("int8", 40), ("int8", 1), ("int4", 2)]  # values, levels
+
+
+@given(updates(), st.booleans(), st.sampled_from(WAYS))
+@settings(deadline=None, max_examples=150)
+def test_rounded_frame_is_within_one_step(update, use_masks, way):
     tensors, masks = update
-    masks = masks if use_masks else None
-    got = codec.decode(codec.encode(tensors, masks=masks, values=values, seed=3), masks=masks)
+    masks, (values, levels) = masks if use_masks else None, way
+    got = codec.decode(codec.encode(tensors, masks=masks, values=values, levels=levels, seed=3), masks=masks)
     for name, want in coded_as(tensors if masks is None else masked(tensors, masks)).items():
         if not want.is_floating_point():
             assert torch.equal(got[name], want)
@@ -80,22 +83,23 @@ def test_rounded_frame_is_within_one_step(update, use_masks, values):
         if values == "bf16" or want.dim() < 2:
             tol = want.abs() * 2**-7  # one unit in the last of bf16's 8 bits
         else:
-            tol = top / (127 if values == "int8" else 7) * (1 + 1e-6)  # one step of a block, its scale rounded
+            tol = top / (levels or (127 if values == "int8" else 7)) * (1 + 1e-6)  # one step, its scale rounded
         assert bool(((got[name] - want).abs() <= tol).all())
 
 
-@pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
-def test_rounding_is_unbiased(values):
+@pytest.mark.parametrize("values, levels", WAYS[:4])  # fewer levels: 400 draws are no normal law
+def test_rounding_is_unbiased(values, levels):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(16, 128, generator=g)
     x[0, :7] = torch.tensor([0.0, 1e-9, -1e-9, 1e-40, 0.5, -0.25, 1.0])
-    draws = torch.stack([codec.decode(codec.encode({"x": x}, values=values, seed=s))["x"] for s in range(400)]).double()
+    way = {"values": values, "levels": levels}
+    draws = torch.stack([codec.decode(codec.encode({"x": x}, seed=s, **way))["x"] for s in range(400)]).double()
     error = draws.mean(0) - x.double()
     stderr = (draws.std(0) / 400**0.5).clamp_min(1e-12)
     z = error / stderr
     exact = draws.std(0) == 0
     # an entry that never moved is exact or its chance of moving is below 1 in 400 draws
-    step = x.abs().max() / 7
+    step = x.abs().max() / (levels or 7)
     assert float(error[exact].abs().max()) <= 5 / 400 * float(step)
     assert float(z[~exact].abs().max()) < 5.5  # 2048 normal draws exceed that once in 10^4 seeds
     assert abs(float(z[~exact].mean())) * (~exact).sum() ** 0.5 < 4
@@ -120,6 +124,27 @@ def test_extreme_values_stay_finite(values):
     assert bool(torch.isfinite(y).all())
     tiny = torch.tensor([[1e-45, -3e-45, 1e-38, 0.0]])
     assert float((codec.decode(codec.encode({"x": tiny}, values=values))["x"] - tiny).abs().max()) <= 1.2e-38
+
+
+def striped():
+    """A tensor of which a few columns hold all that is not zero."""
+    g = torch.Generator().manual_seed(0)
+    held = torch.rand(90, 2, 50, generator=g) * (torch.rand(2, 50, generator=g) < 0.1)
+    return torch.where(torch.rand(held.shape, generator=g) < 0.6, held, 0)
+
+
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_columns_are_told_by_columns(values):
+    w = striped()
+    for x, coding in ((w, "varint, by columns"), (w.permute(1, 2, 0).reshape(100, 90), None)):
+        blob = codec.encode({"w": x}, values=values)
+        assert (codec.inspect(blob)["tensors"][0]["coding"] == coding) == (coding is not None)
+        got = codec.decode(blob)["w"]
+        torch.testing.assert_close(got, x, rtol=0, atol=0 if values == "fp32" else 1 / 127)
+        total = {"w": torch.ones_like(x)}
+        codec.accumulate(blob, total, 2.0)
+        assert torch.equal(total["w"], 1 + 2 * got)
+    assert "columns" not in codec.inspect(codec.encode({"w": w}, entropy="none"))["tensors"][0]["coding"]
 
 
 def test_explicit_index_takes_the_smallest_coding():

@@ -49,6 +49,15 @@ def test_writers_name_a_wrong_argument(writer):
     refused(f"{writer}: 'w' is torch.sparse_coo, wanted a dense tensor", call, {"w": torch.eye(3).to_sparse()})
 
 
+def test_levels_are_those_of_the_codes():
+    for levels in (0, 128, -3):
+        refused(f"encode: levels={levels}, wanted 1 to 127, the largest code of int8", codec.encode, DELTA,
+                values="int8", levels=levels)  # fmt: skip
+    refused("encode: levels=8, wanted 1 to 7, the largest code of int4", codec.encode, DELTA, values="int4", levels=8)
+    refused("levels=1.5, wanted a whole number", codec.encode, DELTA, values="int8", levels=1.5)
+    refused("encode: levels=7 with values='bf16', wanted None", codec.encode, DELTA, levels=7)
+
+
 def test_keys_of_the_rounding_are_whole():
     refused("encode: seed=1.5, wanted a whole number", codec.encode, DELTA, seed=1.5)
     refused("encode: client='a', wanted a whole number", codec.encode, DELTA, client="a")
@@ -81,7 +90,7 @@ def test_a_view_with_gaps_is_read():
     got = codec.decode(view)
     assert all(torch.equal(got[n], t) for n, t in DELTA.items())
     assert codec.inspect(view) == codec.inspect(BLOB)
-    with pytest.raises(codec.DecodeError, match="a header alone has 96"):
+    with pytest.raises(codec.DecodeError, match="a header alone has 30"):
         codec.decode(memoryview(b"abc")[3:])
     with pytest.raises(codec.DecodeError, match="Limits.max_bytes"):
         codec.decode(view, limits=codec.Limits(max_bytes=10))

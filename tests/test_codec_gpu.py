@@ -34,9 +34,9 @@ def test_gpu_kernels_write_the_cpus_bytes(n, density, key, server, device):
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton runs on a device here")
     x, base, mask = case(n, density, device)
-    for kind, levels in zip(KINDS.values(), (None, 0, 127, 7)):
+    for kind, levels in [*zip(KINDS.values(), (None, 0, 127, 7)), (KINDS["int8"], 40)]:
         for start in (None, base):
-            want, _ = delta_stream.code(x.cpu(), mask, kind, key, None if start is None else start.cpu())
+            want, _ = delta_stream.code(x.cpu(), mask, kind, key, None if start is None else start.cpu(), levels)
             got, finite = delta_stream._from_gpu(kind, *delta_gpu.code(x, mask, levels, key, start, server))
             assert finite
             assert np.array_equal(np.stack(got.streams), np.stack(want.streams))

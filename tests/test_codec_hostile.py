@@ -18,21 +18,28 @@ MASKS = MaskSet({"w": torch.eye(4, 6, dtype=torch.bool)})
 
 
 def sign(blob):
-    blob = bytearray(blob)
-    blob[72:80] = struct.pack("<Q", len(blob) - 96)
-    blob[92:96] = bytes(4)
-    blob[92:96] = struct.pack("<I", zlib.crc32(blob))
+    """Give a frame the checksum of a sender who means it, and one of version 1 its length."""
+    blob, at = bytearray(blob), 92 if blob[4] == 1 else 8
+    if blob[4] == 1:
+        blob[72:80] = struct.pack("<Q", len(blob) - 96)
+    blob[at : at + 4] = bytes(4)
+    blob[at : at + 4] = struct.pack("<I", zlib.crc32(blob))
     return bytes(blob)
+
+
+def head_of(blob):
+    """Bytes of a header of version 2 whose numbers have a byte each."""
+    return 30 + 16 * bool(blob[6] & 8) + 16 * (bool(blob[6] & 2) or blob[7] >> 4 == 3)
 
 
 @pytest.mark.parametrize(
     "blob, message",
     [
         ([], "is a list, wanted bytes"),
-        (b"", "a header alone has 96"),
+        (b"", "a header alone has 30"),
         (b"PK" + bytes(200), "not bytes of autoflip.codec"),
-        (b"AFD1\x02" + bytes(200), "format version 2, this autoflip reads 1"),
-        (codec.encode(DELTA)[:-3], "cut short or has a tail"),
+        (b"AFD1\x03" + bytes(200), "format version 3, this autoflip reads 1 and 2"),
+        (codec.encode(DELTA)[:-3], "damaged or cut short"),
         (codec.encode(DELTA)[:-1] + b"\xaa", "ask for it again"),
         (codec.encode(DELTA, schema=codec.Schema.of(DELTA)), "carries only the id"),
         (codec.encode(DELTA, masks=MASKS), "pass masks= with that fingerprint"),
@@ -76,8 +83,8 @@ def schema_frame(entries):
     raw = varint(len(entries))
     for name, kind, shape in entries:
         raw += varint(len(name)) + name + bytes((kind, len(shape))) + b"".join(map(varint, shape))
-    head = bytearray(codec.encode({})[:96])
-    return sign(bytes(head) + b"\0" + varint(len(raw)) + raw)
+    blob = codec.encode({})
+    return sign(blob[: head_of(blob)] + b"\0" + varint(len(raw)) + raw)
 
 
 @pytest.mark.parametrize(
@@ -98,15 +105,14 @@ def test_inline_schemas_are_bounded(entries, message):
 
 
 def test_a_zstd_bomb_is_refused_before_it_unpacks():
-    blob = codec.encode({"w": torch.ones(64, 64)}, values="int8", schema=codec.Schema.of({"w": torch.ones(64, 64)}))
+    w = {"w": torch.arange(4096.0).view(64, 64)}
+    blob = codec.encode(w, values="int8", schema=codec.Schema.of(w))
     bomb = zstandard.ZstdCompressor(level=1).compress(bytes(200_000_000))
-    at = 97  # the table has one byte
+    at = head_of(blob) + 1  # the table has one byte
     assert blob[at] == 1  # the codes went through zstd
     tracemalloc.start()
     with pytest.raises(codec.DecodeError, match="unpacks to 200000000 bytes, wanted 4096"):
-        codec.decode(
-            sign(blob[:at] + b"\1" + varint(len(bomb)) + bomb), schema=codec.Schema.of({"w": torch.ones(64, 64)})
-        )
+        codec.decode(sign(blob[:at] + b"\1" + varint(len(bomb)) + bomb), schema=codec.Schema.of(w))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
@@ -141,6 +147,20 @@ def test_values_on_the_wire_must_be_finite_and_in_range():
         codec.decode(sign(blob[:at] + bytes([blob[at] | 0x70]) + blob[at + 1 :]))
 
 
+def test_vectors_have_no_columns():
+    for shape in ((6,), (), (0, 3)):
+        schema = codec.Schema.of({"w": torch.zeros(shape)})
+        blob = codec.encode({"w": torch.zeros(shape)}, values="fp32", schema=schema, entropy="none")
+        head = blob[: head_of(blob)]
+        with pytest.raises(codec.DecodeError, match="coded by columns"):
+            codec.decode(sign(head + b"\x50\0" + b"\0\0"), schema=schema)
+    schema = codec.Schema.of({"w": torch.zeros(2, 3)})
+    head = codec.encode({"w": torch.zeros(2, 3)}, values="fp32", schema=schema)[:32]
+    table, gaps, value = b"\x50\1", b"\0\1\3", b"\0\4" + b"\0\0\x80\x3f"
+    got = codec.decode(sign(head[: head_of(head)] + table + gaps + value), schema=schema)["w"]
+    assert got.flatten().tolist() == [0, 0, 0, 0, 1, 0]  # the fourth of 0, 3, 1, 4, 2, 5
+
+
 def test_bool_bytes_above_one_are_refused():
     blob = codec.encode({"f": torch.tensor([True, False])}, entropy="none")
     with pytest.raises(codec.DecodeError, match="no bool"):
@@ -165,6 +185,14 @@ def golden_walk(n=3000):
     return {"w": ((steps % 256 - 128) / 64).view(10, -1)}
 
 
+def golden_stripes():
+    """A matrix of which a few columns hold all, in no order, that is not zero."""
+    i = torch.arange(90 * 100).view(90, 100)
+    noise = i * 2654435761 % 2**32
+    noise = (noise ^ noise >> 15) * 2246822519 % 2**32 >> 16 & 31
+    return torch.where((i % 100 * 37 % 101 < 10) & (noise < 20), noise / 8, 0.0)
+
+
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 def test_golden_frames_decode_for_ever(path):
     update, masks = golden_update()
@@ -177,10 +205,13 @@ def test_golden_frames_decode_for_ever(path):
         base = {n: torch.full_like(t, 2) if "difference" in name else torch.zeros_like(t) for n, t in update.items()}
         got = codec.decode_patch(blob, base, base_id=b"golden base 0001")
         assert torch.equal(got["w"], update["w"].to(torch.bfloat16))
+    elif name == "columns":
+        assert codec.inspect(blob)["tensors"][0]["coding"] == "varint, by columns"
+        assert torch.equal(codec.decode(blob)["w"], golden_stripes())
     elif name.startswith("lanes"):
         stages = [s["entropy"] for s in codec.inspect(blob)["sections"]]
         assert ("parts apart" if name.endswith(("fp32", "bf16")) else "lanes") in stages
-        want = golden_walk(40_000 if name.endswith("long") else 3000)["w"]
+        want = golden_walk({"long": 40_000, "middle": 20_000}.get(name.partition("_")[2], 3000))["w"]
         # int8: less than a step of the largest value, 2, over 127
         torch.testing.assert_close(
             codec.decode(blob)["w"], want, rtol=0, atol=0 if name.endswith(("fp32", "bf16")) else 2 / 127
@@ -197,8 +228,10 @@ def test_golden_frames_decode_for_ever(path):
         if name.endswith(("fp32", "bf16")):
             assert torch.equal(got["w"], want)
         else:
-            torch.testing.assert_close(got["w"], want, rtol=0, atol=0.5 / (127 if name.endswith("int8") else 7))
+            torch.testing.assert_close(
+                got["w"], want, rtol=0, atol=0.5 / {"int8": 127, "levels": 40}.get(name.partition("_")[2], 7)
+            )
 
 
 def test_golden_frames_are_there():
-    assert len(GOLDEN) == 9 + 14 + 17
+    assert len(GOLDEN) == 9 + 14 + 17 + 20

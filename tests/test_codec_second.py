@@ -18,7 +18,7 @@ from test_codec_hostile import golden_update
 from autoflip import MaskSet, codec
 
 INTEGERS = {1: "<i8", 2: "<i4", 3: "<i2", 4: "i1", 5: "u1", 6: "?"}
-WHOLE, SHARED, BITMAP, RICE, VARINT, RANKS = 0, 1, 2, 3, 4, 8
+WHOLE, SHARED, BITMAP, RICE, VARINT, COLUMNS, RANKS = 0, 1, 2, 3, 4, 5, 8
 
 
 class Bytes:
@@ -88,13 +88,13 @@ def lanes(stored, companion=None):
     """Entropy stage 3, or 4 with a companion."""
     data = Bytes(stored)
     n, first = data.varint(), data.byte()
-    key = [lambda b: b ^ 128, lambda b: 2 * b % 256, lambda b: b][first >> 4]
+    key = [lambda b: b ^ 128, lambda b: 2 * b % 256, lambda b: b][first // 16 % 3]
     cuts = list(data.take(first % 16))
     bits = Bits(data)
-    order = [i ^ 128 if first >> 4 == 0 else i for i in range(256)]
+    order = [i ^ 128 if first // 16 % 3 == 0 else i for i in range(256)]
     tables = [frequencies(bits, order) for _ in range(first % 16 + 1)]
     data.at += bits.at > 0
-    width = 8 if n < 32768 else 32
+    width = 1 if first >= 48 else 8 if n < 32768 else 32
     rows, tail = divmod(n, width)
     x = list(struct.unpack(f"<{width}I", data.take(4 * width)))
     out, before = bytearray(n), [0] * width
@@ -202,18 +202,36 @@ def read_sets(data, wanted):
 
 
 def header(blob, schema):
+    if blob[4] == 2:
+        return second_header(blob, schema)
     (magic, major, _, size, flags, kind, apply, _, _, count, schema_id, _, mask_id, body, _, _, crc) = struct.unpack(
         "<4sBBHIBBHII16s16s16sQQII", blob[:96]
     )
     assert (magic, major, size, body) == (b"AFD1", 1, 96, len(blob) - 96)
     assert zlib.crc32(blob[:92] + bytes(4) + blob[96:]) == crc
     data = Bytes(blob[96:])
+    return apply, flags, mask_id, schema_of(data, flags, schema_id, schema, count), data
+
+
+def schema_of(data, flags, schema_id, schema, count):
     if flags & 1:
         raw = section(data)
         assert hashlib.sha256(b"AFD1 schema\0" + raw).digest()[:16] == schema_id
         schema = read_schema(Bytes(raw))
     assert len(schema) == count
-    return apply, flags, mask_id, schema, data
+    return schema
+
+
+def second_header(blob, schema):
+    assert blob[:4] == b"AFD1"
+    flags, kind, apply = blob[6], blob[7] // 16, blob[7] % 16
+    assert zlib.crc32(blob[:8] + bytes(4) + blob[12:]) == struct.unpack("<I", blob[8:12])[0]
+    data = Bytes(blob[12:])
+    schema_id = data.take(16)
+    assert not flags & 8 or any(data.take(16))
+    mask_id = data.take(16) if flags & 2 or kind == 3 else bytes(16)
+    data.varint()  # the round
+    return apply, flags, mask_id, schema_of(data, flags, schema_id, schema, data.varint()), data
 
 
 def read_frame(blob, masks=None, schema=None, base=None):
@@ -229,11 +247,13 @@ def read_frame(blob, masks=None, schema=None, base=None):
         k = data.byte() if index & ~RANKS == RICE else 0
         rows.append((name, tensor_kind, shape, n, index, values, kept, k))
     coded = [r for r in rows if r[4] & ~RANKS >= BITMAP]
-    sets = iter(read_sets(data, [(i & ~RANKS, k, len(masks[name]) if i & RANKS else n, kept)
+    sets = iter(read_sets(data, [(min(i & ~RANKS, VARINT), k, len(masks[name]) if i & RANKS else n, kept)
                                  for name, _, _, n, i, _, kept, k in coded]))  # fmt: skip
     where = []
-    for name, _, _, n, index, *_ in rows:
+    for name, _, shape, n, index, *_ in rows:
         found = next(sets) if index & ~RANKS >= BITMAP else None
+        if index == COLUMNS:
+            found = np.sort(np.arange(n).reshape(shape[0], -1).T.ravel()[found])
         base_set = masks[name] if index == SHARED or index & RANKS else np.arange(n)
         where.append(base_set if found is None else base_set[found])
     streams = {}

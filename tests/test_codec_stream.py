@@ -26,19 +26,19 @@ def case(n, density):
 def test_cpp_equals_reference_bit_by_bit(n, density, threads, monkeypatch):
     x, base, mask = case(n, density)
     held = torch.get_num_threads()
-    for kind in KINDS.values():
+    for kind, levels in [*((kind, None) for kind in KINDS.values()), (KINDS["int8"], 40), (KINDS["int4"], 3)]:
         for start in (None, base):
             monkeypatch.setenv("AUTOFLIP_BACKEND", "auto")
             torch.set_num_threads(threads)
             try:
-                fast, finite = delta_stream.code(x, mask, kind, (3, n), start)
+                fast, finite = delta_stream.code(x, mask, kind, (3, n), start, levels)
                 dense = delta_stream.decode(fast, mask)
                 total = x.clone()
                 delta_stream.accumulate(fast, mask, total, 0.3)
             finally:
                 torch.set_num_threads(held)
             monkeypatch.setenv("AUTOFLIP_BACKEND", "reference")
-            slow, _ = delta_stream.code(x, mask, kind, (3, n), start)
+            slow, _ = delta_stream.code(x, mask, kind, (3, n), start, levels)
             assert finite
             assert np.array_equal(np.stack(fast.streams), np.stack(slow.streams))
             assert np.array_equal(fast.scales, slow.scales)

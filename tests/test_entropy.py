@@ -126,14 +126,14 @@ def test_mutations_are_refused_or_decoded(data):
 @pytest.mark.parametrize("change, message", [
     (lambda b: b[:-1], "ends early|tail|does not end"),
     (lambda b: b + b"\0", "tail"),
-    (lambda b: b"\x30" + b[1:], "table"),
-    (lambda b: b"\x02\x05\x05" + b[1:], "table"),
+    (lambda b: b"\x60" + b[1:], "table"),
+    (lambda b: b"\x32\x05\x05" + b[1:], "table"),
     (lambda b: b[:1], "ends early"),
     (lambda b: b"", "ends early"),
 ])  # fmt: skip
 def test_damage_has_a_name(change, message):
     blob = bytes(entropy.encode(streams(64)["codes"][0], entropy.SIGNED))
-    assert blob[0] == 0  # one class
+    assert blob[0] == 0x30  # one lane, one class
     with pytest.raises(ValueError, match=message):
         entropy.decode(change(blob), 64)
 

@@ -15,12 +15,11 @@ from autoflip.codec.index import WHOLE
 from autoflip.codec.layout import Coding
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.schema import DTYPES, NUMPY, Entry, Limits, Schema
-from autoflip.codec.selection import Selection
+from autoflip.codec.selection import Rounding, Selection
 from autoflip.codec.values import BF16, FP32, INT, INT4, INT8, Stream
 from autoflip.masks import MaskSet
 from autoflip.ops import delta_stream
 from autoflip.ops.delta import Pack
-from autoflip.ops.delta_coding import Key
 from autoflip.ops.delta_stream import Coded
 
 __all__ = ["accumulate", "decode", "encode"]
@@ -34,6 +33,7 @@ def encode(
     masks: MaskSet | None = None,
     values: str = "bf16",
     rounding: str = "stochastic",
+    levels: int | None = None,
     entropy: str = "zstd",
     level: int = 1,
     schema: Schema | None = None,
@@ -59,6 +59,9 @@ def encode(
             a running variance rounded at the scale of its block could turn negative.
         rounding: ``stochastic``, or ``nearest``: half the error of one update, but it does not average out over
             rounds and clients unless what was lost is added to the next update: :class:`Feedback` does both.
+        levels: the largest code of int8 (1 to 127) or int4 (1 to 7); None = 127 or 7. Half as many levels
+            save a bit of each value and double the step, which is a block's largest magnitude over ``levels``;
+            an entry's error is below one step (below half of it under ``nearest``).
         entropy: ``zstd`` packs each section, by zstd, or Huffman codes or rANS of our own, when that saves
             over 3 %; ``none`` keeps the length a function of masks and schema alone, as secure aggregation needs it
             (with ``masks``).
@@ -88,6 +91,7 @@ def encode(
         raise ValueError(f"encode: values={values!r}, wanted one of {', '.join(_VALUES)}")
     if rounding not in ("stochastic", "nearest"):
         raise ValueError(f"encode: rounding={rounding!r}, wanted 'stochastic' or 'nearest'")
+    _check_levels(levels, _VALUES[values])
     id = frames.check_options("encode", entropy, level, round, base_id)
     seed, client = arguments.whole("encode", "seed", seed), arguments.whole("encode", "client", client)
     arguments.check_tensors("encode", delta)
@@ -106,8 +110,9 @@ def encode(
     for number, entry in enumerate(schema.entries):
         mask, tensor = packs.get(entry.name), delta[entry.name]
         key = None if rounding == "nearest" else _key(seed, round, client, number)
-        where = selection.select(entry, tensor, mask, masks is None, _VALUES[values], key, entropy, level)
-        row, stream = _code(entry, tensor, where, key)
+        how = Rounding(_VALUES[values], key, levels)
+        where = selection.select(entry, tensor, mask, masks is None, how, entropy, level)
+        row, stream = _code(entry, tensor, where, how)
         rows.append(row)
         streams.append(stream)
         if where.named is not None:
@@ -133,15 +138,17 @@ def encode(
 
 
 # the keyword ``values`` of encode() hides the module of that name in there
-_key, _write_values = values.rounding_key, values.write_values
+_key, _write_values, _check_levels = values.rounding_key, values.write_values, values.check_levels
 
 
-def _code(entry: Entry, tensor: Tensor, where: Selection, key: Key) -> tuple[Coding, Stream]:
+def _code(entry: Entry, tensor: Tensor, where: Selection, how: Rounding) -> tuple[Coding, Stream]:
     if entry.kind:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return Coding(WHOLE, INT, entry.numel), raw
     x = selection.single(tensor)
-    stream, finite = where.coded or delta_stream.code(x, where.entries, where.codec, key)
+    stream, finite = where.coded or delta_stream.code(
+        x, where.entries, where.codec, how.key, levels=how.levels_of(where.codec)
+    )
     if not finite:
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(

@@ -6,20 +6,24 @@ then whatever the kind of frame holds.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 from autoflip.codec import arguments
-from autoflip.codec.packing import Buffer, length
+from autoflip.codec import header as headers
+from autoflip.codec.header import BASED, INLINE_SCHEMA, MASKED, MASKS, NO_ID, Header
+from autoflip.codec.packing import Buffer
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.schema import Limits, Schema
 from autoflip.codec.section import ENTROPIES, read_section, section
-from autoflip.ops.delta_coding import crc32
 
 __all__ = [
+    "BASED",
     "DELTA",
     "Frame",
+    "INLINE_SCHEMA",
+    "MASKED",
     "MASKS",
+    "NO_ID",
     "PATCH",
     "check_base",
     "check_options",
@@ -27,43 +31,20 @@ __all__ = [
     "seal",
 ]
 
-_HEADER = struct.Struct("<4sBBHIBBHII16s16s16sQQII")
-assert _HEADER.size == 96
-_MAGIC, _MAJOR, _MINOR = b"AFD1", 1, 2
-DELTA, PATCH, MASKS = 1, 2, 3
+DELTA, PATCH = 1, 2
 KINDS = {DELTA: "delta", PATCH: "patch", MASKS: "masks"}
 _ADD, XOR, _SET, DIFFERENCE = 1, 2, 3, 4
-INLINE_SCHEMA, MASKED, BASED = 1, 2, 4
-NO_ID = bytes(16)
 
 
 @dataclass(frozen=True)
-class Frame:
+class Frame(Header):
     """A frame whose header, checksum and schema are in order.
 
     Attributes:
-        kind: DELTA, PATCH or MASKS.
-        flags: INLINE_SCHEMA | MASKED | BASED.
-        apply: XOR or DIFFERENCE for patches with a base.
-        round: round number, 0 to 2^32 - 1.
-        schema_id: names the schema.
-        base_id: names what the frame is relative to, zeros = not stated.
-        mask_id: fingerprint of the mask, zeros = none.
-        tensors: number of tensors in the schema.
-        dense_bytes: bytes of the tensors it decodes to.
         schema: the schema, None when only its id travelled and the reader has none.
         body: what follows the header and the schema.
     """
 
-    kind: int
-    flags: int
-    apply: int
-    round: int
-    schema_id: bytes
-    base_id: bytes
-    mask_id: bytes
-    tensors: int
-    dense_bytes: int
     schema: Schema | None
     body: memoryview
 
@@ -105,16 +86,10 @@ def seal(
     if inline:
         flags |= INLINE_SCHEMA
         body = [*section([schema.to_bytes()], entropy), *body]
-    apply = _ways(kind, flags)[-1]
-    header = bytearray(_HEADER.pack(
-        _MAGIC, _MAJOR, _MINOR, _HEADER.size, flags, kind, apply, 0, round, len(schema.entries),
-        schema.id, base_id, mask_id, sum(map(length, body)), schema.dense_bytes, 0, 0,
-    ))  # fmt: skip
-    crc = crc32(header)
-    for part in body:
-        crc = crc32(part, crc)
-    header[-4:] = struct.pack("<I", crc)
-    return b"".join([header, *body])
+    head = Header(
+        flags, kind, _ways(kind, flags)[-1], round, len(schema.entries), schema.id, base_id, mask_id, schema.dense_bytes
+    )
+    return b"".join([headers.write(head, body), *body])
 
 
 def _ways(kind: int, flags: int) -> tuple[int, ...]:
@@ -139,43 +114,28 @@ def open_frame(
         )
     # a view with gaps (or of nothing) has no bytes in a row to look at
     data = data.cast("B") if data.c_contiguous and data.nbytes else memoryview(data.tobytes())
-    if len(data) < _HEADER.size:
-        raise DecodeError(f"frame has {len(data)} bytes, a header alone has {_HEADER.size}; it is cut short")
-    (magic, major, _, header_bytes, flags, kind, apply, spare, round, tensors, schema_id, base_id, mask_id,
-     body_bytes, dense_bytes, spare2, crc) = _HEADER.unpack(data[: _HEADER.size])  # fmt: skip
-    if magic != _MAGIC:
-        raise DecodeError(f"frame starts with {magic!r}, wanted {_MAGIC!r}; these are not bytes of autoflip.codec")
-    if major != _MAJOR:
-        raise DecodeError(f"frame is of format version {major}, this autoflip reads {_MAJOR}; update the older side")
-    if header_bytes != _HEADER.size or body_bytes != len(data) - _HEADER.size:
-        raise DecodeError(
-            f"frame says {body_bytes} bytes follow a header of {header_bytes}, but {len(data) - _HEADER.size} follow "
-            f"one of {_HEADER.size}; it is cut short or has a tail"
-        )
-    if crc32(data[_HEADER.size :], crc32(bytes(4), crc32(data[: _HEADER.size - 4]))) != crc:
-        raise DecodeError("frame fails its CRC-32; it was damaged on the way, ask for it again")
-    if kind not in KINDS or spare or spare2 or flags & ~(INLINE_SCHEMA | MASKED | BASED):
-        raise DecodeError(f"frame has kind {kind}, flags {flags:#x}, which this version does not know")
+    head, body = headers.read(data)
+    kind, flags = head.kind, head.flags
+    if kind not in KINDS:
+        raise DecodeError(f"frame has kind {kind}, which this version does not know")
     if kind not in kinds:
         wanted = " or ".join(KINDS[k] for k in kinds)
         raise DecodeError(f"frame is a {KINDS[kind]} frame, wanted {wanted}; decode it with the function of that name")
-    if apply not in _ways(kind, flags):
-        raise DecodeError(f"a {KINDS[kind]} frame cannot be applied in way {apply}; the frame is damaged")
-    if bool(flags & MASKED or kind == MASKS) != (mask_id != NO_ID):
-        raise DecodeError("frame's mask id and flags contradict each other; the frame is damaged")
-    reader = Reader(data[_HEADER.size :], "frame")
-    schema = _schema(reader, limits, flags, schema_id, schema)
+    if head.apply not in _ways(kind, flags):
+        raise DecodeError(f"a {KINDS[kind]} frame cannot be applied in way {head.apply}; the frame is damaged")
+    reader = Reader(body, "frame")
+    schema = _schema(reader, limits, flags, head.schema_id, schema)
     if schema is not None:
-        if len(schema.entries) != tensors or schema.dense_bytes != dense_bytes:
+        if len(schema.entries) != head.tensors or head.dense_bytes not in (None, schema.dense_bytes):
             raise DecodeError("frame's header and schema contradict each other; the frame is damaged")
-        if dense_bytes > limits.max_bytes:
-            raise DecodeError(f"frame decodes to {dense_bytes} bytes, Limits.max_bytes is {limits.max_bytes}")
+        if schema.dense_bytes > limits.max_bytes:
+            raise DecodeError(f"frame decodes to {schema.dense_bytes} bytes, Limits.max_bytes is {limits.max_bytes}")
     elif need_schema:
         raise DecodeError(
-            f"frame carries only the id {schema_id.hex()} of its schema; pass schema=codec.Schema.of(tensors), made "
-            "from the same tensors as the sender's"
+            f"frame carries only the id {head.schema_id.hex()} of its schema; pass schema=codec.Schema.of(tensors), "
+            "made from the same tensors as the sender's"
         )
-    return Frame(kind, flags, apply, round, schema_id, base_id, mask_id, tensors, dense_bytes, schema, reader.rest())
+    return Frame(**vars(head), schema=schema, body=reader.rest())
 
 
 def _schema(reader: Reader, limits: Limits, flags: int, schema_id: bytes, local: Schema | None) -> Schema | None:

@@ -45,7 +45,7 @@ def inspect(
         "kind": frames.KINDS[frame.kind],
         "round": frame.round,
         "bytes": memoryview(blob).nbytes,
-        "dense_bytes": frame.dense_bytes,
+        "dense_bytes": frame.dense_bytes if frame.schema is None else frame.schema.dense_bytes,
         "schema_id": frame.schema_id.hex(),
         "mask_id": frame.mask_id.hex() if any(frame.mask_id) else None,
         "base_id": frame.base_id.hex() if any(frame.base_id) else None,

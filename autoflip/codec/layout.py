@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoflip.codec import arguments, index, values
 from autoflip.codec.frame import Frame
-from autoflip.codec.index import RANKS, RICE, SHARED, WHOLE
+from autoflip.codec.index import COLUMNS, RANKS, RICE, SHARED, WHOLE
 from autoflip.codec.reader import DecodeError, Reader, varint
 from autoflip.codec.schema import Entry, Schema
 from autoflip.masks import MaskSet
@@ -29,7 +29,7 @@ class Coding:
     """One tensor's row of the table.
 
     Attributes:
-        index: WHOLE, SHARED, BITMAP, RICE or VARINT, the last three with RANKS or not (:mod:`autoflip.codec.index`).
+        index: WHOLE, SHARED, COLUMNS, or BITMAP, RICE or VARINT with RANKS or not (:mod:`autoflip.codec.index`).
         values: FP32, BF16, INT8, INT4 or INT (:mod:`autoflip.codec.values`).
         kept: entries that travel; -1 when the reader cannot know (whole tensors without a schema).
         k: Rice parameter, 0 elsewhere.
@@ -138,6 +138,8 @@ def locate(reader: Reader, frame: Frame, rows: list[Coding], masks: MaskSet | No
         held = packs[entry.name].kept if row.masked else entry.numel
         if row.kept > held or row.index == SHARED and row.kept != held:
             raise DecodeError(f"{entry.name!r}: the mask keeps {held}, the frame says {row.kept}")
+        if row.index == COLUMNS and not (len(entry.shape) > 1 and entry.numel):
+            raise DecodeError(f"{entry.name!r} of shape {entry.shape} is coded by columns; the frame is damaged")
         if row.explicit:
             wanted.append((row.coding, row.k, held, row.kept))
     explicit = iter(index.read_sets(reader, wanted))
@@ -145,7 +147,10 @@ def locate(reader: Reader, frame: Frame, rows: list[Coding], masks: MaskSet | No
     for row, entry in zip(rows, schema.entries, strict=True):
         where = packs.get(entry.name)
         if row.explicit:
-            where = next(explicit) if where is None else ops.within(where, next(explicit))
+            found = next(explicit)
+            if row.index == COLUMNS:  # turned back
+                found = index.turn(found, entry.shape[0])
+            where = found if where is None else ops.within(where, found)
         out.append(where)
     return out
 

@@ -16,7 +16,6 @@ __all__ = [
     "BESIDE",
     "CHEAP",
     "FOLLOWS",
-    "PAYS",
     "SMALL",
     "STORED",
     "ZSTD",
@@ -24,6 +23,7 @@ __all__ = [
     "length",
     "little",
     "packed_size",
+    "pays",
     "smallest",
     "zstd",
 ]
@@ -31,12 +31,15 @@ __all__ = [
 Buffer = bytes | memoryview
 STORED, ZSTD, _, FOLLOWS, BESIDE = range(5)  # entropy stages of a part
 CHEAP, _THOROUGH = 6, 12  # levels of zstd: about 100 and 30 MB/s
-_FEW = 16  # bytes that stay as they are: a zstd frame has 9 beside what it holds, our own coder's 32
+_FEW = 16  # bytes that stay as they are: a zstd frame has 9 beside what it holds, our own coder 7 and a table
 _LITTLE = 1 << 9  # bytes that are packed thoroughly and in no other way: that takes 5 to 20 us
 _TINY, SMALL = 1 << 15, 1 << 17  # bytes that may be packed thoroughly, and of which a part does not tell
 _NOISY = 1 << 14  # bytes of which a quarter tells whether they are noise
 _LARGE = 1 << 20  # bytes of which both coders' sizes are compared, where the part speaks for ours
-PAYS = 0.97  # of the bytes, under which they are packed
+_PAYS_MUCH, _PAYS = 0.97, 0.995  # of the bytes, under which they are packed: of many, and of others
+_SLOW = (
+    3 << 18
+)  # bytes from which they are many: packing and unpacking takes as long as 10 Mbit/s take for what it saves
 _MIDDLE, _SURE = 1 << 18, 0.92  # beyond that size, and below that share of zstd's, only ours is tried
 _BARE = 0.4  # of the bytes, from which Huffman codes alone leave no long repetition to find
 # of zstd's bytes, from which our own coder is taken where there is much to pack: zstd is faster (half a percent of a
@@ -50,7 +53,8 @@ _NOTHING = 0.998  # of Huffman codes' bytes, below which zstd has found repetiti
 _SAME = 1.001  # of zstd's bytes, to which Huffman codes alone are as good
 # of Huffman codes' bytes, below which so much repeats that zstd tries everything: a sample shows too little of it, and
 # our own coder, though better than zstd's first try, none (2 % of the MLP's int8, 15 % of the CNN's downlink)
-_STRONG = 0.95
+_STRONG = 0.95  # and of little bytes where anything repeats
+_CLOSE = 1.1  # of ours, below which zstd's quick try promises something of its thorough one
 
 
 class _Kept(threading.local):
@@ -66,6 +70,15 @@ _kept = _Kept()
 def length(buffer: Buffer) -> int:
     """Bytes of a buffer."""
     return memoryview(buffer).nbytes
+
+
+def pays(packed: int, size: int) -> bool:
+    """Tell whether ``packed`` bytes instead of ``size`` are worth the time."""
+    return packed < _share(size) * size
+
+
+def _share(size: int) -> float:
+    return _PAYS_MUCH if size >= _SLOW else _PAYS
 
 
 def _squeeze(raw: Buffer, level: int, *, plain: bool = False) -> bytes:
@@ -115,8 +128,14 @@ def smallest(
     view = memoryview(raw)
     if len(view) < _FEW:
         return STORED, raw
-    if tries == 1 or little(len(view), level):
-        return ZSTD, _squeeze(raw, level if tries == 1 else _THOROUGH)
+    if tries == 1:
+        return ZSTD, _squeeze(raw, level)
+    if little(len(view), level):
+        packed_thoroughly = _squeeze(raw, _THOROUGH)
+        _, coded = entropy.encode_below(raw, key, len(packed_thoroughly) - 2, beside)
+        if coded is None:
+            return ZSTD, packed_thoroughly
+        return FOLLOWS if beside is None else BESIDE, varint(len(view)) + coded
     if len(view) > SMALL:
         return _of_many(view, level, key, beside)
     packed = {plain: _squeeze(view, level, plain=plain) for plain in ((False, True) if level <= CHEAP else (False,))}
@@ -124,23 +143,22 @@ def smallest(
     if len(view) > _NOISY and len(best) >= len(view):  # zstd found nothing: does a quarter show anything?
         quarter = len(view) // 4
         seen = entropy.estimate(view[:quarter], key, None if beside is None else beside[:quarter])
-        if seen is not None and seen > _WORTH_MUCH * quarter:
+        if seen is not None and seen > _PAYS * quarter:
             return STORED, raw
-    own, coded = entropy.encode_below(raw, key, int(min(len(best), PAYS * len(view))), beside)
-    if coded is not None:
-        head = varint(len(view))
-        if len(head) + len(coded) < len(best):
-            if level <= CHEAP and len(best) < _STRONG * (entropy.literals(view, 0)[0] or 0):
-                best = _squeeze(view, CHEAP if len(view) > _TINY else _THOROUGH)
-                if len(best) < len(head) + len(coded):
-                    return ZSTD, best
-            return FOLLOWS if beside is None else BESIDE, head + coded
-    elif (
-        level <= CHEAP
-        and len(best) < PAYS * len(view)
+    own, coded = entropy.encode_below(raw, key, int(min(len(best), _share(len(view)) * len(view))), beside)
+    head = varint(len(view))
+    wins = coded is not None and len(head) + len(coded) < len(best)
+    bare = entropy.literals(view, 0)[0]  # None for so few bytes that ours is to stand for them
+    strong = (_STRONG if len(view) > _TINY else _NOTHING) * bare if bare else _CLOSE * (own or 0)
+    if level <= CHEAP and (
+        len(best) < strong
+        or not wins
+        and pays(len(best), len(view))
         and (own is None or own > _UNSEEN * len(best) or len(packed[False]) < _REPEATS * len(packed[True]))
     ):
         best = min(best, _squeeze(raw, CHEAP if len(view) > _TINY else _THOROUGH), key=len)
+    if coded is not None and len(head) + len(coded) < len(best):
+        return FOLLOWS if beside is None else BESIDE, head + coded
     return ZSTD, best
 
 
@@ -161,7 +179,9 @@ def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) 
         if len(view) <= _MIDDLE:
             packed = min(packed, _squeeze(view, CHEAP), key=length)
         expected = length(packed)
-    _, coded = entropy.encode_below(view, key, int(min(_WORTH_MUCH * expected, PAYS * len(view))), beside)
+    most = _share(len(view)) * len(view)
+    limit = _WORTH_MUCH * expected if expected < _PAYS_MUCH * len(view) else most  # else what nothing else packs
+    _, coded = entropy.encode_below(view, key, int(min(limit, most)), beside)
     # zstd finds far repetitions, which a sample does not have; hardly a tenth of larger parts
     if packed is None and (
         len(view) <= _MIDDLE or repeats and coded and len(view) <= _LARGE and len(coded) >= _SURE * expected
@@ -170,10 +190,10 @@ def _of_many(view: memoryview, level: int, key: int, beside: np.ndarray | None) 
         expected = length(packed)
     if coded is not None:
         head = varint(len(view))
-        if len(head) + len(coded) < _WORTH_MUCH * expected:
+        if len(head) + len(coded) < (limit if packed is None else min(limit, expected)):
             return FOLLOWS if beside is None else BESIDE, head + coded
     if bare is not None and bare <= _SAME * best:
-        packed = entropy.literals(view, int(PAYS * len(view) if packed is None else expected))[1] or packed
+        packed = entropy.literals(view, int(most if packed is None else expected))[1] or packed
     return ZSTD, packed or _squeeze(view, level, plain=plain)
 
 

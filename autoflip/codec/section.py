@@ -12,13 +12,13 @@ from autoflip.codec.packing import (
     BESIDE,
     CHEAP,
     FOLLOWS,
-    PAYS,
     SMALL,
     STORED,
     ZSTD,
     Buffer,
     length,
     little,
+    pays,
     smallest,
     zstd,
 )
@@ -71,7 +71,7 @@ def section(
         return min(each, section(parts, entropy, level, key=key, tries=tries), key=lambda out: sum(map(length, out)))
     if entropy == "zstd" and size:
         stage, packed = smallest(parts[0] if len(parts) == 1 else b"".join(parts), level, key, tries=tries)
-        if length(packed) < PAYS * size:
+        if pays(length(packed), size):
             return [bytes([stage]) + varint(length(packed)), packed]
     return [bytes([STORED]) + varint(size), *parts]
 
@@ -95,7 +95,7 @@ def plane_section(planes: Sequence[np.ndarray], entropy: str, level: int = 1, *,
         size = len(planes[i])
         known = (PLAIN, None) if little(size, level) else _beside(planes, i)
         stage, packed = smallest(planes[i].data, level, *known)
-        stored = length(packed) >= PAYS * size
+        stored = not pays(length(packed), size)
         kept: Buffer = planes[i].data if stored else packed
         parts.append([bytes([STORED if stored else stage]) + varint(length(kept)), kept])
     return _apart(parts[::-1])

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from autoflip.codec import arguments
 from autoflip.codec.packing import Buffer
 from autoflip.codec.reader import DecodeError, Reader
 from autoflip.codec.section import PLAIN, SIGNED, plane_section, read_planes, read_section, section
@@ -26,6 +27,7 @@ __all__ = [
     "Stream",
     "check",
     "check_finite_words",
+    "check_levels",
     "from_words",
     "read_values",
     "rounding_key",
@@ -39,7 +41,19 @@ INT = 4
 NAMES = ("fp32", "bf16", "int8", "int4", "int")
 Stream = Coded | np.ndarray  # an array of bytes for INT
 _PLANES = {FP32: 4, BF16: 2}
-_MANY = 1 << 19  # codes whose scales, a hundredth of them, are packed in one way only
+_MANY = 3 << 17  # codes whose scales, a hundredth of them, are packed in one way only
+
+
+def check_levels(levels: int | None, codec: int) -> None:
+    """Raise ValueError unless ``levels`` is None or a largest code that ``codec`` can have."""
+    if levels is None:
+        return
+    if codec not in LEVELS:
+        raise ValueError(
+            f"encode: levels={levels} with values={NAMES[codec]!r}, wanted None; int8 and int4 have levels"
+        )
+    if not 1 <= arguments.whole("encode", "levels", levels) <= LEVELS[codec]:
+        raise ValueError(f"encode: levels={levels}, wanted 1 to {LEVELS[codec]}, the largest code of {NAMES[codec]}")
 
 
 def rounding_key(seed: int, round: int, client: int, tensor: int) -> tuple[int, int]:

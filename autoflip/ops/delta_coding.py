@@ -67,7 +67,7 @@ def quantise(values: Array, levels: int, key: Key) -> tuple[Array, Array]:
 
     Args:
         values: ``(n,)`` float32, finite.
-        levels: largest code: 127 (int8) or 7 (int4).
+        levels: largest code: at most 127 (int8) or 7 (int4).
         key: two uint32 that the random numbers depend on; None = to the nearest, which is not unbiased.
 
     Returns:

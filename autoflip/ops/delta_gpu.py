@@ -64,7 +64,7 @@ def code(
     Args:
         x: contiguous float32.
         mask: a Pack of as many entries, None = every entry.
-        levels: 127 or 7 for codes with scales, 0 for bf16 words, None for float32 as it is.
+        levels: the largest code for codes with scales, 0 for bf16 words, None for float32 as it is.
         key: as in :func:`autoflip.ops.delta_coding.quantise`.
         base: like ``x``, or None.
         server: ``cuda`` or ``triton``.

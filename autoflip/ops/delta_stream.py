@@ -70,7 +70,9 @@ def new_streams(kind: int, count: int) -> Coded:
     return Coded(kind, count, tuple(np.empty((planes, size), np.uint8)), np.empty(scales, np.float32))
 
 
-def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor | None = None) -> tuple[Coded, bool]:
+def code(
+    x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor | None = None, levels: int | None = None
+) -> tuple[Coded, bool]:
     """Code ``(x - base)[mask]`` as ``kind``, and tell whether all of ``x - base`` is finite.
 
     Args:
@@ -79,6 +81,7 @@ def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor 
         kind: FP32, BF16, INT8 or INT4; the last three round at random, without bias.
         key: two uint32 that the random numbers depend on, None = to the nearest; rank i among the kept draws number i.
         base: like ``x``; None = zeros.
+        levels: largest code of INT8 or INT4, 1 to ``LEVELS[kind]``; None = that.
 
     Returns:
         The streams, and a bool that covers dropped entries too; the streams mean nothing where it is False.
@@ -93,25 +96,27 @@ def code(x: Tensor, mask: Pack | None, kind: int, key: coding.Key, base: Tensor 
     fits = fits and (base is None or (base.shape == x.shape and base.dtype == x.dtype and base.device == x.device))
     if server and fits:
         start = None if base is None else base.detach().contiguous()
-        return _from_gpu(kind, *delta_gpu.code(x.detach().contiguous(), mask, _GPU[kind], key, start, server))
+        how = levels or _GPU[kind]
+        return _from_gpu(kind, *delta_gpu.code(x.detach().contiguous(), mask, how, key, start, server))
     if ext is None or not fits:
         values, finite = gather(x, mask, base)  # says what does not fit
         if not finite:
             return new_streams(kind, len(values)), False
-        return _code_values(values, kind, key), True
+        return _code_values(values, kind, key, levels), True
     x = x.detach().contiguous()
     base = None if base is None else base.detach().contiguous()
     out = new_streams(kind, x.numel() if mask is None else mask.kept)
     where = (0, 0) if mask is None else (mask.words.data_ptr(), mask.offsets.data_ptr())
     places = (x.data_ptr(), 0 if base is None else base.data_ptr(), *where, x.numel(), kind, *out.places(ext))
-    return out, ext.delta_encode(*places, *_rules(kind, key), False, torch.get_num_threads())
+    return out, ext.delta_encode(*places, *_rules(kind, key, levels), False, torch.get_num_threads())
 
 
-def _rules(kind: int, key: coding.Key) -> tuple[float, int, int, bool]:
-    return (coding.largest_scale(LEVELS[kind]) if kind in LEVELS else 0.0, *coding.words_of(key))
+def _rules(kind: int, key: coding.Key, levels: int | None) -> tuple[int, float, int, int, bool]:
+    most = levels or LEVELS.get(kind, 0)
+    return (most, coding.largest_scale(most) if most else 0.0, *coding.words_of(key))
 
 
-def code_nonzero(x: Tensor, kind: int, key: coding.Key) -> tuple[Coded, Pack, bool]:
+def code_nonzero(x: Tensor, kind: int, key: coding.Key, levels: int | None = None) -> tuple[Coded, Pack, bool]:
     """``code(x, pack_nonzero(x), kind, key)``, and that Pack between the two; one thread reads ``x`` once.
 
     Raises:
@@ -119,13 +124,13 @@ def code_nonzero(x: Tensor, kind: int, key: coding.Key) -> tuple[Coded, Pack, bo
     """
     if x.dtype is not torch.float32 or not x.numel() or (ext := cpp(x.device)) is None:
         mask = pack_nonzero(x)
-        coded, finite = code(x, mask, kind, key)
+        coded, finite = code(x, mask, kind, key, levels=levels)
         return coded, mask, finite
     x, room = x.detach().contiguous(), new_streams(kind, x.numel())  # memory that is never written is never there
     words = empty_words(x.numel())
     offsets = torch.zeros(-(-x.numel() // CHUNK) + 1, dtype=torch.int64)
     places = (x.data_ptr(), 0, words.data_ptr(), offsets.data_ptr(), x.numel(), kind, *room.places(ext))
-    finite = ext.delta_encode(*places, *_rules(kind, key), True, torch.get_num_threads())
+    finite = ext.delta_encode(*places, *_rules(kind, key, levels), True, torch.get_num_threads())
     mask = Pack.counted(words, x.numel(), offsets)
     kept = mask.kept
     size = -(-kept // 2) if kind == INT4 else kept
@@ -156,19 +161,19 @@ def _nibbles(codes: Array) -> Array:
     return even[::2] | even[1::2] << np.uint8(4)
 
 
-def _code_values(values: Array, kind: int, key: coding.Key) -> Coded:
+def _code_values(values: Array, kind: int, key: coding.Key, levels: int | None) -> Coded:
     if ext := cpp():  # of a tensor on another device
         values = np.ascontiguousarray(values, np.float32)
         out = new_streams(kind, len(values))
         places = (values.ctypes.data, 0, 0, 0, len(values), kind, *out.places(ext))
-        ext.delta_encode(*places, *_rules(kind, key), False, torch.get_num_threads())
+        ext.delta_encode(*places, *_rules(kind, key, levels), False, torch.get_num_threads())
         return out
     none = np.empty(0, np.float32)
     if kind in _PLANES:
         words = values if kind == FP32 else coding.round_bf16(values, key)
         planes = np.frombuffer(coding.split_planes(words), np.uint8).reshape(_PLANES[kind], len(values))
         return Coded(kind, len(values), tuple(planes), none)
-    codes, scales = coding.quantise(values, LEVELS[kind], key)
+    codes, scales = coding.quantise(values, levels or LEVELS[kind], key)
     packed = _nibbles(codes) if kind == INT4 else codes.view(np.uint8)
     return Coded(kind, len(values), (packed,), scales)
 

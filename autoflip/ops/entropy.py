@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoflip.ops import backend
 from autoflip.ops import reference_entropy as reference
 from autoflip.ops.delta import Array, cpp
 
@@ -66,7 +67,7 @@ def encode_below(
     Where it does not, the first is what the sample tells, the second None. Both are None where the extension does not
     serve, and for no bytes.
     """
-    ext, n = cpp(), _length(raw)
+    ext, n = _coder(), _length(raw)
     if ext is None or not n:
         return None, None
     at, known = ext.address(raw), _address(ext, companion, n)
@@ -86,7 +87,7 @@ def literals(raw: Bytes, limit: int) -> tuple[int | None, memoryview | None]:
 
     Source: RFC 8878; length-limited codes by Larmore and Hirschberg, JACM 37(3), 1990.
     """
-    ext, n = cpp(), _length(raw)
+    ext, n = _coder(), _length(raw)
     if ext is None or n < ext.HUFFMAN_LEAST:
         return None, None
     at, threads = ext.address(raw), torch.get_num_threads()
@@ -126,6 +127,11 @@ def decode(data: Bytes, n: int, companion: Bytes | None = None) -> Array:
     if wrong:
         raise ValueError(f"an entropy-coded part {_ERRORS[wrong]}")
     return out
+
+
+def _coder() -> ModuleType | None:
+    """Return the extension, whatever backend is wished for: there is no other coder, and frames are to be the same."""
+    return backend.extension("_C")[0]
 
 
 def _length(held: Any) -> int:

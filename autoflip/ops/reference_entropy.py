@@ -63,13 +63,17 @@ def _starts(levels: Array) -> Array:
 def decode(data: Array, n: int, companion: Array | None) -> tuple[Array, int]:
     """Return ``n`` bytes and 0, or anything and the extension's number of what is wrong."""
     out = np.empty(n, np.uint8)
-    lanes = 8 if n < _LONG else 32
-    rows, tail = divmod(n, lanes)
-    if len(data) < 1 + tail or len(data) < (data[0] & 15) + 1 + tail:
+    if not len(data):
         return out, _SHORT
     key, classes = int(data[0]) >> 4, int(data[0] & 15) + 1
+    key, lanes = (key - 3, 1) if key > 2 else (key, 8 if n < _LONG else 32)
+    rows, tail = divmod(n, lanes)
+    if key > 2:
+        return out, _TABLE
+    if len(data) < classes + tail:
+        return out, _SHORT
     cuts = data[1:classes].astype(np.int64)
-    if key > 2 or (np.diff(cuts, prepend=0) <= 0).any():
+    if (np.diff(cuts, prepend=0) <= 0).any():
         return out, _TABLE
     end = len(data) - tail
     bits = _Bits(data[classes : min(end, classes + (1 << 14))])

@@ -10,8 +10,10 @@
 namespace autoflip {
 
 constexpr int kAnsBits = 12, kAnsClasses = 16, kAnsLevels = 48;
-constexpr int kAnsFew = 8, kAnsMany = 32;  // lanes below kAnsLong bytes, and from there on
-constexpr int64_t kAnsLong = 1 << 15;
+// Lanes: one below kAnsShortest bytes, which keys from kAnsOne on announce (a lane's state is 4 bytes, which
+// eight lanes win back in time from there on only), kAnsFew below kAnsLong, else kAnsMany.
+constexpr int kAnsFew = 8, kAnsMany = 32, kAnsOne = 3;
+constexpr int64_t kAnsShortest = 1 << 14, kAnsLong = 1 << 15;
 constexpr int64_t kAnsHeader = 1 << 14;  // bytes: no header of a coded part is longer
 
 // The order in which classes cut bytes: as int8, without the sign of a float's top byte, as they are.

@@ -69,10 +69,12 @@ int64_t decode_rows(Decoder& d, const uint8_t* companion, int64_t n, uint8_t* ou
 }  // namespace
 
 int64_t ans_decode(const uint8_t* data, int64_t bytes, const uint8_t* companion, int64_t n, uint8_t* out) {
-  const int64_t tail = n % (n < kAnsLong ? kAnsFew : kAnsMany);
-  if (bytes < 1 + tail) return kAnsShort;
-  const int key = data[0] >> 4, classes = (data[0] & 15) + 1;
+  if (bytes < 1) return kAnsShort;
+  const int held = data[0] >> 4, classes = (data[0] & 15) + 1;
+  const bool one = held >= kAnsOne;
+  const int key = one ? held - kAnsOne : held;
   if (key > kPlain) return kAnsTable;
+  const int64_t tail = one ? 0 : n % (n < kAnsLong ? kAnsFew : kAnsMany);
   if (bytes < classes + tail) return kAnsShort;
   const uint8_t flip = ans_flip(key), *cuts = data + 1;
   for (int c = 1; c < classes; ++c)
@@ -96,10 +98,11 @@ int64_t ans_decode(const uint8_t* data, int64_t bytes, const uint8_t* companion,
   }
   if (!reader.finish()) return kAnsTable;
   d.from = reader.from, d.end = data + bytes - tail;
-  const int64_t bad = n < kAnsLong ? companion ? decode_rows<kAnsFew, true>(d, companion, n, out)
-                                               : decode_rows<kAnsFew, false>(d, companion, n, out)
-                      : companion  ? decode_rows<kAnsMany, true>(d, companion, n, out)
-                                   : decode_rows<kAnsMany, false>(d, companion, n, out);
+  const auto rows = one            ? companion ? decode_rows<1, true> : decode_rows<1, false>
+                    : n < kAnsLong ? companion ? decode_rows<kAnsFew, true> : decode_rows<kAnsFew, false>
+                    : companion    ? decode_rows<kAnsMany, true>
+                                   : decode_rows<kAnsMany, false>;
+  const int64_t bad = rows(d, companion, n, out);
   if (bad) return bad;
   if (d.from != d.end) return kAnsTail;
   if (tail) std::memcpy(out + n - tail, d.end, size_t(tail));

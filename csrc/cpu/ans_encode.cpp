@@ -102,10 +102,12 @@ void each_of_sample(int64_t n, Each each) {
   for (int64_t r = 0; r < runs; ++r) each(runs == 1 ? 0 : (n - size) / (runs - 1) * r, size);
 }
 
+int64_t lanes_of(int64_t n) { return n < kAnsShortest ? 1 : n < kAnsLong ? kAnsFew : kAnsMany; }
+
 // They follow none, as if on a zero.
 template <class Each>
 void first_of_lanes(const uint8_t* raw, int64_t n, Each each) {
-  const int64_t lanes = n < kAnsLong ? kAnsFew : kAnsMany;
+  const int64_t lanes = lanes_of(n);
   for (int64_t l = 0; l < lanes; ++l) each(raw[l * (n / lanes)]);
 }
 
@@ -239,13 +241,13 @@ uint8_t* encode_rows(const uint8_t* raw, int64_t n, const uint8_t* companion, co
 int64_t ans_encode(const uint8_t* raw, int64_t n, const uint8_t* companion, int key, int64_t limit,
                    uint8_t* out) {
   Plan how = plan(raw, n, companion, key);
-  const int64_t size = int64_t(how.bits / 8) + 4 * (n < kAnsLong ? kAnsFew : kAnsMany);
+  const int64_t size = int64_t(how.bits / 8) + 4 * lanes_of(n);
   if (size >= limit) return -size;
   count(raw, n, companion, key, how);
   const uint8_t flip = ans_flip(key);
   std::vector<uint8_t> head(static_cast<size_t>(kAnsHeader));
   uint8_t* to = head.data();
-  *to++ = uint8_t(key << 4 | (how.classes - 1));
+  *to++ = uint8_t((lanes_of(n) == 1 ? kAnsOne + key : key) << 4 | (how.classes - 1));
   for (int c = 1; c < how.classes; ++c) *to++ = how.cuts[c - 1];
   BitWriter writer{to};
   std::vector<Step> steps(size_t(how.classes) * 256);
@@ -270,8 +272,10 @@ int64_t ans_encode(const uint8_t* raw, int64_t n, const uint8_t* companion, int 
     tables[b] = &steps[offsets[b]];
   }
   uint8_t* end = out + n + n / 2 + kAnsHeader + 64;
-  end = n < kAnsLong ? encode_rows<kAnsFew>(raw, n, companion, tables, packed.data(), offsets, end)
-                     : encode_rows<kAnsMany>(raw, n, companion, tables, packed.data(), offsets, end);
+  const auto rows = n < kAnsShortest ? encode_rows<1>
+                    : n < kAnsLong   ? encode_rows<kAnsFew>
+                                     : encode_rows<kAnsMany>;
+  end = rows(raw, n, companion, tables, packed.data(), offsets, end);
   const int64_t header = writer.to - head.data();
   std::memcpy(end -= header, head.data(), size_t(header));
   return end - out;

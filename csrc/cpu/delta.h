@@ -26,7 +26,8 @@ struct DeltaCoding {
   int kind;
   uint8_t* streams[4];  // fp32: four planes, lowest first; bf16: two; int8: codes; int4: two codes a byte
   float* scales;        // int8 and int4: one per 256 ranks
-  float largest;        // see quantise
+  int levels;           // int8 and int4, up to 127 and 7; see quantise, as for
+  float largest;
   DeltaKey key;
 };
 

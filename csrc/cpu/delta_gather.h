@@ -34,6 +34,12 @@ inline int64_t gather_word(const float* x, const float* base, uint64_t word, int
   return rank;
 }
 
+// What is not zero is looked for in a step of kStep entries, and then taken, while memory has nothing to do:
+// it is asked for the 64 entries a step ahead. Into the second cache: the first one is full.
+inline void fetch_step(const float* x) {
+  for (int i = 0; i < 64; i += 16) __builtin_prefetch(x + kStep + i, 0, 2);
+}
+
 #if defined(__AVX512F__)
 constexpr int64_t kAhead = 1024;  // floats of a page, at whose end prefetchers stop
 
@@ -43,9 +49,24 @@ inline void open_page(const float* x) {
   for (int i = 0; i < 64; i += 16) _mm_prefetch(reinterpret_cast<const char*>(x + i + kAhead), _MM_HINT_T1);
 }
 
-// One word's 64 entries; kRoom: whole vectors may be stored past the last value; kFind: `word` is what is not
-// zero.
-template <bool kBase, bool kFetch, bool kRoom, bool kFind = false>
+constexpr int64_t kFewer = 6;  // below one entry of so many, those of a word are picked one by one
+
+// The kept entries of a word one by one, four to a turn: up to three more are stored. In cache 10 M entries
+// at density 0.1 take 0.74 ms with it and 1.12 with compress, at 0.2 as long (Zen 4).
+template <bool kBase>
+inline int64_t pick_64(const float* x, const float* base, uint64_t word, float* out) {
+  const int hits = __builtin_popcountll(word);
+  for (int done = 0; done < hits; done += 4)
+    for (int i = 0; i < 4; ++i, word &= word - 1) {
+      const int64_t place = __builtin_ctzll(word | 1ULL << 63);
+      out[done + i] = kBase ? x[place] - base[place] : x[place];
+    }
+  return hits;
+}
+
+// One word's 64 entries; kRoom: whole vectors may be stored past the last value; kFew: few are kept; kFind:
+// `word` is what is not zero.
+template <bool kBase, bool kFetch, bool kRoom, bool kFew, bool kFind = false>
 inline int64_t gather_64(const float* x, const float* base, uint64_t& word, __m512& sum, float* out) {
   int64_t rank = 0;
   uint64_t held = word, found = 0;
@@ -60,6 +81,7 @@ inline int64_t gather_64(const float* x, const float* base, uint64_t& word, __m5
     sum = _mm512_fmadd_ps(d, _mm512_setzero_ps(), sum);
     const __mmask16 m = kFind ? _mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_NEQ_UQ) : __mmask16(held);
     if (kFind) found |= uint64_t(m) << i;
+    if (kRoom && kFew) continue;
     const int hits = __builtin_popcount(m);
     const __m512 dense = _mm512_maskz_compress_ps(m, d);
     if (kRoom)
@@ -69,10 +91,10 @@ inline int64_t gather_64(const float* x, const float* base, uint64_t& word, __m5
     rank += hits;
   }
   if (kFind) word = found;
-  return rank;
+  return kRoom && kFew ? pick_64<kBase>(x, base, word, out) : rank;
 }
 
-template <bool kBase, bool kFetch>
+template <bool kBase, bool kFetch, bool kFew>
 bool gather_vectors(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
                     float* out) {
   __m512 sum = _mm512_setzero_ps();
@@ -86,9 +108,9 @@ bool gather_vectors(const float* x, const float* base, const uint64_t* words, in
     }
     uint64_t word = words[w];
     if (rank + 64 <= kept)
-      rank += gather_64<kBase, kFetch, true>(p, q, word, sum, out + rank);
+      rank += gather_64<kBase, kFetch, true, kFew>(p, q, word, sum, out + rank);
     else
-      rank += gather_64<kBase, kFetch, false>(p, q, word, sum, out + rank);
+      rank += gather_64<kBase, kFetch, false, kFew>(p, q, word, sum, out + rank);
   }
   uint32_t tail = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) != 0;
   if (n % 64)
@@ -96,14 +118,21 @@ bool gather_vectors(const float* x, const float* base, const uint64_t* words, in
   return tail;
 }
 
+template <bool kFew>
+bool gather_as(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
+               float* out) {
+  if (fetches_ahead())
+    return base ? gather_vectors<true, true, kFew>(x, base, words, n, kept, out)
+                : gather_vectors<false, true, kFew>(x, base, words, n, kept, out);
+  return base ? gather_vectors<true, false, kFew>(x, base, words, n, kept, out)
+              : gather_vectors<false, false, kFew>(x, base, words, n, kept, out);
+}
+
 template <bool kCheck = true>  // which costs nothing here
 bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
                  float* out) {
-  if (fetches_ahead())
-    return base ? gather_vectors<true, true>(x, base, words, n, kept, out)
-                : gather_vectors<false, true>(x, base, words, n, kept, out);
-  return base ? gather_vectors<true, false>(x, base, words, n, kept, out)
-              : gather_vectors<false, false>(x, base, words, n, kept, out);
+  return kFewer * kept < n ? gather_as<true>(x, base, words, n, kept, out)
+                           : gather_as<false>(x, base, words, n, kept, out);
 }
 
 // What is not zero of n entries, a multiple of 64, and where that is; `out` has room for n.
@@ -112,7 +141,7 @@ bool gather_nonzero(const float* x, int64_t n, uint64_t* words, int64_t& kept, f
   kept = 0;
   for (int64_t w = 0; w < n / 64; ++w) {
     if (w % (kAhead / 64) == 0) open_page(x + 64 * w);
-    kept += gather_64<false, false, true, true>(x + 64 * w, nullptr, words[w], sum, out + kept);
+    kept += gather_64<false, false, true, false, true>(x + 64 * w, nullptr, words[w], sum, out + kept);
   }
   return _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) != 0;
 }
@@ -139,6 +168,7 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
   const int64_t full = n / 64;
   for (int64_t w = 0; w < full; ++w) {
     uint64_t word = words[w];
+    if (!kCheck) fetch_step(x + 64 * w);
     for (int i = 0; i < 8; ++i, word >>= 8) {
       __m256 d = _mm256_loadu_ps(x + 64 * w + 8 * i);
       if (base) d = _mm256_sub_ps(d, _mm256_loadu_ps(base + 64 * w + 8 * i));
@@ -172,6 +202,7 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
   for (int64_t start = 0; start < n; start += 64) {
     const float *p = x + start, *q = base ? base + start : nullptr;
     uint64_t word = words[start / 64];
+    if (!kCheck) fetch_step(p);
     if (n - start < 64 || rank + 64 > kept || base) {
       rank += gather_word(p, q, word, lesser(64, n - start), bad, out + rank);
       continue;

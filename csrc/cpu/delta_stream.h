@@ -44,11 +44,11 @@ void code_values(const float* values, int64_t n, int64_t first, const DeltaCodin
   } else if (c.kind == kBf16) {
     round_bf16_planes(values, n, c.key, first, c.streams[0] + first, c.streams[1] + first);
   } else if (c.kind == kInt8) {
-    quantise(values, n, 127, c.largest, c.key, first, reinterpret_cast<int8_t*>(c.streams[0]) + first,
+    quantise(values, n, c.levels, c.largest, c.key, first, reinterpret_cast<int8_t*>(c.streams[0]) + first,
              c.scales + first / kDeltaBlock);
   } else {
     int8_t codes[kStep + kDeltaBlock];
-    quantise(values, n, 7, c.largest, c.key, first, codes, c.scales + first / kDeltaBlock);
+    quantise(values, n, c.levels, c.largest, c.key, first, codes, c.scales + first / kDeltaBlock);
     pack_nibbles(codes, n, c.streams[0] + first / 2);
   }
 }

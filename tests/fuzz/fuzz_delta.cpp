@@ -120,13 +120,14 @@ void stream(Input in) {
   if (find) autoflip::kDeltaBase.pack_nonzero(x.data, n, words.data);
   const int64_t kept = masked ? autoflip::kDeltaBase.count(words.data, num_words) : n;
   const int64_t bytes = kind == autoflip::kInt4 ? (kept + 1) / 2 : kept, blocks = (kept + 255) / 256;
+  const int levels = kind == autoflip::kInt4 ? 1 + int(kept % 7) : 127 - int(kept % 100);
   Exact<uint8_t> first(4 * bytes);
   Exact<float> first_out(n);
   bool first_bad = false;
   for (const DeltaKernels* t : tables()) {
     Exact<uint8_t> p0(bytes), p1(bytes), p2(bytes), p3(bytes);
     Exact<float> scales(blocks), loose(510), out(n), sum(n);
-    DeltaCoding c{kind, {p0.data, p1.data, p2.data, p3.data}, scales.data, 1e36f, {3, 7, ~0u, 0}};
+    DeltaCoding c{kind, {p0.data, p1.data, p2.data, p3.data}, scales.data, levels, 1e36f, {3, 7, ~0u, 0}};
     Exact<uint64_t> found(find ? num_words : 0);
     const uint64_t* w = find ? found.data : masked ? words.data : nullptr;
     const bool bad = t->encode(x.data, with_base ? base.data : nullptr, w, n, 0, c, loose.data,
@@ -173,7 +174,7 @@ void hostile(Input in) {
     ranks.data[i / 64] |= uint64_t(bytes && p[0].data[i % bytes] & 1) << i % 64;
   bool first = false;
   for (const DeltaKernels* t : tables()) {
-    DeltaCoding c{kind, {p[0].data, p[1].data, p[2].data, p[3].data}, scales.data, 1e36f, {}};
+    DeltaCoding c{kind, {p[0].data, p[1].data, p[2].data, p[3].data}, scales.data, 0, 1e36f, {}};
     const bool valid = t->valid(c, kept);
     if (t == &autoflip::kDeltaBase) first = valid;
     expect(valid == first, "every level judges alike");

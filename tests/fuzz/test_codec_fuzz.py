@@ -5,6 +5,7 @@ import struct
 import zlib
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ SCHEMA = codec.Schema.of(DELTA)
 BASE = codec.decode_patch(codec.encode_patch(DELTA))
 WALK = {"w": torch.randn(48, 64, generator=_G).cumsum(1) * 0.01}  # neighbours are alike
 COMB = {"w": torch.zeros(64, 256).index_fill_(1, torch.arange(0, 256, 40), 1.25)}
+STRIPES = {"w": (torch.rand(90, 100, generator=_G) < 0.6) * (torch.rand(100, generator=_G) < 0.1) * 1.5}
 STEEP = {"w": torch.randn(48, 96, generator=_G) ** 9}
 
 
@@ -37,6 +39,10 @@ def _by_huffman(tensors):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(section, "smallest", smallest)
         return codec.encode(tensors, values="int8")
+
+
+def _golden(name):
+    return (Path(__file__).parents[1] / "golden" / f"{name}.afd").read_bytes()
 
 
 def _accumulate(blob):
@@ -64,9 +70,12 @@ FRAMES = {
     "explicit": (codec.encode(SPARSE, entropy="none"), codec.decode),
     **{f"walk {v}": (codec.encode(WALK, values=v), codec.decode) for v in ("fp32", "bf16", "int8")},
     "literals": (_by_huffman(STEEP), codec.decode),
+    "columns": (codec.encode(STRIPES, values="int4"), codec.decode),
     "comb": (codec.encode(COMB, values="int8"), codec.decode),
     "patch": (codec.encode_patch(DELTA, BASE, masks=MASKS), partial(codec.decode_patch, base=BASE, masks=MASKS)),
     "masks": (codec.encode_masks(MASKS), codec.decode_masks),
+    **{f"{v} of version 1": (_golden(f"v12_{v}"), codec.decode) for v in ("explicit_fp32", "lanes_bf16")},
+    "masks of version 1": (_golden("v12_masks"), codec.decode_masks),
     "change": (codec.encode_masks(OTHER, MASKS), partial(codec.decode_masks, base=MASKS)),
 }  # fmt: skip
 
@@ -74,17 +83,25 @@ FRAMES = {
 def sign(blob):
     """Give a mutated frame the checksum and length of a sender who means it."""
     blob = bytearray(blob)
-    if len(blob) < 96:
+    if len(blob) < (96 if blob[4:5] == b"\1" else 12):
         return bytes(blob)
-    blob[72:80] = struct.pack("<Q", len(blob) - 96)
-    blob[92:96] = bytes(4)
-    blob[92:96] = struct.pack("<I", zlib.crc32(blob))
+    if blob[4] == 1:
+        blob[72:80] = struct.pack("<Q", len(blob) - 96)
+    at = 92 if blob[4] == 1 else 8
+    blob[at : at + 4] = bytes(4)
+    blob[at : at + 4] = struct.pack("<I", zlib.crc32(blob))
     return bytes(blob)
 
 
 def _places(blob):
     """Every byte but those that sign() writes."""
-    return [i for i in range(len(blob)) if not 72 <= i < 80 and not 92 <= i < 96]
+    written = [*range(72, 80), *range(92, 96)] if blob[4] == 1 else range(8, 12)
+    return [i for i in range(len(blob)) if i not in written]
+
+
+def _body_from(blob):
+    """Where a header ends, or before."""
+    return 96 if blob[4] == 1 else 30
 
 
 def mutated(blob, rng):
@@ -99,9 +116,9 @@ def mutated(blob, rng):
         elif kind == 2:
             del bad[i : i + rng.randint(1, 9)]
         else:
-            j = rng.randrange(96, len(other))
+            j = rng.randrange(_body_from(other), len(other))
             bad[i:i] = other[j : j + rng.randint(1, 40)]
-        bad = bad if len(bad) > 96 else bytearray(blob)
+        bad = bad if len(bad) > _body_from(blob) else bytearray(blob)
     return bad
 
 
@@ -134,7 +151,7 @@ def test_a_cut_or_lengthened_frame_is_refused(name):
     for bad in [blob[:i] for i in range(len(blob))] + [blob + b"\0", b"\0" + blob, blob * 2]:
         with pytest.raises(codec.DecodeError):
             decode(bad)
-    for i in range(96, len(blob)):
+    for i in range(_body_from(blob), len(blob)):
         survives(sign(blob[:i]), decode)
 
 
@@ -152,7 +169,7 @@ def test_signed_mutations_end_in_an_error_or_in_order(name):
 
 def test_accumulate_touches_nothing_unless_all_is_well():
     blob, _ = FRAMES["int8-none"]
-    for i in range(96, len(blob)):
+    for i in range(_body_from(blob), len(blob)):
         for value in (0, 0x80, 0xFF, blob[i] ^ 4):
             with suppress(codec.DecodeError):
                 _accumulate(sign(blob[:i] + bytes([value]) + blob[i + 1 :]))
@@ -161,7 +178,8 @@ def test_accumulate_touches_nothing_unless_all_is_well():
 def test_random_bytes_are_refused():
     rng = random.Random(0)
     for _ in range(300):
-        for bad in (rng.randbytes(rng.randint(0, 200)), b"AFD1\1\0\x60\0" + rng.randbytes(rng.randint(80, 200))):
+        starts = (b"", b"AFD1\1\0\x60\0", b"AFD1\2\0")
+        for bad in (start + rng.randbytes(rng.randint(0, 200)) for start in starts):
             for _, decode in FRAMES.values():
                 with pytest.raises(codec.DecodeError):
                     decode(sign(bad))
