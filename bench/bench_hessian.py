@@ -232,7 +232,7 @@ def main():
         "--accuracy", action="store_true", help="also at three stages of training, two kinds of batches"
     )
     parser.add_argument("--equal-error", action="store_true", help="also run PyHessian to 2 %% (minutes)")
-    parser.add_argument("--coverage", action="store_true", help="also how often intervals hold the truth (a minute)")
+    parser.add_argument("--coverage", action="store_true", help="also how often intervals hold the truth (minutes)")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of a call")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -20,7 +20,7 @@ class _Characters(nn.Module):
         return self.head(self.cell(self.embed(x))[0][:, -1])
 
 
-def coverage(seeds=200):
+def coverage(seeds=400):
     """Return rows: the share of seeds whose interval holds the trace of the matrix that was asked for.
 
     The exact trace is Gauss-Newton's: of the classifier's Hessian, too.

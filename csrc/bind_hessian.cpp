@@ -139,6 +139,10 @@ void draw(uintptr_t f, uintptr_t scale, uintptr_t signs, uintptr_t out, int64_t 
   softmax_draw(at<float>(f), at<float>(scale), at<float>(signs), at<float>(out), rows, classes);
 }
 
+void columns(uintptr_t f, uintptr_t scale, uintptr_t out, int64_t rows, int64_t classes) {
+  softmax_columns(at<float>(f), at<float>(scale), at<float>(out), rows, classes);
+}
+
 void weight(uintptr_t f, uintptr_t scale, uintptr_t out, int64_t rows, int64_t classes) {
   softmax_weight(at<float>(f), at<float>(scale), at<double>(out), rows, classes);
 }
@@ -162,6 +166,7 @@ void bind_hessian(pybind11::module_& m) {
   m.def("all_rows", all_rows, "whether each is a row of that many");
   m.def("gate_rows", gate_rows, release());
   m.def("softmax_draw", draw, release());
+  m.def("softmax_columns", columns, release());
   m.def("softmax_weight", weight, release());
   m.def("deal_rows", deal, "returns how many rows there are", release());
   m.def("rademacher", rademacher, release());

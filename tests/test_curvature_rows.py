@@ -52,11 +52,12 @@ def test_dense_pull_back_does_not_depend_on_threads():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             results.append(ops.dense_pull_back(d, weight, gate))
+            results.append(ops.dense_pull_back(d, weight, gate, squared=True))
             results.append(ops.sequence_squares(d[..., None].expand(-1, -1, -1, 3), gate[:, None].expand(-1, 3, -1)))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[2])
-    assert torch.equal(results[1], results[3])
+    for one, two in zip(results[:3], results[3:]):
+        assert torch.equal(one, two)
 
 
 def test_dense_pull_back_counts_and_registers():
@@ -65,6 +66,10 @@ def test_dense_pull_back_counts_and_registers():
         ops.dense_pull_back(d, weight, gate)
     live = int((d != 0).any(0).sum()) if backend.serve("dense_pull_back", d.device) == "cpp" else 6 * 8
     assert counter.get_total_flops() == 2 * 4 * live * 3
+    with FlopCounterMode(display=False) as counter:  # a unit that no sample has open is not made
+        ops.dense_pull_back(d, weight.repeat(1, 64), gate.sign().square().repeat(1, 64) * (torch.arange(192) < 64), squared=True)
+    if backend.serve("dense_pull_back", d.device) == "cpp":
+        assert counter.get_total_flops() <= 2 * 4 * live * 64
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.autoflip.dense_pull_back.default, (list(d), weight, gate), test_utils=tests)
     with pytest.raises(ValueError, match="O must agree"):
@@ -101,6 +106,7 @@ def test_softmax_factor_and_draw(classes, dtype):
     eps = torch.finfo(dtype).eps
     # the factor's entries are roots: their products are as exact as they are (largest seen: 3 eps)
     torch.testing.assert_close(s @ s.mT, want, rtol=0, atol=32 * eps)
+    torch.testing.assert_close(ops.softmax_columns(f, scale).permute(1, 2, 0).double(), s[:, :, :-1], rtol=0, atol=32 * eps)
     here, below, q, order = ops.softmax_factor(f, scale, 1)
     lower = torch.diag_embed(here) - torch.tril(q[:, :, None] * below[:, None, :], -1)
     sorted_s = s.gather(1, order[:, :, None].expand_as(s))
@@ -118,6 +124,8 @@ def test_a_sure_row_has_a_weight():
         ops.softmax_weight(f, torch.ones(2))
     with pytest.raises(ValueError, match="wanted the same"):
         ops.softmax_draw(f, torch.ones(2, 1), f[:1])
+    with pytest.raises(ValueError, match="wanted \\(N, classes\\)"):
+        ops.softmax_columns(f[0], torch.ones(2, 1))
 
 
 @pytest.mark.parametrize("most", [1, 2, 4, 8])

@@ -106,7 +106,7 @@ def hessian_diagonal(
         gn = _gauss_newton(problem, seed, chunk, method)
         if gn is None:
             name = "hutchinson" if method == "auto" else method
-            return Diagonal(mean_of(_hessian_draws(problem, name, num_probes, seed, chunk)), name, "hessian")
+            return Diagonal(mean_of(_hessian_draws(problem, name, num_probes, seed, chunk)[0]), name, "hessian")
         note = _against_exact(gn) if method == "auto" else ""
         if method == "ggn-exact" or (method == "auto" and not note):
             return Diagonal(gn.exact()[0], "ggn-exact", matrix_of(gn))
@@ -153,7 +153,8 @@ def hessian_trace(
             name = "hutchinson" if method == "auto" else method
             if name == "hutchinson" and per == "parameter":
                 return trace_of(hutchinson.dots(problem, num_probes, seed, chunk), per, name, "hessian")
-            return trace_of(_hessian_draws(problem, name, num_probes, seed, chunk), per, name, "hessian")
+            draws, covariance = _hessian_draws(problem, name, num_probes, seed, chunk)
+            return trace_of(draws, per, name, "hessian", covariance=covariance)
         note = _against_exact(gn) if method == "auto" else ""
         if method == "ggn-exact" or (method == "auto" and not note):
             return trace_of(iter(gn.exact()), per, "ggn-exact", matrix)
@@ -224,9 +225,9 @@ def _gauss_newton(problem: Problem, seed: int, chunk: int | None, method: str) -
 
 def _hessian_draws(
     problem: Problem, method: str, count: int, seed: int, chunk: int | None
-) -> Iterator[dict[str, Tensor]]:
+) -> tuple[Iterator[dict[str, Tensor]], float]:
     if method == "hutchinson":
-        return hutchinson.draws(problem, count, seed, chunk)
+        return hutchinson.draws(problem, count, seed, chunk), 0.0
     return sketch.draws(problem, method, count, seed, chunk)
 
 

@@ -115,7 +115,7 @@ class GaussNewton:
         """
         if self.segments or len(self.shape) != 2 or self.shape[0] != self.problem.samples:
             return self
-        rows = rows_for(self.root.weight, draws, self.root.factors, again=self.chain is None)
+        rows = rows_for(self.root.weight(), draws, self.root.factors, again=self.chain is None)
         if rows is None:
             return self
         rows = rows.to(self.output.device)

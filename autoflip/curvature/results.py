@@ -33,9 +33,10 @@ class Trace:
 
     Attributes:
         total: sum of the diagonal over all parameters that require grad.
-        stderr: standard error of ``total``, from the spread of independent repeats; 0 for an exact method, infinite
-            for a single one (which says nothing about its own error).
-        repeats: how many independent repeats that was; draws of ``ggn-mc`` are repeats in blocks of four.
+        stderr: standard error of ``total``, from the spread of the repeats; 0 for an exact method, infinite
+            for a single one (which says nothing about its own error). Repeats are independent, but those of "xtrace":
+            the covariance that their shared basis gives them (:mod:`sketch`) is in it.
+        repeats: how many repeats that was; draws of ``ggn-mc`` are repeats in blocks of four.
         by_parameter: parameter name -> its part of ``total``.
         by_channel: parameter name -> ``(shape[0],)`` sums over all but the first axis, or None if not asked for.
         method: "ggn-exact", "ggn-mc" or "hutchinson".
@@ -91,8 +92,8 @@ class Tally:
             known = self.channels
             self.channels = {name: known[name] + row if known else row for name, row in rows.items()}
 
-    def trace(self, method: str, matrix: str, note: str = "") -> Trace:
-        """Return the mean of what came, and its standard error."""
+    def trace(self, method: str, matrix: str, note: str = "", covariance: float = 0.0) -> Trace:
+        """Return the mean of what came, and its standard error; ``covariance``: that of two estimates' totals."""
         totals, count = self.totals, len(self.totals)
         by_parameter = {name: math.fsum(t[name] for t in totals) / count for name in totals[0]}
         sums = [math.fsum(t.values()) for t in totals]
@@ -102,14 +103,17 @@ class Tally:
         elif count == 1:
             stderr = math.inf
         else:
-            stderr = math.sqrt(math.fsum((s - total) ** 2 for s in sums) / (count - 1) / count)
+            # the spread of estimates with a covariance c is too small by c; their mean's variance is larger by c
+            stderr = math.sqrt(math.fsum((s - total) ** 2 for s in sums) / (count - 1) / count + max(covariance, 0.0))
         by_channel = {name: value / count for name, value in self.channels.items()} if self.per == "channel" else None
         return Trace(total, stderr, by_parameter, by_channel, method, matrix, count, note)
 
 
-def trace_of(draws: Iterator[dict[str, Tensor]], per: str, method: str, matrix: str, note: str = "") -> Trace:
+def trace_of(
+    draws: Iterator[dict[str, Tensor]], per: str, method: str, matrix: str, note: str = "", covariance: float = 0.0
+) -> Trace:
     """Sum estimates of the diagonal; their spread is the standard error."""
     tally = Tally(per)
     for draw in draws:
         tally.add(draw)
-    return tally.trace(method, matrix, note)
+    return tally.trace(method, matrix, note, covariance)

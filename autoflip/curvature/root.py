@@ -34,14 +34,14 @@ class Root:
 
     Attributes:
         factors: columns of ``S`` that a sample has.
-        weight: ``(rows,)``, each row's trace of ``S S^T``.
+        weight: ``() -> (rows,)``, each row's trace of ``S S^T``.
         draw: (signs, rows) -> ``S @ signs``, whose expected outer product is ``H_out``; signs are shaped like the
             output, or like those of its rows that are named, which may come twice.
         columns: the columns of all samples side by side, each shaped like the output.
     """
 
     factors: int
-    weight: Tensor
+    weight: Callable[[], Tensor]
     draw: Callable[[Tensor, Tensor | None], Tensor]
     columns: Callable[[], Iterator[Tensor]]
 
@@ -108,7 +108,10 @@ def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
         for parts in zip(*(root.columns() for root in roots), strict=True):
             yield torch.cat(parts)
 
-    return Root(max(root.factors for root in roots), torch.cat([root.weight for root in roots]), draw, columns)
+    def weight() -> Tensor:
+        return torch.cat([root.weight() for root in roots])
+
+    return Root(max(root.factors for root in roots), weight, draw, columns)
 
 
 def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
@@ -193,21 +196,18 @@ def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
         return ops.softmax_draw(f if rows is None else f[rows], scale if rows is None else scale[rows], signs, dim)
 
     def columns() -> Iterator[Tensor]:
-        here, below, p, order = ops.softmax_factor(f, scale, dim)
         if f.dim() == 2:
-            lower = (p.unsqueeze(1) * -below.unsqueeze(2)).triu_(1)  # (N, column, class)
-            lower.diagonal(dim1=1, dim2=2).copy_(here)
-            at = order.unsqueeze(1).expand_as(lower)
-            yield from torch.empty_like(lower).scatter_(2, at, lower).transpose(0, 1)[: classes - 1]
+            yield from ops.softmax_columns(f, scale)
             return
+        here, below, p, order = ops.softmax_factor(f, scale, dim)
         for c in range(classes - 1):
             column = -p * below.narrow(dim, c, 1)
             column.narrow(dim, 0, c).zero_()
             column.narrow(dim, c, 1).copy_(here.narrow(dim, c, 1))
             yield from _one_position_each(torch.empty_like(p).scatter_(dim, order, column), dim)
 
-    weight = ops.softmax_weight(f, scale, dim)
-    return Root((classes - 1) * (f[0].numel() // classes), weight, draw, columns)
+    factors = (classes - 1) * (f[0].numel() // classes)
+    return Root(factors, lambda: ops.softmax_weight(f, scale, dim), draw, columns)
 
 
 def _one_position_each(column: Tensor, dim: int) -> Iterator[Tensor]:
@@ -241,7 +241,7 @@ def _diagonal_root(h: Tensor) -> Root:
     def draw(signs: Tensor, rows: Tensor | None) -> Tensor:
         return (q if rows is None else q[rows]) * signs
 
-    return Root(q[0].numel(), h.flatten(1).sum(1), draw, columns)
+    return Root(q[0].numel(), lambda: h.flatten(1).sum(1), draw, columns)
 
 
 def _block_root(f: Tensor, hvp: Callable[[Tensor], Tensor], r: Tensor, hr: Tensor) -> Root:
@@ -266,8 +266,10 @@ def _block_root(f: Tensor, hvp: Callable[[Tensor], Tensor], r: Tensor, hr: Tenso
     def draw(signs: Tensor, rows: Tensor | None) -> Tensor:
         return ((s if rows is None else s[rows]) @ signs.reshape(-1, width, 1)).view(signs.shape)
 
-    weight = s.square().sum((1, 2))
-    return Root(width, weight, draw, lambda: (s[:, :, j].reshape(f.shape) for j in range(width)))
+    def columns() -> Iterator[Tensor]:
+        return (s[:, :, j].reshape(f.shape) for j in range(width))
+
+    return Root(width, lambda: s.square().sum((1, 2)), draw, columns)
 
 
 def _not_convex() -> NotDescribedError:

@@ -16,6 +16,15 @@ def softmax_factor(f: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, 
     return here, size * (p / (tail * after).clamp(min=tiny)).sqrt(), p, order
 
 
+def softmax_columns(f: Tensor, scale: Tensor) -> Tensor:
+    """``S``'s columns but the last."""
+    here, below, p, order = softmax_factor(f, scale, 1)
+    lower = (p.unsqueeze(1) * -below.unsqueeze(2)).triu_(1)  # (N, column, class)
+    lower.diagonal(dim1=1, dim2=2).copy_(here)
+    at = order.unsqueeze(1).expand_as(lower)
+    return torch.empty_like(lower).scatter_(2, at, lower).transpose(0, 1)[: f.shape[1] - 1]
+
+
 def softmax_draw(f: Tensor, scale: Tensor, signs: Tensor, dim: int) -> Tensor:
     """``S signs``; what the columns before an entry add to it is their sum so far."""
     here, below, p, order = softmax_factor(f, scale, dim)

@@ -18,7 +18,7 @@ from torch import Tensor
 from autoflip.ops import backend
 from autoflip.ops import reference_softmax as reference
 
-__all__ = ["deal_rows", "softmax_draw", "softmax_factor", "softmax_weight"]
+__all__ = ["deal_rows", "softmax_columns", "softmax_draw", "softmax_factor", "softmax_weight"]
 
 backend.register("softmax_draw", "cpp", optional=True)
 
@@ -36,6 +36,30 @@ def softmax_factor(f: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, 
         ``-p[i] below[c]`` at each later i, and 0 at earlier ones.
     """
     return reference.softmax_factor(f, scale, dim)
+
+
+def softmax_columns(f: Tensor, scale: Tensor) -> Tensor:
+    """Return the columns of :func:`softmax_factor`'s S but the last, which is zero.
+
+    Args:
+        f: logits, ``(N, classes)``, floating.
+        scale: ``(N, 1)``.
+
+    Returns:
+        ``(classes - 1, N, classes)``: classes in ``f``'s order, columns in S's.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if f.dim() != 2:
+        raise ValueError(f"softmax_columns: f has shape {tuple(f.shape)}; wanted (N, classes)")
+    _check("softmax_columns", f, scale, 1)
+    if (kernels := _kernels(f)) is None:
+        return reference.softmax_columns(f, scale)
+    f, scale = f.detach().contiguous(), scale.to(f).contiguous()
+    out = f.new_empty(f.shape[1] - 1, *f.shape)
+    kernels.softmax_columns(f.data_ptr(), scale.data_ptr(), out.data_ptr(), *f.shape)
+    return out
 
 
 def softmax_draw(f: Tensor, scale: Tensor, signs: Tensor, dim: int = 1) -> Tensor:

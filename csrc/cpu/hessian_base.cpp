@@ -1,7 +1,7 @@
 #include "cpu/hessian_back.h"
 #include "cpu/hessian_dense.h"
 #include "cpu/hessian_impl.h"
-#include "cpu/hessian_pull.h"
+#include "cpu/hessian_pull_squares.h"
 #include "cpu/hessian_steps.h"
 
 namespace autoflip {

@@ -1,5 +1,4 @@
-// v[q][n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[at[n], k] > 0), or only sum_q v[q]^2: a dense layer's pull
-// of Q factors.
+// v[q][n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[at[n], k] > 0): a dense layer's pull of Q factors.
 //
 // Work     a tile of columns of w at a time, which stays in the second-level cache; for each sample its
 // factors'
@@ -104,8 +103,8 @@ void gate_rows(float* v, const float* gate, const int64_t* at, int64_t N, int64_
   }
 }
 
-int64_t dense_pull_back(const float* const* d, const float* w, const float* gate, const int64_t* at,
-                        float* out, int64_t Q, int64_t N, int64_t O, int64_t K, bool squared, int threads) {
+int64_t dense_pull(const float* const* d, const float* w, const float* gate, const int64_t* at, float* out,
+                   int64_t Q, int64_t N, int64_t O, int64_t K, int threads) {
   PullGroups parts{Q, (Q + kMaxRows - 1) / kMaxRows};
   std::unique_ptr<int32_t[]> lists(new int32_t[N * O + 1]);
   std::unique_ptr<int64_t[]> counts(new int64_t[N + 1]);
@@ -124,7 +123,6 @@ int64_t dense_pull_back(const float* const* d, const float* w, const float* gate
       }
       for (int64_t n = 0; n < N; ++n) {
         const float* open = gate == nullptr ? nullptr : gate + (at == nullptr ? n : at[n]) * K + begin;
-        alignas(64) float squares[kPullColumns] = {};
         for (int64_t g = 0; g < parts.groups; ++g) {
           int64_t first = parts.begin(g), some = parts.begin(g + 1) - first;
           const float* rows[kMaxRows];
@@ -135,17 +133,10 @@ int64_t dense_pull_back(const float* const* d, const float* w, const float* gate
             pull_tile<1>(some, u, rows, lists.get() + n * O, counts[n], sums);
           for (int64_t q = 0; q < some; ++q) {
             const float* sum = sums + q * kPullColumns;
-            if (squared) {
-              for (int64_t k = 0; k < width; ++k) squares[k] += sum[k] * sum[k];
-              continue;
-            }
             float* to = out + ((first + q) * N + n) * K + begin;
             for (int64_t k = 0; k < width; ++k) to[k] = open == nullptr || open[k] > 0.f ? sum[k] : 0.f;
           }
         }
-        if (!squared) continue;
-        float* to = out + n * K + begin;
-        for (int64_t k = 0; k < width; ++k) to[k] = open == nullptr || open[k] > 0.f ? squares[k] : 0.f;
       }
     }
   }

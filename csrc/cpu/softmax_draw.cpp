@@ -8,26 +8,66 @@
 
 namespace autoflip {
 
-void softmax_draw(const float* f, const float* scale, const float* signs, float* v, int64_t rows,
-                  int64_t classes) {
-  constexpr double tiny = std::numeric_limits<double>::min();
-  std::vector<int64_t> order(classes);
-  std::vector<double> p(classes), tail(classes + 1);
-  for (int64_t n = 0; n < rows; ++n, f += classes, signs += classes, v += classes) {
+namespace {
+
+constexpr double kTiny = std::numeric_limits<double>::min();
+
+// One row's classes, likeliest first, and what they and those after them sum up to.
+class Row {
+ public:
+  explicit Row(int64_t classes) : order(classes), p_(classes), tail_(classes + 1) {}
+
+  void sort(const float* f) {
+    int64_t classes = static_cast<int64_t>(order.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [f](int64_t a, int64_t b) { return f[a] > f[b]; });
     double top = f[order[0]];
-    tail[classes] = 0;
+    tail_[classes] = 0;
     for (int64_t i = classes - 1; i >= 0; --i) {  // small numbers first: 1 - sum would cancel
-      p[i] = std::exp(f[order[i]] - top);
-      tail[i] = tail[i + 1] + p[i];
+      p_[i] = std::exp(f[order[i]] - top);
+      tail_[i] = tail_[i + 1] + p_[i];
     }
-    double total = tail[0], before = 0;
+  }
+  double here(int64_t i) const { return p_[i] / tail_[0]; }
+  double own(int64_t i, double scale) const {  // S[i, i]
+    return std::sqrt(scale * here(i) * after(i) / std::max(tail_[i] / tail_[0], kTiny));
+  }
+  double below(int64_t i, double scale) const {  // S[j, i] = -here(j) times this for each later j
+    return std::sqrt(scale * here(i) / std::max(tail_[i] / tail_[0] * after(i), kTiny));
+  }
+
+  std::vector<int64_t> order;
+
+ private:
+  double after(int64_t i) const { return tail_[i + 1] / tail_[0]; }
+  std::vector<double> p_, tail_;
+};
+
+}  // namespace
+
+void softmax_draw(const float* f, const float* scale, const float* signs, float* v, int64_t rows,
+                  int64_t classes) {
+  Row row(classes);
+  for (int64_t n = 0; n < rows; ++n, f += classes, signs += classes, v += classes) {
+    row.sort(f);
+    double before = 0;
     for (int64_t i = 0; i < classes; ++i) {
-      double here = p[i] / total, from = tail[i] / total, after = tail[i + 1] / total;
-      double own = std::sqrt(scale[n] * here * after / std::max(from, tiny));
-      v[order[i]] = static_cast<float>(own * signs[i] - here * before);
-      before += std::sqrt(scale[n] * here / std::max(from * after, tiny)) * signs[i];
+      v[row.order[i]] = static_cast<float>(row.own(i, scale[n]) * signs[i] - row.here(i) * before);
+      before += row.below(i, scale[n]) * signs[i];
+    }
+  }
+}
+
+void softmax_columns(const float* f, const float* scale, float* v, int64_t rows, int64_t classes) {
+  Row row(classes);
+  for (int64_t n = 0; n < rows; ++n, f += classes, v += classes) {
+    row.sort(f);
+    for (int64_t c = 0; c + 1 < classes; ++c) {
+      float* to = v + c * rows * classes;
+      double below = row.below(c, scale[n]);
+      for (int64_t i = 0; i < c; ++i) to[row.order[i]] = 0.f;
+      to[row.order[c]] = static_cast<float>(row.own(c, scale[n]));
+      for (int64_t i = c + 1; i < classes; ++i) to[row.order[i]] = static_cast<float>(-row.here(i) * below);
     }
   }
 }

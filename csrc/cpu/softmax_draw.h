@@ -1,5 +1,5 @@
 // Softmax's second derivative at the output of a network, scale (diag p - p p^T), row by row: a draw by its
-// Cholesky factor with the likeliest class first (Tanabe and Sagae, 1992), and its trace. A few hundred rows
+// Cholesky factor with the likeliest class first (Tanabe and Sagae, 1992), that factor, and its trace. A few hundred rows
 // of a few classes: one pass in double precision takes as long as one call of a tensor library, which would
 // make twenty.
 #pragma once
@@ -11,6 +11,8 @@ namespace autoflip {
 // first
 void softmax_draw(const float* f, const float* scale, const float* signs, float* v, int64_t rows,
                   int64_t classes);
+// v[c, n, order[i]] = S[i, c] for the columns c but the last, which is zero
+void softmax_columns(const float* f, const float* scale, float* v, int64_t rows, int64_t classes);
 // out[n] = scale[n] (1 - sum p^2)
 void softmax_weight(const float* f, const float* scale, double* out, int64_t rows, int64_t classes);
 
