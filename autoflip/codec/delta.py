@@ -62,9 +62,9 @@ def encode(
         levels: the largest code of int8 (1 to 127) or int4 (1 to 7); None = 127 or 7. Half as many levels
             save a bit of each value and double the step, which is a block's largest magnitude over ``levels``;
             an entry's error is below one step (below half of it under ``nearest``).
-        entropy: ``zstd`` packs each section, by zstd, or Huffman codes or rANS of our own, when that saves
-            over 3 %; ``none`` keeps the length a function of masks and schema alone, as secure aggregation needs it
-            (with ``masks``).
+        entropy: ``zstd`` packs each section, by zstd, or Huffman codes or rANS of our own, when that saves over
+            half a percent (3 % from 768 KiB on); ``none`` keeps the length a function of masks and schema alone, as
+            secure aggregation needs it (with ``masks``).
         level: of zstd, 1 (fast) to 22 (small, slow: 19 takes 0.2 s for each megabyte that is sent).
         schema: ``Schema.of(tensors)`` that the reader holds too: only its id travels. None: names and shapes do.
         seed: with ``round``, ``client`` and the tensor's number the key of the random rounding.
