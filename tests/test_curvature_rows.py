@@ -44,6 +44,15 @@ def test_dense_pull_back_equals_float64_reference(shape, gated, squared):
         assert torch.equal(again, ops.dense_pull_back(d, weight, gate[samples], squared=squared))
 
 
+def test_factor_squares():
+    d = pull(9, 6, 10, 130)[0]
+    torch.testing.assert_close(ops.factor_squares(d), reference.factor_squares(d), rtol=9 * EPS, atol=0)
+    large = torch.arange(2 * 2500.0).view(2, 2500)  # more than one part of the kernel's
+    assert torch.equal(ops.factor_squares(large), large[0] * large[0] + large[1] * large[1])
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        ops.factor_squares([d[0], d[1, :2]])
+
+
 def test_dense_pull_back_does_not_depend_on_threads():
     d, weight, gate = pull(5, 64, 70, 300)
     before = torch.get_num_threads()

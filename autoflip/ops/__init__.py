@@ -21,6 +21,7 @@ from autoflip.ops.grouped import grouped_linear as grouped_linear
 from autoflip.ops.hessian import conv_pull_back as conv_pull_back
 from autoflip.ops.hessian import conv_squares as conv_squares
 from autoflip.ops.hessian import dense_pull_back as dense_pull_back
+from autoflip.ops.hessian import factor_squares as factor_squares
 from autoflip.ops.hessian import rademacher as rademacher
 from autoflip.ops.hessian import sequence_squares as sequence_squares
 from autoflip.ops.hessian import squared_matmul as squared_matmul
