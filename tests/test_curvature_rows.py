@@ -76,7 +76,8 @@ def test_dense_pull_back_counts_and_registers():
     live = int((d != 0).any(0).sum()) if backend.serve("dense_pull_back", d.device) == "cpp" else 6 * 8
     assert counter.get_total_flops() == 2 * 4 * live * 3
     with FlopCounterMode(display=False) as counter:  # a unit that no sample has open is not made
-        ops.dense_pull_back(d, weight.repeat(1, 64), gate.sign().square().repeat(1, 64) * (torch.arange(192) < 64), squared=True)
+        closed = gate.repeat(1, 64) * (torch.arange(192) < 64)
+        ops.dense_pull_back(d, weight.repeat(1, 64), closed, squared=True)
     if backend.serve("dense_pull_back", d.device) == "cpp":
         assert counter.get_total_flops() <= 2 * 4 * live * 64
     tests = ("test_schema", "test_faketensor")
@@ -115,7 +116,8 @@ def test_softmax_factor_and_draw(classes, dtype):
     eps = torch.finfo(dtype).eps
     # the factor's entries are roots: their products are as exact as they are (largest seen: 3 eps)
     torch.testing.assert_close(s @ s.mT, want, rtol=0, atol=32 * eps)
-    torch.testing.assert_close(ops.softmax_columns(f, scale).permute(1, 2, 0).double(), s[:, :, :-1], rtol=0, atol=32 * eps)
+    together = ops.softmax_columns(f, scale).permute(1, 2, 0)
+    torch.testing.assert_close(together.double(), s[:, :, :-1], rtol=0, atol=32 * eps)
     here, below, q, order = ops.softmax_factor(f, scale, 1)
     lower = torch.diag_embed(here) - torch.tril(q[:, :, None] * below[:, None, :], -1)
     sorted_s = s.gather(1, order[:, :, None].expand_as(s))

@@ -19,7 +19,15 @@ from autoflip.ops._hessian import Pair
 from autoflip.ops._hessian_checks import Factors
 from autoflip.ops._hessian_registered import traced
 
-__all__ = ["conv_pull_back", "conv_squares", "dense_pull_back", "factor_squares", "rademacher", "sequence_squares", "squared_matmul"]
+__all__ = [
+    "conv_pull_back",
+    "conv_squares",
+    "dense_pull_back",
+    "factor_squares",
+    "rademacher",
+    "sequence_squares",
+    "squared_matmul",
+]
 
 
 def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tensor | None = None) -> Tensor:

@@ -2,10 +2,10 @@
 // positions. u's columns may lie in several tensors.
 //
 // Work     a few samples at a time: their inputs as panels of a few columns, packed once for all factors, and
-//          each factor's gradients as panels of four vectors of outputs. One times the other stays in registers
-//          over all positions, is squared and added to D; no sample's gradient is ever stored. (A matrix product
-//          by itself writes and reads each of them, as large as the weight.) Those samples' inputs and a panel
-//          of D share the second-level cache, so D comes by once for all of them.
+//          each factor's gradients as panels of four vectors of outputs. One times the other stays in
+//          registers over all positions, is squared and added to D; no sample's gradient is ever stored. (A
+//          matrix product by itself writes and reads each of them, as large as the weight.) Those samples'
+//          inputs and a panel of D share the second-level cache, so D comes by once for all of them.
 // Threads  each owns panels of outputs: sums have one order, the bits do not depend on their number.
 #pragma once
 #include <omp.h>
@@ -124,8 +124,8 @@ int64_t squares_of_steps(const Value* const* d, const StepsInput* u, float* out,
   {
     int64_t own = omp_get_thread_num(), all = omp_get_num_threads();
     int64_t first = tiles * own / all, count = tiles * (own + 1) / all - first;
-    std::unique_ptr<float[]> memory(
-        new float[together * size + padded(2 * one) + words * (kPanel + 1) + kAlign + count * one * kPanel + kAlign]);
+    std::unique_ptr<float[]> memory(new float[together * size + padded(2 * one) + words * (kPanel + 1) +
+                                              kAlign + count * one * kPanel + kAlign]);
     float *to_u = aligned(memory.get()), *row = to_u + together * size, *to_d = row + padded(2 * one),
           *sizes = to_d + words * kPanel, *D = sizes + padded(words);
     std::memset(D, 0, sizeof(float) * count * one * kPanel);

@@ -13,7 +13,7 @@ constexpr int64_t kPanel = 4 * W;  // columns of a panel, words next to each oth
 
 struct Floats {
   using In = Vec;
-  static constexpr int64_t kValues = 1;  // of a word
+  static constexpr int64_t kValues = 1;      // of a word
   static constexpr float kNegligible = 0.f;  // what a sum's terms may lack together, of the largest
   static In panel(const float* words) { return load(words); }
   static In row(const float* word) { return splat(*word); }
