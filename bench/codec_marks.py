@@ -1,6 +1,7 @@
-"""README's tables of the codec, out of bench/results/codec-bytes.json and codec-speed.json."""
+"""README's tables of the codec, out of bench/results/codec-bytes.json, codec-accuracy.json and codec-speed.json."""
 
 import json
+import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -11,7 +12,7 @@ PEERS = (
 )  # fmt: skip
 KNOWN = ("x[mask]", "x[mask] + zstd-3, shuffled", "x[mask] + pcodec", "x[mask] + ZipNN")
 SPEED = (
-    "pack", "subtract + pack", "subtract + int8", "expand fp32", "expand int8", "expand int8, new",
+    "read", "read both", "pack", "subtract + pack", "subtract + int8", "expand fp32", "expand int8", "expand int8, new",
     "expand int8, first touch", "add int8",
     "mask int8: encode", "mask int8: decode", "mask int8, new: decode", "mask int8, accumulate: decode",
     "mask bf16: encode", "mask bf16: decode", "explicit int8: encode", "explicit int8: decode",
@@ -44,6 +45,8 @@ def bytes_table(content: dict) -> list[str]:
 
     names = {
         "int8": "int8",
+        "int8, 63 levels": "int8, 63 levels for 127",
+        "int8, 40 levels": "int8, 40 levels for 127",
         "int4": "int4",
         "bf16": "bf16",
         "fp32": "float32, lossless",
@@ -52,7 +55,7 @@ def bytes_table(content: dict) -> list[str]:
     rows = [
         [f"{name}, density {density}", *(cell(case, density, what) for case in cases)]
         for what, name in names.items()
-        for density in (("0.1", "0.05") if what == "int8" else ("0.1",))
+        for density in (("0.1", "0.05") if what.startswith("int8") else ("0.1",))
     ]
     for density in ("0.1", "0.05"):
         index = [cases[case][density]["index"] for case in cases]
@@ -65,6 +68,20 @@ def bytes_table(content: dict) -> list[str]:
             + [f"{i['ours'] / i['entropy_flat']:.2f}" for i in index]
         )
     return _table(["a kept weight (times below pickled float32)", *(MODELS[c] for c in cases)], rows)
+
+
+def accuracy_table(content: dict) -> list[str]:
+    """Accuracy of masked rounds with uplinks coded in several ways, minus that of float32, and error of an update."""
+    cases = content["cases"]
+    rows = []
+    for way in next(iter(cases.values()))["ways"]:
+        cells = []
+        for case in cases.values():
+            apart = [100 * (a - b) for a, b in zip(*(case["ways"][w]["accuracy"] for w in (way, "fp32")), strict=True)]
+            spread = statistics.stdev(apart) if len(apart) > 1 else 0.0
+            cells.append(f"{statistics.mean(apart):+.2f} ± {spread:.2f} ({case['ways'][way]['error']:.3f})")
+        rows.append([way, *cells])
+    return _table(["points of accuracy beside float32 (error of an update)", *(MODELS[c] for c in cases)], rows)
 
 
 def peers_table(content: dict) -> list[str]:
@@ -107,6 +124,18 @@ def tables() -> str:
             "",
             *bytes_table(size),
             "",
+        ]
+    if accuracy := _load("accuracy"):
+        rounds = ", ".join(f"{c['rounds']} rounds ({MODELS[n]})" for n, c in accuracy["cases"].items())
+        lines += [
+            f"What levels cost: {rounds} at density 0.1, mean ± deviation over "
+            f"{min(c['seeds'] for c in accuracy['cases'].values())} seeds (`bench/codec_accuracy.py`):",
+            "",
+            *accuracy_table(accuracy),
+            "",
+        ]
+    if size:
+        lines += [
             "What others need for the same numbers at density 0.1. From `x[mask]` on the reader holds the mask, theirs "
             "and ours; before, neither does:",
             "",

@@ -200,7 +200,7 @@ def test_unrolled_layers_compute_what_torch_does(kind):
     layer = kind(3, 4, num_layers=2, bidirectional=True, dropout=0.5).double().eval()
     x, seen = torch.randn(5, 2, 3).double(), []
     want, want_state = layer(x)
-    with unrolled(layer.modules(), 2, 4, seen):
+    with unrolled(layer.modules(), 2, seen):
         got, got_state = layer(x)
         layer(x[:, :1])  # another number of samples: torch's own
     assert len(seen) == (4 if kind is nn.LSTM else 8)  # two layers, two ways, a GRU's two weights

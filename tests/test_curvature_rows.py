@@ -44,6 +44,15 @@ def test_dense_pull_back_equals_float64_reference(shape, gated, squared):
         assert torch.equal(again, ops.dense_pull_back(d, weight, gate[samples], squared=squared))
 
 
+def test_factor_squares():
+    d = pull(9, 6, 10, 130)[0]
+    torch.testing.assert_close(ops.factor_squares(d), reference.factor_squares(d), rtol=9 * EPS, atol=0)
+    large = torch.arange(2 * 2500.0).view(2, 2500)  # more than one part of the kernel's
+    assert torch.equal(ops.factor_squares(large), large[0] * large[0] + large[1] * large[1])
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        ops.factor_squares([d[0], d[1, :2]])
+
+
 def test_dense_pull_back_does_not_depend_on_threads():
     d, weight, gate = pull(5, 64, 70, 300)
     before = torch.get_num_threads()
@@ -67,7 +76,8 @@ def test_dense_pull_back_counts_and_registers():
     live = int((d != 0).any(0).sum()) if backend.serve("dense_pull_back", d.device) == "cpp" else 6 * 8
     assert counter.get_total_flops() == 2 * 4 * live * 3
     with FlopCounterMode(display=False) as counter:  # a unit that no sample has open is not made
-        ops.dense_pull_back(d, weight.repeat(1, 64), gate.sign().square().repeat(1, 64) * (torch.arange(192) < 64), squared=True)
+        closed = gate.repeat(1, 64) * (torch.arange(192) < 64)
+        ops.dense_pull_back(d, weight.repeat(1, 64), closed, squared=True)
     if backend.serve("dense_pull_back", d.device) == "cpp":
         assert counter.get_total_flops() <= 2 * 4 * live * 64
     tests = ("test_schema", "test_faketensor")
@@ -106,7 +116,8 @@ def test_softmax_factor_and_draw(classes, dtype):
     eps = torch.finfo(dtype).eps
     # the factor's entries are roots: their products are as exact as they are (largest seen: 3 eps)
     torch.testing.assert_close(s @ s.mT, want, rtol=0, atol=32 * eps)
-    torch.testing.assert_close(ops.softmax_columns(f, scale).permute(1, 2, 0).double(), s[:, :, :-1], rtol=0, atol=32 * eps)
+    together = ops.softmax_columns(f, scale).permute(1, 2, 0)
+    torch.testing.assert_close(together.double(), s[:, :, :-1], rtol=0, atol=32 * eps)
     here, below, q, order = ops.softmax_factor(f, scale, 1)
     lower = torch.diag_embed(here) - torch.tril(q[:, :, None] * below[:, None, :], -1)
     sorted_s = s.gather(1, order[:, :, None].expand_as(s))

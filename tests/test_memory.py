@@ -57,6 +57,21 @@ def test_dead_blocks_stay_within_their_bound(monkeypatch):
     assert not memory._dead
 
 
+def test_streams_use_blocks_again_too():
+    size = memory.LEAST + 3
+    a = memory.empty_bytes(size)
+    assert (a.shape, a.dtype.name) == ((size,), "uint8")
+    place, view = a.ctypes.data, a[5:9].reshape(2, 2)
+    view[:] = 7
+    del a
+    assert memory.empty_bytes(size).ctypes.data != place  # a view keeps its memory alive
+    assert view.tolist() == [[7, 7], [7, 7]]
+    memory.forget()
+    del view
+    assert memory.empty(size // 4).data_ptr() == place
+    assert memory.empty_bytes(100).shape == (100,)
+
+
 def test_small_outputs_are_torchs_own():
     assert memory.empty(100).shape == (100,)
     assert not memory._dead

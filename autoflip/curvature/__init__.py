@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from autoflip.curvature import hutchinson, sketch
-from autoflip.curvature.arguments import FACTORS, METHODS, blocks_of, check_per, checked, matrix_of
+from autoflip.curvature.arguments import METHODS, blocks_of, check_per, checked, matrix_of
 from autoflip.curvature.clients import client_diagonals, client_traces
 from autoflip.curvature.gauss_newton import GaussNewton
 from autoflip.curvature.problem import LossFn, Problem
@@ -82,8 +82,8 @@ def hessian_diagonal(
             (classes - 1 for cross-entropy), else at least 4 draws of "ggn-mc" (large maps without pooling, more
             classes, curved models: ``note`` says which), and "hutchinson" for losses that Gauss-Newton does not
             describe.
-        chunk: factors or probes held at once; bounds the peak memory. None: 5 factors, or as many probes as stay in
-            the cache.
+        chunk: factors or probes held at once; bounds the peak memory. None: 5 factors (10 of dense layers), or as many
+            probes as stay in the cache.
 
     Returns:
         Diagonal: name -> tensor shaped and typed like the parameter, for all that require grad.
@@ -216,7 +216,7 @@ def _gauss_newton(problem: Problem, seed: int, chunk: int | None, method: str) -
     if method in ("hutchinson", *sketch.LEAST):
         return None
     try:
-        return GaussNewton.of(problem, seed, chunk or FACTORS)
+        return GaussNewton.of(problem, seed, chunk)
     except NotDescribedError:
         if method != "auto":
             raise

@@ -8,10 +8,9 @@ from autoflip.curvature import sketch
 from autoflip.curvature.gauss_newton import GaussNewton
 from autoflip.curvature.problem import LossFn, Problem
 
-__all__ = ["FACTORS", "METHODS", "blocks_of", "check_per", "checked", "matrix_of"]
+__all__ = ["METHODS", "blocks_of", "check_per", "checked", "matrix_of"]
 
 METHODS = ("auto", "ggn-mc", "ggn-exact", "hutchinson", "hutch++", "xtrace")
-FACTORS = 5  # held at once: the nine of ten classes are squared in two goes, of as many rows as registers hold
 # draws with orthogonal signs: their errors cancel; the spread of the blocks is what the standard error comes from
 _TRACE_BLOCK = 4
 

@@ -57,6 +57,7 @@ class Chained(Layer):
 class Linear(Chained):
     """``y = x W^T + b``; on sequences, too."""
 
+    chunk = 10  # small, and the weight is read once for all of them
     squared: Tensor | None = None  # (N, O): all factors share the input's square, so theirs are added up first
     weight: Tensor  # that ran: a masked layer's is not its parameter
     samples: Tensor | None = None  # rows of x that the gradients' rows are of
@@ -86,8 +87,8 @@ class Linear(Chained):
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return
-        for d in waiting:
-            self.squared = d.square() if self.squared is None else self.squared.addcmul_(d, d)
+        total = ops.factor_squares(waiting)
+        self.squared = total if self.squared is None else self.squared.add_(total)
         before = self.before
         if isinstance(before, Linear) and before.before is None and before.x.dim() == 2:  # asks for squares only
             pulled = ops.dense_pull_back(waiting, self.weight, self.gate, squared=True, samples=self.samples)

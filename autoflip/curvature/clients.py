@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from autoflip.curvature.arguments import FACTORS, blocks_of, check_per, checked, matrix_of
+from autoflip.curvature.arguments import blocks_of, check_per, checked, matrix_of
 from autoflip.curvature.gauss_newton import GaussNewton, MixedError
 from autoflip.curvature.problem import LossFn, Problem
 from autoflip.curvature.results import Diagonal, Tally, Trace
@@ -44,7 +44,7 @@ def client_diagonals(
         num_probes: draws for "ggn-mc".
         seed: of the draws.
         method: "ggn-mc" or "ggn-exact".
-        chunk: factors held at once (None: 5); bounds the peak memory, as does the next.
+        chunk: factors held at once (None: as for one); bounds the peak memory, as does the next.
         samples: most samples in a pass; a client with more has one of its own.
 
     Raises:
@@ -85,7 +85,7 @@ def client_traces(
         seed: of the draws.
         per: "parameter", or "channel" for sums over each parameter's first axis as well.
         method: "ggn-mc" or "ggn-exact".
-        chunk: factors held at once (None: 5); bounds the peak memory, as does the next.
+        chunk: factors held at once (None: as for one); bounds the peak memory, as does the next.
         samples: most samples in a pass; a client with more has one of its own.
 
     Raises:
@@ -138,7 +138,7 @@ def _look(group: list[Problem], seed: int, chunk: int | None, look: Callable[[Ga
     inputs, target = (torch.cat([getattr(one, what) for one in group]) for what in ("inputs", "target"))
     problem = replace(group[0], inputs=inputs, target=target)
     with problem.undisturbed(seed):
-        return look(GaussNewton.of(problem, seed, chunk or FACTORS, [one.samples for one in group]))
+        return look(GaussNewton.of(problem, seed, chunk, [one.samples for one in group]))
 
 
 def _groups(problems: list[Problem], samples: int) -> Iterator[list[Problem]]:

@@ -71,18 +71,18 @@ class GaussNewton:
     root: Root
     shape: tuple[int, ...]
     seed: int
-    chunk: int
+    chunk: int | None
     segments: Sequence[slice] = ()
     rows: Rows | None = None
 
     @staticmethod
-    def of(problem: Problem, seed: int, chunk: int, counts: Sequence[int] = ()) -> GaussNewton:
+    def of(problem: Problem, seed: int, chunk: int | None, counts: Sequence[int] = ()) -> GaussNewton:
         """Run the model once and look at it.
 
         Args:
             problem: its batch may be several clients' one after the other.
             seed: of the draws.
-            chunk: factors held at once.
+            chunk: factors held at once; None: as many as suit each layer.
             counts: samples of each client; each has its own loss and its own sums. Empty: one client.
 
         Raises:
@@ -90,7 +90,7 @@ class GaussNewton:
             MixedError: there are several clients, and not every parameter can be told apart by samples.
             ValueError: model, loss or batch do not fit (see Problem).
         """
-        output, ran = _forward(problem, chunk)
+        output, ran = _forward(problem)
         shape = tuple(output.shape)
         if len(counts) < 2:
             return GaussNewton(problem, output, ran, output_root(problem, output, seed), shape, seed, chunk)
@@ -128,7 +128,7 @@ class GaussNewton:
         whole, self.output, self.ran = self.output.detach(), self.output.detach(), []  # lets the graph go
         problem = replace(self.problem, inputs=self.problem.inputs[at], target=self.problem.target[at])
         try:
-            output, ran = _forward(problem, self.chunk)
+            output, ran = _forward(problem)
         except RuntimeError:  # a batch of another size does not pass
             return GaussNewton.of(self.problem, self.seed, self.chunk)
         gn = replace(self, output=output, ran=ran, rows=rows)
@@ -243,7 +243,7 @@ class GaussNewton:
         """Cut ``count`` factors evenly, so that no layer squares a last one by itself."""
         for layer in self.layers:
             layer.coarse = coarse
-            layer.chunk = -(-count // -(-count // self.chunk))
+            layer.chunk = -(-count // -(-count // (self.chunk or layer.chunk)))
 
     def _empty(self) -> Diagonal:
         """Return zeros for what the layers do not own."""
@@ -284,10 +284,10 @@ class GaussNewton:
         ]
 
 
-def _forward(problem: Problem, chunk: int) -> tuple[Tensor, list[Layer]]:
+def _forward(problem: Problem) -> tuple[Tensor, list[Layer]]:
     """Run the model; return its output and the known layers that ran."""
     modules, samples = problem.modules, problem.samples
-    with watch(modules, samples, chunk) as ran, unrolled(modules, samples, chunk, ran):
+    with watch(modules, samples) as ran, unrolled(modules, samples, ran):
         return problem.output(), ran
 
 

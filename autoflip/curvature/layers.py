@@ -83,7 +83,7 @@ def _kind(module: nn.Module) -> type[Layer] | None:
 
 
 @contextmanager
-def watch(modules: Iterable[nn.Module], samples: int, chunk: int) -> Iterator[list[Layer]]:
+def watch(modules: Iterable[nn.Module], samples: int) -> Iterator[list[Layer]]:
     """Collect the known layers that run inside the block; hooks are gone afterwards, whatever happens."""
     layers: list[Layer] = []
 
@@ -93,7 +93,7 @@ def watch(modules: Iterable[nn.Module], samples: int, chunk: int) -> Iterator[li
         if kind is None or not isinstance(x, Tensor) or not isinstance(y, Tensor) or not y.requires_grad:
             return
         if _first_is_sample(module, x, samples):
-            layers.append(kind(module, x, y, chunk))
+            layers.append(kind(module, x, y))
 
     handles = [module.register_forward_hook(hook, prepend=True) for module in modules if _kind(module) is not None]
     try:

@@ -70,7 +70,6 @@ class Recurrent(Layer):
         module: it.
         x: ``(T, N, K)``: what it read.
         entry: ``(T, N, 4 H)``: where the gates' gradients come in.
-        chunk: factors that wait.
         suffix: of its parameters' names.
         weights: that ran, of the input and of the hidden state; a masked layer's are not its parameters.
         walk: the pass.
@@ -87,13 +86,12 @@ class Recurrent(Layer):
         module: nn.Module,
         x: Tensor,
         entry: Tensor,
-        chunk: int,
         suffix: str,
         weights: Sequence[Tensor],
         walk: Walk,
         begun: bool,
     ) -> None:
-        super().__init__(module, x, entry, chunk)
+        super().__init__(module, x, entry)
         kinds = ("weight_hh", "weight_ih", "bias_hh", "bias_ih")
         self.params = {kind: self.params[kind + suffix] for kind in kinds if kind + suffix in self.params}
         self.weights = [w.detach() for w in weights]
@@ -155,7 +153,7 @@ class Recurrent(Layer):
 
 def lstm(
     module: nn.Module, x: Tensor, start: Sequence[Tensor], suffix: str, weights: Sequence[Tensor],
-    biases: Sequence[Tensor], chunk: int,
+    biases: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], Recurrent | None]:  # fmt: skip
     """Compute one direction of one layer.
 
@@ -166,7 +164,6 @@ def lstm(
         suffix: of the parameters' names.
         weights: input's and hidden state's.
         biases: both, or none.
-        chunk: factors that wait.
 
     Returns:
         ``(outputs, last hidden state, last cell state)``, and who squares; None where nothing has a gradient.
@@ -179,7 +176,7 @@ def lstm(
     entry = bias.expand(*x.shape[:2], -1)
     walk, begun = Walk(), not (h.requires_grad or c.requires_grad)
     y, last = _Steps.apply(walk, x, w_ih, w_hh, entry, h, c)
-    layer = Recurrent(module, x, entry, chunk, suffix, (w_hh, w_ih), walk, begun) if own else None
+    layer = Recurrent(module, x, entry, suffix, (w_hh, w_ih), walk, begun) if own else None
     if layer is not None:
         layer.node = y.grad_fn
     return (y, y[-1], last), layer

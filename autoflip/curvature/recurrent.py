@@ -86,8 +86,8 @@ class _GRU(torch.autograd.Function):
 class _Unrolled:
     """Stands in for one module's ``forward``."""
 
-    def __init__(self, module: nn.RNNBase, samples: int, chunk: int, layers: list[Layer]) -> None:
-        self.module, self.samples, self.chunk, self.layers = module, samples, chunk, layers
+    def __init__(self, module: nn.RNNBase, samples: int, layers: list[Layer]) -> None:
+        self.module, self.samples, self.layers = module, samples, layers
         self.fused: Callable[..., Any] = module.forward
 
     def __call__(self, x: Any, hx: Any = None) -> Any:
@@ -123,7 +123,7 @@ class _Unrolled:
         b_ih, b_hh = (effective(kind + suffix) if m.bias else None for kind in ("bias_ih", "bias_hh"))
         if isinstance(m, nn.LSTM):
             biases = [] if b_ih is None else [b_ih, b_hh]
-            outputs, steps = lstm(m, x, start, suffix, (w_ih, w_hh), biases, self.chunk)
+            outputs, steps = lstm(m, x, start, suffix, (w_ih, w_hh), biases)
             self.layers += [] if steps is None else [steps]
             return outputs
         gx = F.linear(x, w_ih, b_ih)
@@ -134,7 +134,7 @@ class _Unrolled:
         for kind, read, written in (("ih", x, gx), ("hh", run.read, gh)):
             if not written.requires_grad:
                 continue
-            layer = Projection(m, read, written, self.chunk)
+            layer = Projection(m, read, written)
             names = (f"weight_{kind}{suffix}", f"bias_{kind}{suffix}")
             layer.params = {name: p for name, p in layer.params.items() if name in names}
             layer.run = run
@@ -143,7 +143,7 @@ class _Unrolled:
 
 
 @contextmanager
-def unrolled(modules: Iterable[nn.Module], samples: int, chunk: int, layers: list[Layer]) -> Iterator[None]:
+def unrolled(modules: Iterable[nn.Module], samples: int, layers: list[Layer]) -> Iterator[None]:
     """Compute LSTMs and GRUs here inside the block, and add their projections to ``layers``."""
     changed: list[Any] = []
     for module in modules:
@@ -154,7 +154,7 @@ def unrolled(modules: Iterable[nn.Module], samples: int, chunk: int, layers: lis
         changed.append(module)
     try:
         for module in changed:
-            module.forward = _Unrolled(module, samples, chunk, layers)
+            module.forward = _Unrolled(module, samples, layers)
         yield
     finally:
         for module in changed:

@@ -21,6 +21,7 @@ from autoflip.ops.grouped import grouped_linear as grouped_linear
 from autoflip.ops.hessian import conv_pull_back as conv_pull_back
 from autoflip.ops.hessian import conv_squares as conv_squares
 from autoflip.ops.hessian import dense_pull_back as dense_pull_back
+from autoflip.ops.hessian import factor_squares as factor_squares
 from autoflip.ops.hessian import rademacher as rademacher
 from autoflip.ops.hessian import sequence_squares as sequence_squares
 from autoflip.ops.hessian import squared_matmul as squared_matmul
@@ -55,7 +56,7 @@ from autoflip.ops.recurrent import recurrent_here as recurrent_here
 
 # softmax
 from autoflip.ops.softmax import deal_rows as deal_rows
-from autoflip.ops.softmax import softmax_draw as softmax_draw
 from autoflip.ops.softmax import softmax_columns as softmax_columns
+from autoflip.ops.softmax import softmax_draw as softmax_draw
 from autoflip.ops.softmax import softmax_factor as softmax_factor
 from autoflip.ops.softmax import softmax_weight as softmax_weight

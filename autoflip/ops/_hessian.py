@@ -127,7 +127,7 @@ def sequence_squares(d: list[Tensor], u: list[Tensor]) -> tuple[Tensor, int]:
     served = backend.serve("sequence_squares", u[0].device)
     kernels = _extension(served, u[0])
     if kernels is not None and served == "cpp":
-        return _sequence_squares(kernels, d, u, columns), full
+        return _sequence_squares(kernels, d, u, columns)
     together = torch.cat(u, 2) if len(u) > 1 else u[0]
     d = [one.to(together.dtype) for one in d]
     if _triton(served, together):
@@ -144,7 +144,7 @@ def sequence_squares(d: list[Tensor], u: list[Tensor]) -> tuple[Tensor, int]:
     return _cuda_conv(kernels, torch.stack(d), image, (p, 1), [1, 1, 1, 1, 0, 0, 1, 1], 1), full
 
 
-def _sequence_squares(kernels: Any, d: list[Tensor], u: list[Tensor], columns: int) -> Tensor:
+def _sequence_squares(kernels: Any, d: list[Tensor], u: list[Tensor], columns: int) -> tuple[Tensor, int]:
     coarse = d[0].dtype == torch.bfloat16 and kernels.multiplies_bf16()
     if d[0].dtype != torch.float32 and not coarse:
         d = [one.float() for one in d]
@@ -155,10 +155,10 @@ def _sequence_squares(kernels: Any, d: list[Tensor], u: list[Tensor], columns: i
     out = u[0].new_empty(o, columns)
     inputs = [(one.data_ptr(), one.shape[2], *one.stride()[:2]) for one in u]
     sizes = (n, o, p, by_sample, by_output, by_position)
-    kernels.sequence_squares(
+    ran = kernels.sequence_squares(
         [one.data_ptr() for one in d], inputs, out.data_ptr(), sizes, coarse, torch.get_num_threads()
     )
-    return out
+    return out, 2 * ran
 
 
 def conv_squares(
@@ -217,6 +217,16 @@ def conv_pull_back(
     sizes = _sizes(d[0], input_size, weight.shape[2:], stride, padding, dilation, groups)
     pointers = ([one.data_ptr() for one in d], weight.data_ptr(), at.data_ptr(), out.data_ptr())
     return out, 2 * kernels.conv_pull_back(*pointers, sizes, torch.get_num_threads())
+
+
+def factor_squares(d: list[Tensor]) -> Tensor:
+    """See hessian.factor_squares."""
+    kernels = _extension(backend.serve("dense_pull_back", d[0].device), d[0])
+    if kernels is None:
+        return reference.factor_squares(torch.stack(d))
+    out = torch.empty_like(d[0])
+    kernels.factor_squares([one.data_ptr() for one in d], out.data_ptr(), out.numel())
+    return out
 
 
 def dense_pull_back(

@@ -67,7 +67,9 @@ def new_streams(kind: int, count: int) -> Coded:
     planes = _PLANES.get(kind, 1)
     size = -(-count // 2) if kind == INT4 else count
     scales = -(-count // coding.BLOCK) if kind in LEVELS else 0
-    return Coded(kind, count, tuple(np.empty((planes, size), np.uint8)), np.empty(scales, np.float32))
+    return Coded(
+        kind, count, tuple(memory.empty_bytes(planes * size).reshape(planes, size)), np.empty(scales, np.float32)
+    )
 
 
 def code(

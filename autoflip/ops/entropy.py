@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoflip.ops import backend
+from autoflip.ops import backend, memory
 from autoflip.ops import reference_entropy as reference
 from autoflip.ops.delta import Array, cpp
 
@@ -93,7 +93,7 @@ def literals(raw: Bytes, limit: int) -> tuple[int | None, memoryview | None]:
     at, threads = ext.address(raw), torch.get_num_threads()
     if not limit:
         return -ext.huffman_encode(at, n, 0, threads, 0), None
-    out = np.empty(ext.huffman_bound(n), np.uint8)
+    out = memory.empty_bytes(ext.huffman_bound(n))
     size = ext.huffman_encode(at, n, limit, threads, ext.address(out))
     return (-size, None) if size < 0 else (size, out[:size].data)
 
@@ -106,7 +106,7 @@ def read_literals(data: Bytes, n: int) -> Array | None:
     """
     if n < 1 << 12 or (ext := cpp()) is None:
         return None
-    out, threads = np.empty(n, np.uint8), torch.get_num_threads()
+    out, threads = memory.empty_bytes(n), torch.get_num_threads()
     return out if ext.huffman_decode(ext.address(data), _length(data), n, threads, ext.address(out)) else None
 
 

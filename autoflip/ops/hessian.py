@@ -19,7 +19,15 @@ from autoflip.ops._hessian import Pair
 from autoflip.ops._hessian_checks import Factors
 from autoflip.ops._hessian_registered import traced
 
-__all__ = ["conv_pull_back", "conv_squares", "dense_pull_back", "rademacher", "sequence_squares", "squared_matmul"]
+__all__ = [
+    "conv_pull_back",
+    "conv_squares",
+    "dense_pull_back",
+    "factor_squares",
+    "rademacher",
+    "sequence_squares",
+    "squared_matmul",
+]
 
 
 def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tensor | None = None) -> Tensor:
@@ -64,7 +72,8 @@ def sequence_squares(d: Factors, u: Tensor | Sequence[Tensor]) -> Tensor:
     Args:
         d: Q tensors ``(N, O, P)`` (or one ``(Q, N, O, P)``), floating: Q factors' gradients at the output of a layer
             that serves P positions. Views of tensors with another order of axes are fine, like ``u``'s. bfloat16
-            beside a float32 ``u``: products round to bfloat16, sums are float32.
+            beside a float32 ``u``: products round to bfloat16, sums are float32, and first and last positions that
+            together are within 2^-12 of the largest, as gradients fade through time, may be left out.
         u: ``(N, P, K)``, dtype and device of ``d``, the layer's input at each position; or several, whose columns count
             as one tensor's side by side.
 
@@ -74,7 +83,7 @@ def sequence_squares(d: Factors, u: Tensor | Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * Q * N * O * P * K`` FLOPs.
+    Cost: ``2 * Q * N * O * P * K`` FLOPs; the C++ kernel skips zeros in first and last positions.
     """
     d = checks.factors("sequence_squares", d, contiguous=False)
     u = [u.detach()] if isinstance(u, Tensor) else [one.detach() for one in u]
@@ -144,6 +153,22 @@ def conv_squares(
     arguments = (d, x, list(kernel_size), list(stride), list(padding), list(dilation), groups, at)
     op = torch.ops.autoflip.conv_squares.default if traced() else _hessian.conv_squares
     return op(*arguments)[0]
+
+
+def factor_squares(d: Factors) -> Tensor:
+    """Return ``sum_q d[q]^2``.
+
+    Args:
+        d: Q tensors of one shape (or one with Q in front), floating.
+
+    Returns:
+        Shape and dtype of a factor.
+
+    Raises:
+        ValueError: they differ in shape or dtype.
+    """
+    d = checks.factors("factor_squares", d)
+    return reference.factor_squares(torch.stack(d)) if traced() else _hessian.factor_squares(d)
 
 
 def dense_pull_back(

@@ -222,6 +222,11 @@ def squared_matmul(d: Tensor, a: Tensor, squared: bool = False) -> Tensor:
     return (d if squared else d.square()).T @ a.square()
 
 
+def factor_squares(d: Tensor) -> Tensor:
+    """``sum_q d[q]^2``."""
+    return d.square().sum(0)
+
+
 def dense_pull_back(d: Tensor, weight: Tensor, gate: Tensor | None = None, squared: bool = False) -> Tensor:
     """``v[q, n] = (d[q, n] @ weight) * (gate[n] > 0)`` for ``d (Q, N, O)``; ``sum_q v[q]^2`` when ``squared``."""
     v = (d.flatten(0, 1) @ weight).view(*d.shape[:2], -1)

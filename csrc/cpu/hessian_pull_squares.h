@@ -1,10 +1,12 @@
-// out[n, k] = sum_q (sum_o d[q][n, o] w[o, k])^2 * (gate[at[n], k] > 0): a dense layer's pull of Q factors, of
-// which only the sum of squares is kept; and the choice between the two pulls.
+// out[n, k] = sum_q (sum_o d[q][n, o] w[o, k])^2 * (gate[at[n], k] > 0): a dense layer's pull of Q factors,
+// of which only the sum of squares is kept; and the choice between the two pulls.
 //
-// Work     a panel of w's columns at a time, which stays in the second-level cache; tiles as in hessian_pull.h.
-// Zeros    rows as there. Of columns, vectors that ReLU has closed for a sample are not made: columns are sorted
-//          by how many samples have them open, since many units are closed for nearly all. (MLP 784-200-200-10,
-//          trained: 58 % of the values are open, 69 % of the sorted vectors, all of the unsorted.)
+// Work     a panel of w's columns at a time, which stays in the second-level cache; tiles as in
+// hessian_pull.h. Zeros    rows as there. Of columns, vectors that ReLU has closed for a sample are not made:
+// columns are sorted
+//          by how many samples have them open, since many units are closed for nearly all. (MLP
+//          784-200-200-10, trained: 58 % of the values are open, 69 % of the sorted vectors, all of the
+//          unsorted.)
 // Threads  each has its own samples, sums have one order: the bits do not depend on the number of threads.
 #pragma once
 #include <algorithm>
@@ -17,10 +19,11 @@ namespace {
 constexpr int64_t kPullPanel = 1 << 17;  // floats of w, 512 KiB
 
 // Sums of Q factors over the `count` rows of u, `ld` floats apart, that the list names; of V vectors of them,
-// whose places are `vectors`. A factor's values at those rows are `stride` apart. Their squares are added to out.
+// whose places are `vectors`. A factor's values at those rows are `stride` apart. Their squares are added to
+// out.
 template <int Q, int V>
-void pull_tile_squares(const float* u, int64_t ld, const int32_t* vectors, const float* values, int64_t stride,
-                       const int32_t* list, int64_t count, Vec* out) {
+void pull_tile_squares(const float* u, int64_t ld, const int32_t* vectors, const float* values,
+                       int64_t stride, const int32_t* list, int64_t count, Vec* out) {
   const float* from[V];
   for (int v = 0; v < V; ++v) from[v] = u + vectors[v] * W;
   Vec sum[Q][V];
@@ -44,7 +47,8 @@ using PullTile = decltype(&pull_tile_squares<1, 1>);
 template <int Q>
 constexpr PullTile kPullTile[] = {pull_tile_squares<Q, 1>, pull_tile_squares<Q, 2>, pull_tile_squares<Q, 3>,
                                   pull_tile_squares<Q, 4>};
-constexpr const PullTile* kPullTiles[] = {  // [factors - 1][vectors - 1]
+constexpr const PullTile* kPullTiles[] = {
+    // [factors - 1][vectors - 1]
     kPullTile<1>, kPullTile<2>, kPullTile<3>,
 #if defined(__AVX512F__)
     kPullTile<4>, kPullTile<5>, kPullTile<6>,
@@ -54,8 +58,8 @@ static_assert(sizeof(kPullTiles) == kMaxRows * sizeof(void*), "one for each numb
 
 // Of one sample: the outputs that are not zero in all factors, and the factors' values there, a factor's from
 // q * stride on. Returns how many there are.
-inline int64_t pull_alive(const float* const* d, int64_t Q, int64_t at, int64_t O, int64_t stride, int32_t* list,
-                          float* values) {
+inline int64_t pull_alive(const float* const* d, int64_t Q, int64_t at, int64_t O, int64_t stride,
+                          int32_t* list, float* values) {
   int64_t count = 0;
 #if defined(__AVX512F__)
   const __m512i step = _mm512_set1_epi32(W);
@@ -151,7 +155,8 @@ int64_t dense_pull_squares(const float* const* d, const float* w, const float* g
           for (int64_t v = 0; v < V; ++v) sums[v] = splat(0.f);
           for (int64_t g = 0; g < parts.groups; ++g) {
             int64_t first = parts.begin(g), here = parts.begin(g + 1) - first;
-            kPullTiles[here - 1][V - 1](u, ld, these, values.get() + first * stride, stride, list.get(), count, sums);
+            kPullTiles[here - 1][V - 1](u, ld, these, values.get() + first * stride, stride, list.get(),
+                                        count, sums);
           }
           alignas(64) float squares[kSquaresVectors * W];
           for (int64_t v = 0; v < V; ++v) store(squares + v * W, sums[v]);

@@ -1,10 +1,11 @@
 // D[o, k] = sum_qn (sum_p d[q][n, o, p] u[n, p, k])^2: a dense layer's squares where a sample has many
 // positions. u's columns may lie in several tensors.
 //
-// Work     per sample: its inputs as panels of a few columns, packed once for all factors, and each factor's
-//          gradients as panels of four vectors of outputs. One times the other stays in registers over all
-//          positions, is squared and added to D; no sample's gradient is ever stored. (A matrix product by
-//          itself writes and reads each of them, as large as the weight.)
+// Work     a few samples at a time: their inputs as panels of a few columns, packed once for all factors, and
+//          each factor's gradients as panels of four vectors of outputs. One times the other stays in
+//          registers over all positions, is squared and added to D; no sample's gradient is ever stored. (A
+//          matrix product by itself writes and reads each of them, as large as the weight.) Those samples'
+//          inputs and a panel of D share the second-level cache, so D comes by once for all of them.
 // Threads  each owns panels of outputs: sums have one order, the bits do not depend on their number.
 #pragma once
 #include <omp.h>
@@ -20,6 +21,8 @@ namespace {
 
 using autoflip::StepsInput;
 using autoflip::StepsShape;
+
+constexpr int64_t kStepsFloats = 1 << 17;  // inputs packed at once, 512 KiB
 
 // One sample's outputs [first, first + width) as words [p][kPanel], zeros behind the last.
 inline void steps_outputs(const float* d, const StepsShape& s, int64_t first, int64_t width, float* to,
@@ -68,6 +71,34 @@ inline void steps_columns(const StepsInput* u, const StepsShape& s, int64_t n, i
   }
 }
 
+// Words of a panel that matter. Gradients fade on their way back through time: the outer ones, so small that
+// all of them together are within the rounding of the largest, are left out; in float32 only zeros are.
+struct StepsSpan {
+  int64_t first, count;
+};
+
+template <class E>
+inline StepsSpan steps_span(const float* panel, int64_t words, float* sizes) {
+  float largest = 0.f;
+  for (int64_t j = 0; j < words; ++j) {
+    uint32_t most = 0;
+    for (int64_t c = 0; c < kPanel; ++c) {
+      uint32_t word;
+      std::memcpy(&word, panel + j * kPanel + c, sizeof word);
+      uint32_t size = E::size(word);
+      most = size > most ? size : most;
+    }
+    if (most >= 0x7f800000u) return {0, words};  // Inf or NaN
+    std::memcpy(sizes + j, &most, sizeof most);
+    largest = sizes[j] > largest ? sizes[j] : largest;
+  }
+  int64_t first = 0, last = words;
+  float left = E::kNegligible * largest;
+  while (first < last && sizes[first] <= left) left -= sizes[first++];
+  while (first < last && sizes[last - 1] <= left) left -= sizes[--last];
+  return {first, last - first};
+}
+
 // D += (panel of columns * panel of outputs)^2
 template <class E, int V>
 inline void steps_square(const float* outputs, const float* columns, int64_t words, float* D) {
@@ -86,28 +117,35 @@ int64_t squares_of_steps(const Value* const* d, const StepsInput* u, float* out,
   for (int64_t i = 0; i < s.inputs; ++i) columns += u[i].columns;
   int64_t tiles = (s.outputs + kPanel - 1) / kPanel, panels = (columns + kMaxRows - 1) / kMaxRows;
   int64_t words = (s.positions + E::kValues - 1) / E::kValues;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  int64_t one = panels * kMaxRows, size = padded(one * words);  // a sample's columns, and their words
+  int64_t together = least(s.samples, most(1, kStepsFloats / size));
+  int64_t ran = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : ran) if (threads > 1)
   {
     int64_t own = omp_get_thread_num(), all = omp_get_num_threads();
     int64_t first = tiles * own / all, count = tiles * (own + 1) / all - first;
-    int64_t one = panels * kMaxRows;
-    std::unique_ptr<float[]> memory(
-        new float[padded(one * words) + padded(2 * one) + words * kPanel + count * one * kPanel + kAlign]);
-    float *to_u = aligned(memory.get()), *row = to_u + padded(one * words), *to_d = row + padded(2 * one),
-          *D = to_d + words * kPanel;
+    std::unique_ptr<float[]> memory(new float[together * size + padded(2 * one) + words * (kPanel + 1) +
+                                              kAlign + count * one * kPanel + kAlign]);
+    float *to_u = aligned(memory.get()), *row = to_u + together * size, *to_d = row + padded(2 * one),
+          *sizes = to_d + words * kPanel, *D = sizes + padded(words);
     std::memset(D, 0, sizeof(float) * count * one * kPanel);
-    for (int64_t n = 0; n < s.samples && count > 0; ++n) {
-      steps_columns<E>(u, s, n, panels, row, to_u);
+    for (int64_t from = 0; from < s.samples && count > 0; from += together) {
+      int64_t some = least(together, s.samples - from);
+      for (int64_t n = 0; n < some; ++n) steps_columns<E>(u, s, from + n, panels, row, to_u + n * size);
       for (int64_t t = 0; t < count; ++t) {
         int64_t begin = (first + t) * kPanel, width = least(kPanel, s.outputs - begin);
-        for (int64_t q = 0; q < s.factors; ++q) {
-          steps_outputs(d[q] + n * s.d_sample, s, begin, width, to_d, E());
-          for (int64_t i = 0; i < panels; ++i) {
-            float* sums = D + (t * one + i * kMaxRows) * kPanel;
+        for (int64_t i = 0; i < some * s.factors; ++i) {
+          int64_t n = i / s.factors;
+          steps_outputs(d[i % s.factors] + (from + n) * s.d_sample, s, begin, width, to_d, E());
+          StepsSpan span = steps_span<E>(to_d, words, sizes);
+          ran += least(span.count * E::kValues, s.positions) * width * columns;
+          for (int64_t p = 0; p < panels && span.count > 0; ++p) {
+            const float* these = to_u + n * size + (p * words + span.first) * kMaxRows;
+            float* sums = D + (t * one + p * kMaxRows) * kPanel;
             if (width > W)
-              steps_square<E, 4>(to_d, to_u + i * words * kMaxRows, words, sums);
+              steps_square<E, 4>(to_d + span.first * kPanel, these, span.count, sums);
             else
-              steps_square<E, 1>(to_d, to_u + i * words * kMaxRows, words, sums);
+              steps_square<E, 1>(to_d + span.first * kPanel, these, span.count, sums);
           }
         }
       }
@@ -118,7 +156,7 @@ int64_t squares_of_steps(const Value* const* d, const StepsInput* u, float* out,
         for (int64_t k = 0; k < columns; ++k) out[(begin + o) * columns + k] = D[(t * one + k) * kPanel + o];
     }
   }
-  return s.factors * s.samples * s.outputs * s.positions * columns;
+  return ran;
 }
 
 }  // namespace

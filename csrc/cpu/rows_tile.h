@@ -13,10 +13,12 @@ constexpr int64_t kPanel = 4 * W;  // columns of a panel, words next to each oth
 
 struct Floats {
   using In = Vec;
-  static constexpr int64_t kValues = 1;  // of a word
+  static constexpr int64_t kValues = 1;      // of a word
+  static constexpr float kNegligible = 0.f;  // what a sum's terms may lack together, of the largest
   static In panel(const float* words) { return load(words); }
   static In row(const float* word) { return splat(*word); }
   static Vec mad(In a, In b, Vec c) { return fma(a, b, c); }
+  static uint32_t size(uint32_t word) { return word & 0x7fffffffu; }  // as a float's bits, which sort like it
   static void words(float*, int64_t) {}
 };
 
@@ -47,6 +49,7 @@ inline void pair_up(const uint16_t* first, const uint16_t* second, int64_t count
 struct Halves {
   using In = __m512bh;
   static constexpr int64_t kValues = 2;
+  static constexpr float kNegligible = 1.f / 4096;  // an eighth of the largest's own rounding
   static In cast(__m512i bits) { return reinterpret_cast<In>(bits); }
   static In panel(const float* words) { return cast(_mm512_loadu_si512(words)); }
   static In row(const float* word) {
@@ -55,6 +58,10 @@ struct Halves {
     return cast(_mm512_set1_epi32(bits));
   }
   static Vec mad(In a, In b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
+  static uint32_t size(uint32_t word) {
+    uint32_t first = word << 16 & 0x7fff0000u, second = word & 0x7fff0000u;
+    return first > second ? first : second;
+  }
   // Two rows of floats, one behind the other, become one of words where the first stands.
   static void words(float* rows, int64_t count) {
     for (int64_t i = 0; i < count; i += W) {  // a vector of both rows is read before its words are written

@@ -1,7 +1,7 @@
 // Softmax's second derivative at the output of a network, scale (diag p - p p^T), row by row: a draw by its
-// Cholesky factor with the likeliest class first (Tanabe and Sagae, 1992), that factor, and its trace. A few hundred rows
-// of a few classes: one pass in double precision takes as long as one call of a tensor library, which would
-// make twenty.
+// Cholesky factor with the likeliest class first (Tanabe and Sagae, 1992), that factor, and its trace. A few
+// hundred rows of a few classes: one pass in double precision takes as long as one call of a tensor library,
+// which would make twenty.
 #pragma once
 #include <cstdint>
 
