@@ -172,32 +172,32 @@ void gradient(Layout layout, const int32_t* index, int64_t kept, const float* x,
   const int64_t x_full = x_images.full_width(), x_map = x_images.full_height() * x_full * kVector;
   const int64_t dy_full = dy_images.full_width(), dy_map = dy_images.full_height() * dy_full * kVector;
   const int64_t tall = ceil_div(height, kTall), wide = ceil_div(width, kWide);
-  const auto begin = [&](int64_t t) { return t < cells ? layout.table[t * kTable + 1] : kept; };
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t part = 0; part < threads; ++part) {
-    const int64_t from = cells * part / threads, to = cells * (part + 1) / threads;
-    for (int64_t i = begin(from); i < begin(to); ++i) scratch[i] = 0;
-    // all cells at one tile before the next: a tile of dy comes from the second-level cache but for the first
-    for (int64_t s = 0; s < ceil_div(x_images.n, kVector) * tall * wide; ++s) {
-      const int64_t g = s / (tall * wide), high = s / wide % tall, across = s % wide;
-      const int64_t line = high * height / tall, column = across * width / wide;
-      const int64_t dy_at = (dy_images.pad_height + line) * dy_full + dy_images.pad_width + column;
-      for (int64_t t = from; t < to; ++t) {
-        const Tile tile = {
-            dy + (g * layout.rows + t / chunks * layout.block) * dy_map + dy_at * kVector,
-            x + (g * x_images.channels + t % chunks * step) * x_map + (line * x_full + column) * kVector,
-            dy_map,
-            dy_full * kVector,
-            x_full * kVector,
-            (high + 1) * height / tall - line,
-            (across + 1) * width / wide - column};
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+  for (int64_t t = 0; t < cells; ++t) {
+    const int64_t begin = layout.table[t * kTable + 1],
+                  end = t + 1 < cells ? layout.table[(t + 1) * kTable + 1] : kept;
+    for (int64_t i = begin; i < end; ++i) scratch[i] = 0;
+    for (int64_t g = 0; g < ceil_div(x_images.n, kVector); ++g) {
+      const float* x_at = x + (g * x_images.channels + t % chunks * step) * x_map;
+      const float* dy_at = dy + (g * layout.rows + t / chunks * layout.block) * dy_map +
+                           (dy_images.pad_height * dy_full + dy_images.pad_width) * kVector;
+      for (int64_t s = 0; s < tall * wide; ++s) {
+        const int64_t line = s / wide * height / tall, lines = (s / wide + 1) * height / tall - line;
+        const int64_t column = s % wide * width / wide, columns = (s % wide + 1) * width / wide - column;
+        const Tile tile = {dy_at + (line * dy_full + column) * kVector,
+                           x_at + (line * x_full + column) * kVector,
+                           dy_map,
+                           dy_full * kVector,
+                           x_full * kVector,
+                           lines,
+                           columns};
         Runs runs = runs_at(layout, t, scratch);
         each_pattern<0, kPatterns>(layout, t, runs, [&](auto p, Runs& found) AF_LAMBDA {
           sample_tile<p.value>(found, tile, scratch, scratch);
         });
       }
     }
-    for (int64_t i = begin(from); i < begin(to); ++i) dw[index[i]] = scratch[i];
+    for (int64_t i = begin; i < end; ++i) dw[index[i]] = scratch[i];
   }
 }
 
