@@ -183,3 +183,21 @@ def test_a_trace_is_the_diagonal_summed():
     diagonal = curvature.hessian_diagonal(model, F.cross_entropy, batch, 5, 1, method="hutchinson")
     sums = {name: d.sum().item() for name, d in diagonal.items()}
     assert trace.by_parameter == pytest.approx(sums, rel=1e-9, abs=1e-12)
+
+
+class _Overwritten(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        read = x.clone()
+        y = self.first(read)
+        read.mul_(2)
+        return self.second(y)
+
+
+def test_an_input_that_is_overwritten_is_an_error():
+    batch = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        curvature.hessian_trace(_Overwritten(), F.cross_entropy, batch, 2, method="hutchinson")

@@ -123,6 +123,7 @@ class _Recorder(TorchDispatchMode):
         self.nodes: list[Node] = []
         self.read: list[tuple[Tensor, int]] = []
         self.fresh: list[Tensor] = []
+        self.kept: set[int] = set()  # storages that rules read
         self.count = len(params)
         for p in params.values():
             self._hold(p)
@@ -132,6 +133,8 @@ class _Recorder(TorchDispatchMode):
         self.settle()
         moving = [t for t in _tensors((args, kwargs)) if _key(t) in self.values]
         if not moving:
+            if func._schema.is_mutable and any(_place(t) in self.kept for t in _tensors((args, kwargs))):
+                raise _UnknownError  # what a rule reads changes: double backward says so
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name == "detach":  # autograd keeping an output for later; the user's stop at _Stops
@@ -163,6 +166,7 @@ class _Recorder(TorchDispatchMode):
     def settle(self) -> None:
         """Note the versions of what the last operation keeps: autograd counts an operation in place after it ran."""
         self.read += [(t, t._version) for t in self.fresh]
+        self.kept.update(map(_place, self.fresh))
         self.fresh = []
 
     def _value(self, operand: Any) -> int | None:
