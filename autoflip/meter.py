@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cost", "count_flops", "machine", "measure", "synchronise"]
+__all__ = ["Cost", "count_flops", "layer_flops", "machine", "measure", "synchronise"]
 
 _OPEN: ContextVar[tuple[Cost, ...]] = ContextVar("autoflip_open_costs", default=())
 
@@ -65,6 +68,36 @@ def count_flops(work: Callable[[], Any]) -> int:
     with _counter() as counter:
         work()
     return int(counter.get_total_flops())
+
+
+def layer_flops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """Return weight name -> FLOPs that Linear, convolution or RNN weight costs in the forward pass of one example.
+
+    ``2 * entries * places``: places are a convolution's output positions, a sequence's steps, 1 otherwise. Weights
+    that do not run are missing; a layer that runs twice counts twice.
+
+    Args:
+        model: it runs once, on a copy, in evaluation mode.
+        example: inputs of a small batch.
+    """
+    twin, found = copy.deepcopy(model).eval(), Counter[str]()
+
+    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def add(layer: nn.Module, _: Any, output: Any) -> None:
+            y = output[0] if isinstance(output, tuple) else output
+            places = y.numel() // (y.shape[1 if isinstance(layer, _ConvNd) else -1] * len(example))
+            for name, weight in layer.named_parameters(path, recurse=False):
+                if weight.ndim >= 2:
+                    found[name] += 2 * weight.numel() * places
+
+        return add
+
+    for path, layer in twin.named_modules():
+        if isinstance(layer, (nn.Linear, _ConvNd, nn.RNNBase)):
+            layer.register_forward_hook(watch(path))
+    with torch.no_grad():
+        twin(example)
+    return dict(found)
 
 
 @contextmanager

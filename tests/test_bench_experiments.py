@@ -74,6 +74,16 @@ def test_marks_take_the_median_over_rows_and_name_those_that_miss_one(tmp_path):
     assert curves[2].split(" | ")[4:] == ["-40.5 ± 0.5", "+0.0 ± 0.0 |"]
 
 
+def test_a_variant_of_a_variant_is_compared_with_that_variant():
+    def runs(accuracy):
+        costs = {"flops": [1, 2], "bytes": [1, 2]}
+        return {seed: {"curve": {"accuracy": [0.1, accuracy + 0.01 * seed], **costs}} for seed in (0, 1)}
+
+    found = {("row", "autoflip"): runs(0.5), ("row", "autoflip+a"): runs(0.4), ("row", "autoflip+a+b"): runs(0.7)}
+    assert table.paired(found, "autoflip+a")["final"] == pytest.approx((-0.1, 0.0))
+    assert table.paired(found, "autoflip+a+b")["final"] == pytest.approx((0.3, 0.0))
+
+
 def test_no_marks_without_results(tmp_path):
     assert not marks.summary(tmp_path)
     assert not marks.reachable(tmp_path)

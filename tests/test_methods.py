@@ -313,6 +313,17 @@ def test_a_budget_that_nothing_fits_gives_the_smallest_model():
     assert channels_within(lambda share: (share, share), 0.0, 0.0, 0.7) == 0.7
 
 
+def test_channels_that_cost_flops_go_first_unless_told_otherwise_or_in_a_model_with_norms():
+    def kept(*settings):
+        masks = fed.run(_config("fed.against=none", "fed.rounds=2", "prune.round_to=1", *settings)).masks
+        return [int(masks[name].flatten(1).any(1).sum()) for name in masks if masks[name].ndim == 4]
+
+    plain = kept("prune.flops_exponent=0")
+    assert sum(kept("prune.flops_exponent=0.5")) < sum(kept()) < sum(plain)
+    normed = ["model.name=resnet8-group", "data.samples_per_client=32"]
+    assert kept(*normed) == kept(*normed, "prune.flops_exponent=0") != kept(*normed, "prune.flops_exponent=0.5")
+
+
 def test_a_narrow_model_keeps_more_of_its_channels_unless_told_otherwise():
     from autoflip.fed.budget import usual_share
     from autoflip.fed.models import build

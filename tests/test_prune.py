@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nets import BUILDERS, TwoCnn, build
 from torch import nn
 
-from autoflip import prune
+from autoflip import meter, prune
 from autoflip.groups import find_groups
 from autoflip.masks import MaskSet
 from autoflip.nn.compact import compact
@@ -286,3 +286,27 @@ def test_inputs_are_ranked_by_what_is_left_of_their_columns():
     assert bool(shielded["1.weight"].all())
     with pytest.raises(ValueError, match="inputs is 0"):
         prune.hybrid(model, scores, inputs=0)
+
+
+def test_channels_that_cost_more_flops_go_first():
+    model = image_model()
+    scores = {name: torch.ones_like(s) for name, s in scores_of(model).items()}  # no channel is better than another
+    for name in scores:
+        scores[name] += torch.rand(scores[name].shape, generator=torch.Generator().manual_seed(0))
+    flops = meter.layer_flops(model, torch.zeros(2, 1, 8, 8))
+    assert flops["0.weight"] == 2 * model[0].weight.numel() * 36
+
+    def kept(exponent):
+        masks = prune.hybrid(model, scores, 1, 0.5, round_to=1, flops=flops, flops_exponent=exponent)
+        small = compact(model, masks=masks)
+        x = torch.zeros(2, 1, 8, 8)
+        return small[0].out_channels + small[2].out_channels, meter.count_flops(lambda: small(x))
+
+    convs, spent = zip(*(kept(e) for e in (0, 0.1, 1.0)), strict=True)
+    assert convs[0] > convs[1] >= convs[2]
+    assert spent[0] > spent[1] >= spent[2]
+    assert kept(0)[0] == kept(1e-9)[0]
+    with pytest.raises(ValueError, match=r"above 0, flops=meter.layer_flops\(model, example\)"):
+        prune.hybrid(model, scores, flops_exponent=0.5)
+    with pytest.raises(ValueError, match="flops_exponent is 2"):
+        prune.hybrid(model, scores, flops=flops, flops_exponent=2)

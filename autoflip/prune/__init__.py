@@ -92,6 +92,8 @@ def hybrid(
     round_to: int | str | None = None,
     protect: Iterable[str] = (),
     groups: Groups | None = None,
+    flops: Mapping[str, float] | None = None,
+    flops_exponent: float = 0.0,
 ) -> MaskSet:
     """Remove whole channels first, then single weights inside what is left.
 
@@ -119,6 +121,9 @@ def hybrid(
             0.20, 32 0.28, 40 0.49, 48 0.59). Xeon (Sapphire Rapids), bench/bench_compact.py.
         protect: layers (names as in ``named_modules()``) that keep all units and all weights of what is left.
         groups: the model's groups, to save finding them again.
+        flops: weight name -> what it costs, see :func:`autoflip.meter.layer_flops`; missing: nothing.
+        flops_exponent: power of a channel's FLOPs per weight, against the mean of all channels, by which its score is
+            divided, in [0, 1]: 0 ranks what its weights bring, 1 what they bring per FLOP.
 
     Returns:
         Masks of all covered weights, and of the other tensors that lost a channel. Every remaining row of
@@ -131,12 +136,19 @@ def hybrid(
     _share("density", density)
     _share("channels", channels)
     _share("inputs", inputs)
+    if not isinstance(flops_exponent, Real) or not 0 <= flops_exponent <= 1 or (flops_exponent and not flops):
+        raise ValueError(
+            f"hybrid: flops_exponent is {flops_exponent!r} and flops names {len(flops or ())} weights; wanted a power "
+            "in [0, 1] and, above 0, flops=meter.layer_flops(model, example)"
+        )
     covered = _weights(model, "hybrid")
     scores = _checked(covered, scores)
     _check_block(block, covered)
     shielded = _protected(covered, protect)
     groups = find_groups(model) if groups is None else groups
-    removed = choose_units(groups, scores, channels, _steps(model, groups, round_to), shielded)
+    removed = choose_units(
+        groups, scores, channels, _steps(model, groups, round_to), shielded, flops, flops_exponent
+    )
     removed |= choose_inputs(groups, scores, removed, inputs, shielded)
     state = model.state_dict()
     touched = {axis.tensor for axis in groups.axes if bool(removed[axis.units].any())}

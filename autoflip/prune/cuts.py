@@ -19,6 +19,8 @@ def choose_units(
     channels: float,
     steps: Mapping[str, tuple[int, int]],
     protect: Collection[str],
+    flops: Mapping[str, float] | None = None,
+    exponent: float = 0.0,
 ) -> Tensor:
     """Return ``(units,)``, bool: the units to remove so that a share of ``channels`` stays.
 
@@ -28,6 +30,8 @@ def choose_units(
         channels: kept share of the removable units of layers that are not protected, in (0, 1].
         steps: layer -> the multiple to which its kept channels are rounded, and the one for less than 3/4 of that.
         protect: layers that keep every unit.
+        flops: weight name -> FLOPs of its layer; missing: 0.
+        exponent: power of a unit's FLOPs per weight, against the mean of all, by which its score is divided.
     """
     removed = torch.zeros(len(groups), dtype=torch.bool)
     layers = {layer: units for layer, units in groups.by_layer().items() if layer.partition(":")[0] not in protect}
@@ -35,6 +39,8 @@ def choose_units(
     if channels == 1 or not count:
         return removed
     value = _unit_scores(groups, scores)
+    if flops and exponent:
+        value = value / _unit_flops(groups, flops, scores) ** exponent
     order = {layer: units[value[units].argsort(descending=True, stable=True)] for layer, units in layers.items()}
     width = {layer: groups.width(layer) for layer in layers}  # channels per unit
     floor = {layer: _at_least(len(units), width[layer]) for layer, units in layers.items()}
@@ -203,3 +209,15 @@ def _unit_scores(groups: Groups, scores: Mapping[str, Tensor]) -> Tensor:
             total += torch.zeros(len(groups)).index_add_(0, axis.units, slices) / counts.clamp(min=1)
             parts += counts > 0
     return total / parts.clamp(min=1)
+
+
+def _unit_flops(groups: Groups, flops: Mapping[str, float], scores: Mapping[str, Tensor]) -> Tensor:
+    """Return ``(units,)``: FLOPs per weight that a unit owns, over the mean of the units that cost anything."""
+    spent, owned = torch.zeros(len(groups)), torch.zeros(len(groups))
+    for axis in groups.axes:
+        if axis.tensor in flops and axis.tensor in scores:
+            counts = torch.bincount(axis.units, minlength=len(groups)) / len(axis.units)
+            spent += counts * flops[axis.tensor]
+            owned += counts * scores[axis.tensor].numel()
+    each = spent / owned.clamp(min=1)
+    return torch.where(each > 0, each / each[each > 0].mean(), 1.0)

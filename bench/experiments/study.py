@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import ROWS, SCALED
 from table import client_seconds, cpu_seconds, same, timed, to_target, told
-from variants import PATCHES, VARIANTS
+from variants import ALIKE, PATCHES, VARIANTS
 
 from autoflip import fed
 from autoflip.report.runs import curve_of
@@ -30,7 +30,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 def run_one(row: str, variant: str, seed: int, root: str, known: dict) -> dict:
     """Return the entry of one run: its configuration and its curve."""
-    overrides = [*SCALED, *ROWS[row], "fed.against=none", *VARIANTS[variant], f"fed.seed={seed}", f"data.root={root}"]
+    fixed = [*SCALED, *ROWS[row], *ALIKE, "fed.against=none", f"fed.seed={seed}", f"data.root={root}"]
+    overrides = [*fixed, *VARIANTS[variant]]
     config = fed.Config.load(overrides=overrides)
     if known and same(known["config"], config):
         return known

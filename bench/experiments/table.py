@@ -38,7 +38,7 @@ def same(stored: dict, config: fed.Config) -> bool:
         both = [told(fed.Config.from_dict(stored)), told(config)]
         if config.fed.method != "autoflip":  # nobody else asks how far clients agree, or removes channels
             for one in both:
-                del one["explore"]["agreement"], one["prune"]["channels"]
+                del one["explore"]["agreement"], one["prune"]["channels"], one["prune"]["flops_exponent"]
         return both[0] == both[1]
     except fed.ConfigError:  # a key or a value that is no more
         return False
@@ -135,6 +135,8 @@ def table(folder: Path, rows: list[str] | None = None) -> str:
 def paired(found: dict[tuple[str, str], dict[int, dict]], name: str) -> dict | None:
     """Return how a variant (``method+tag``) differs from its method over all rows and seeds that both have.
 
+    ``method+tag+other`` is compared with ``method+tag``.
+
     Returns:
         None where there are fewer than two pairs; else ``pairs``, and (mean, standard error) of ``final`` and ``last``
         (difference of accuracy at the end, and of the mean of the last five evaluations), ``flops`` and ``bytes``
@@ -142,7 +144,7 @@ def paired(found: dict[tuple[str, str], dict[int, dict]], name: str) -> dict | N
     """
     columns: dict[str, list[float]] = {"final": [], "last": [], "flops": [], "bytes": []}
     for row, seed in ((row, seed) for (row, other), runs in found.items() if other == name for seed in runs):
-        if (whole := found.get((row, name.partition("+")[0]), {}).get(seed)) is None:
+        if (whole := found.get((row, name.rpartition("+")[0]), {}).get(seed)) is None:
             continue
         mine, theirs = found[row, name][seed]["curve"], whole["curve"]
         last = [statistics.mean(curve["accuracy"][-5:]) for curve in (mine, theirs)]

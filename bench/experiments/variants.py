@@ -11,6 +11,7 @@ from autoflip.fed import downlink
 DENSE = ["prune.channels=1", "wire.values=fp32", "wire.downlink=fp32"]
 PLAIN = ["server.optimizer=none", "server.average=0"]  # the clients' mean, as FedAvg has it
 
+ALIKE = ["prune.flops_exponent=0"]  # what every one of them has: the parts are told apart as if all channels cost alike
 VARIANTS: dict[str, list[str]] = {
     "fedavg": ["fed.method=fedavg"],
     "fedavg, lr / 2": ["fed.method=fedavg", "train.lr=0.05"],

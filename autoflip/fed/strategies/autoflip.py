@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from autoflip import prune
+from autoflip import meter, prune
 from autoflip.explore import Sums, rank
 from autoflip.fed.budget import channels_within, cost_of, usual_share
 from autoflip.fed.config import Config
@@ -36,6 +36,7 @@ class AutoFlip(Strategy):
         self._groups = find_groups(model)
         self._normalised = has_norms(model)
         self._share = config.prune.channels or usual_share(self._groups)
+        self._flops = {} if example is None else meter.layer_flops(model, example)
 
     def ask(self, round_number: int) -> Ask:
         """Explore first, then train."""
@@ -54,6 +55,15 @@ class AutoFlip(Strategy):
         if not round_number:
             return 1.0
         return self.config.prune.lr_factor or (2.0 if self._normalised else 1.0)
+
+    def flops_exponent(self) -> float:
+        """As configured; else 0.05, and 0 in a model with normalisation layers, where it was not tried.
+
+        Scores within a layer lie close together, so that little decides between layers. Where all weights cost as
+        much, as in an MLP or an LSTM, it decides nothing.
+        """
+        exponent = self.config.prune.flops_exponent
+        return exponent if exponent >= 0 else 0.0 if self._normalised else 0.05
 
     def may_prune(self, state: ServerState) -> bool:
         """Until the schedule has reached its end."""
@@ -128,6 +138,8 @@ class AutoFlip(Strategy):
             block=(block[0], block[1]) if block else None,
             round_to=self.config.prune.round_to or None,
             groups=self._groups,
+            flops=self._flops,
+            flops_exponent=self.flops_exponent() if self._flops else 0.0,
         )
 
     def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
