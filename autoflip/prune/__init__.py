@@ -146,9 +146,7 @@ def hybrid(
     _check_block(block, covered)
     shielded = _protected(covered, protect)
     groups = find_groups(model) if groups is None else groups
-    removed = choose_units(
-        groups, scores, channels, _steps(model, groups, round_to), shielded, flops, flops_exponent
-    )
+    removed = choose_units(groups, scores, channels, _steps(model, groups, round_to), shielded, flops, flops_exponent)
     removed |= choose_inputs(groups, scores, removed, inputs, shielded)
     state = model.state_dict()
     touched = {axis.tensor for axis in groups.axes if bool(removed[axis.units].any())}
