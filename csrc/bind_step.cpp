@@ -14,27 +14,17 @@ struct Plan {
   uintptr_t layout;
   int64_t chunk, rows, cols, values;  // values: floats of the copy of the kept weights, 0: none
   int height;                         // rows of a block; 0: the mask has none; -1: kernels for few samples
-  PyObject* owner;                    // keeps the layout alive
+  py::object owner;                   // keeps the layout alive
 };
 constexpr int kFew = -1;
 
-void free_plan(PyObject* capsule) {
-  Plan* plan = static_cast<Plan*>(PyCapsule_GetPointer(capsule, nullptr));
-  Py_XDECREF(plan->owner);
-  delete plan;
-}
-
 py::object make_plan(uintptr_t layout, int64_t chunk, int64_t rows, int64_t cols, int64_t values, int height,
                      py::object owner) {
-  return py::reinterpret_steal<py::object>(PyCapsule_New(
-      new Plan{layout, chunk, rows, cols, values, height, owner.release().ptr()}, nullptr, free_plan));
+  return capsule(new Plan{layout, chunk, rows, cols, values, height, owner});
 }
 
-// the functions that serve every other case, given once
-PyObject *otherwise_forward, *otherwise_backward;
-
 // A job is (relu, parts, what makes the weight's gradient or None, plan or None).
-constexpr Py_ssize_t kPlan = 3;
+constexpr Py_ssize_t kGradient = 2, kPlan = 3;
 
 // a new tensor like `t`, of one or (cols > 0) two dimensions
 py::object empty(PyObject* t, int64_t rows, int64_t cols) {
@@ -75,8 +65,9 @@ PyObject* forward_here(const Plan& p, PyObject* ctx, PyObject* x, PyObject* weig
 }
 
 PyObject* backward_here(const Plan& p, PyObject* ctx, PyObject* dy, PyObject* x, PyObject* weight,
-                        PyObject* const* needs, PyObject* gradient) {
+                        PyObject* const* needs, PyObject* job) {
   const int64_t n = rows_of(dy);
+  PyObject* gradient = PyTuple_GET_ITEM(job, kGradient);
   py::object dx = py::none(), dw = py::none(), db = py::none();
   if (needs[0] == Py_True) dx = empty(dy, n, p.cols);
   if (needs[1] == Py_True)
@@ -96,47 +87,13 @@ PyObject* backward_here(const Plan& p, PyObject* ctx, PyObject* dy, PyObject* x,
   return PyTuple_Pack(4, dx.ptr(), dw.ptr(), db.ptr(), Py_None);
 }
 
-// (ctx, x, weight, bias or None, job) -> y
-PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  const Plan* plan = plan_of<Plan>(args[4], kPlan);
-  if (!plan || !contiguous(args[1]) || !contiguous(args[2]) || (args[3] != Py_None && !contiguous(args[3])))
-    return PyObject_Vectorcall(otherwise_forward, args, size_t(n), nullptr);
-  return guarded([&] { return forward_here(*plan, args[0], args[1], args[2], args[3], args[4]); });
-}
-
-// (ctx, dy) -> dx, dw, db, None
-PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  return guarded([&]() -> PyObject* {
-    PyObject *ctx = args[0], *dy = args[1];
-    const py::object job = get(ctx, names.job);
-    const Plan* plan = plan_of<Plan>(job.ptr(), kPlan);
-    if (plan && is(PyObject_CallNoArgs(torch.grad_enabled), Py_False) && quiet() && ordinary(dy) &&
-        contiguous(dy)) {
-      const py::object needs = get(ctx, names.needs);
-      const py::object saved = get(ctx, names.saved);
-      PyObject *x = PyTuple_GET_ITEM(saved.ptr(), 0), *weight = PyTuple_GET_ITEM(saved.ptr(), 1);
-      PyObject* const* need = &PyTuple_GET_ITEM(needs.ptr(), 0);
-      // what hooks on saved tensors bring back may lie otherwise
-      if ((need[0] == Py_True || need[1] == Py_True) && contiguous(x) && contiguous(weight))
-        return backward_here(*plan, ctx, dy, x, weight, need, PyTuple_GET_ITEM(job.ptr(), 2));
-    }
-    return PyObject_Vectorcall(otherwise_backward, args, size_t(n), nullptr);
-  });
-}
-
-PyMethodDef forward_def = {"masked_step_forward",
-                           reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)),
-                           METH_FASTCALL, nullptr};
-PyMethodDef backward_def = {"masked_step_backward",
-                            reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)),
-                            METH_FASTCALL, nullptr};
-
-py::tuple steps(py::object forward, py::object backward) {
-  otherwise_forward = forward.release().ptr();
-  otherwise_backward = backward.release().ptr();
-  return py::make_tuple(owned(PyCFunction_New(&forward_def, nullptr)),
-                        owned(PyCFunction_New(&backward_def, nullptr)));
-}
+struct Here {
+  using Plan = autoflip::Plan;
+  static constexpr Py_ssize_t kPlan = autoflip::kPlan;
+  static constexpr const char *kForward = "masked_step_forward", *kBackward = "masked_step_backward";
+  static constexpr auto forward = forward_here;
+  static constexpr auto backward = backward_here;
+};
 
 }  // namespace
 
@@ -146,7 +103,7 @@ void bind_step(py::module_& m) {
       "what masked_steps' functions need of a mask: its layout, chunk, rows, columns, floats of the copy of "
       "its kept weights (or 0), rows of its blocks (0: none, -1: the layout is masked_few_bits'), what keeps "
       "the layout alive");
-  m.def("masked_steps", steps,
+  m.def("masked_steps", Step<Here>::make,
         "forward(ctx, x, weight, bias, job) and backward(ctx, dy) of an autograd function, for jobs with a "
         "plan "
         "and contiguous tensors; takes what to call in all other cases");

@@ -1,14 +1,15 @@
 """A masked convolution's training step in the extension, and what it hands back to Python: the same gradients."""
 
 import copy
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import check_modes, check_step, counted
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip import nn
 from autoflip.ops import _masked_conv, _masked_weight
@@ -38,11 +39,7 @@ def layer(request):
 @pytest.fixture
 def python(monkeypatch):
     """Count the passes that went to Python."""
-    calls = []
-    for name in ("cpu_forward", "cpu_backward"):
-        kernel = getattr(_masked_conv, name)
-        monkeypatch.setattr(_masked_conv, name, lambda *a, kernel=kernel, **k: calls.append(kernel) or kernel(*a, **k))
-    return calls
+    return counted(monkeypatch, _masked_conv)
 
 
 def tensors(batch=BATCH):
@@ -56,23 +53,8 @@ def again(layer, x):
 
 
 def check(layer, x, dy, wanted="xwb"):
-    """Compare y and the ``wanted`` gradients with float64's."""
-    leaves = {"x": x, "w": layer.weight, "b": layer.bias}
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(name in wanted).grad = None
-    y = layer(x)
-    y.backward(dy)
-    copies = {n: t.detach().double().requires_grad_() for n, t in leaves.items()}
-    want = F.conv2d(copies["x"], torch.where(layer.weight_mask, copies["w"], 0), copies["b"], padding=1)
-    want.backward(dy.double())
-    torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-4)  # float32 sums of at most 441 terms of size 1
-    for name, leaf in leaves.items():
-        assert (leaf.grad is not None) == (name in wanted)
-        if name in wanted:
-            assert leaf.grad.dtype == torch.float32
-            torch.testing.assert_close(leaf.grad.double(), copies[name].grad, rtol=0, atol=1e-3)
-    if "w" in wanted:
-        assert not layer.weight.grad[~layer.weight_mask].any()
+    # dw sums 441 products, dx 54
+    check_step(layer, functools.partial(F.conv2d, padding=1), x, dy, wanted, 1e-3)
 
 
 @pytest.mark.parametrize("wanted", ["xwb", "xw", "wb", "xb", "x", "w", "b"])
@@ -122,15 +104,7 @@ def test_what_has_changed_is_noticed(layer):
 def test_what_of_torch_is_at_work(layer):
     x, dy = tensors()
     check(layer, x, dy)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not again(layer, x)
-        assert layer(x).dtype == torch.bfloat16
-    with FlopCounterMode(display=False) as counter:
-        assert not again(layer, x)
-        layer(x)
-    assert counter.get_total_flops() > 0
-    batched = torch.func.vmap(layer)(torch.stack([x, 2 * x]))
-    torch.testing.assert_close(batched[1], layer(2 * x), rtol=0, atol=1e-4)
+    check_modes(layer, again, x)
     with torch.no_grad():
         assert not layer(x).requires_grad
     threads, known = torch.get_num_threads(), layer.__dict__.get("_again")

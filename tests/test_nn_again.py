@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forced_path import forced_layer
+from steps import check_modes
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip.ops import _masked_weight
 
@@ -97,15 +97,7 @@ def test_other_tensors(layer):
 
 def test_what_of_torch_is_at_work(layer):
     x = torch.randn(ROWS, 12)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not again(layer, x)
-        assert layer(x).dtype == torch.bfloat16
-    with FlopCounterMode(display=False) as counter:
-        assert not again(layer, x)
-        layer(x)
-    assert counter.get_total_flops() > 0
-    batched = torch.func.vmap(layer)(torch.stack([x, 2 * x]))
-    torch.testing.assert_close(batched[1], layer(2 * x), rtol=1e-5, atol=1e-5)
+    check_modes(layer, again, x)
     layer.double()
     check(layer, x.double())
 

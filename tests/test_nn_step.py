@@ -5,7 +5,9 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from forced_path import forced_layer
+from steps import check_step, counted
 from torch.autograd.graph import saved_tensors_hooks
 
 from autoflip.ops import _masked_matmul
@@ -23,33 +25,11 @@ def layer(request, monkeypatch):
 @pytest.fixture
 def python(monkeypatch):
     """Count the passes that went to Python."""
-    calls = []
-    for name in ("cpu_forward", "cpu_backward"):
-        kernel = getattr(_masked_matmul.kernels, name)
-        monkeypatch.setattr(
-            _masked_matmul.kernels, name, lambda *a, kernel=kernel, **k: calls.append(kernel) or kernel(*a, **k)
-        )
-    return calls
+    return counted(monkeypatch, _masked_matmul.kernels)
 
 
 def check(layer, x, dy, wanted="xwb"):
-    """Compare y and the ``wanted`` gradients with float64's."""
-    leaves = {"x": x, "w": layer.weight, "b": layer.bias}
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(name in wanted).grad = None
-    y = layer(x)
-    y.backward(dy)
-    copies = {n: t.detach().double().requires_grad_() for n, t in leaves.items()}
-    want = copies["x"] @ torch.where(layer.weight_mask, copies["w"], 0).T + copies["b"]
-    want.backward(dy.double())
-    torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-4)  # float32 sums of at most 40 terms of size 1
-    for name, leaf in leaves.items():
-        assert (leaf.grad is not None) == (name in wanted)
-        if name in wanted:
-            assert leaf.grad.dtype == torch.float32
-            torch.testing.assert_close(leaf.grad.double(), copies[name].grad, rtol=0, atol=1e-4)
-    if "w" in wanted:
-        assert not layer.weight.grad[~layer.weight_mask].any()
+    check_step(layer, F.linear, x, dy, wanted, 1e-4)
 
 
 def tensors():

@@ -22,7 +22,6 @@ from autoflip.ops.hessian import conv_pull_back as conv_pull_back
 from autoflip.ops.hessian import conv_squares as conv_squares
 from autoflip.ops.hessian import dense_pull_back as dense_pull_back
 from autoflip.ops.hessian import factor_squares as factor_squares
-from autoflip.ops.hessian import rademacher as rademacher
 from autoflip.ops.hessian import sequence_squares as sequence_squares
 from autoflip.ops.hessian import squared_matmul as squared_matmul
 
@@ -53,6 +52,9 @@ from autoflip.ops.narrow import narrow_linear as narrow_linear
 from autoflip.ops.recurrent import RecurrentPack as RecurrentPack
 from autoflip.ops.recurrent import masked_recurrent as masked_recurrent
 from autoflip.ops.recurrent import recurrent_here as recurrent_here
+
+# signs
+from autoflip.ops.signs import rademacher as rademacher
 
 # softmax
 from autoflip.ops.softmax import deal_rows as deal_rows

@@ -1,4 +1,4 @@
-"""Sums over samples of squared per-sample gradients, and the random signs that the estimators draw.
+"""Sums over samples of squared per-sample gradients.
 
 The diagonal of a Gauss-Newton matrix is ``sum_n (J_n^T s)^2`` over output factors ``s``: one squared gradient a
 sample. A dense layer's is a product of two squares; a convolution's (or a sequence's) is summed over positions
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autoflip.ops import _hessian, backend, reference
+from autoflip.ops import _hessian, reference
 from autoflip.ops import _hessian_checks as checks
 from autoflip.ops._hessian import Pair
 from autoflip.ops._hessian_checks import Factors
@@ -24,7 +24,6 @@ __all__ = [
     "conv_squares",
     "dense_pull_back",
     "factor_squares",
-    "rademacher",
     "sequence_squares",
     "squared_matmul",
 ]
@@ -266,43 +265,3 @@ def conv_pull_back(
     arguments = (d, weight.detach().contiguous(), list(input_size), at.contiguous(), *geometry)
     op = torch.ops.autoflip.conv_pull_back.default if traced() else _hessian.conv_pull_back
     return op(*arguments)[0]
-
-
-def rademacher(
-    seed: int,
-    stream: int,
-    shape: tuple[int, ...],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Draw signs: each entry is +1 or -1 with equal chance, a function of (seed, stream, position) alone.
-
-    Args:
-        seed: any integer, taken modulo 2**64.
-        stream: any integer; streams of one seed are independent of each other.
-        shape: of the result.
-        dtype: floating.
-        device: of the result; the signs do not depend on it.
-
-    Returns:
-        ``shape``, ``dtype``.
-
-    Source: SplitMix64, Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
-    """
-    device = torch.device(device)
-    if backend.serve("rademacher", device) == "cpp":
-        out = torch.empty(shape, dtype=torch.float32)
-        kernels = backend.extension("_C")[0]
-        assert kernels is not None
-        words = (seed % (1 << 64), stream % (1 << 64))
-        kernels.rademacher(*words, out.data_ptr(), out.numel(), torch.get_num_threads())
-        return out.to(dtype)
-    if backend.serve("rademacher", device) == "triton":
-        from autoflip.kernels import hessian
-
-        return hessian.rademacher(reference.rademacher_start(seed, stream), tuple(shape), device).to(dtype)
-    if backend.serve("rademacher", device) == "cuda":
-        start = int(reference.rademacher_start(seed, stream))
-        return _hessian.cuda_rademacher(start, tuple(shape), device).to(dtype)
-    return reference.rademacher(seed, stream, tuple(shape)).to(device, dtype)
