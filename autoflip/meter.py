@@ -71,7 +71,7 @@ def count_flops(work: Callable[[], Any]) -> int:
 
 
 def layer_flops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
-    """Return weight name -> FLOPs that Linear, convolution or RNN weight costs in the forward pass of one example.
+    """Return weight name -> FLOPs of a Linear's, convolution's or RNN's weight in the forward pass of one example.
 
     ``2 * entries * places``: places are a convolution's output positions, a sequence's steps, 1 otherwise. Weights
     that do not run are missing; a layer that runs twice counts twice.

@@ -1,4 +1,5 @@
-// What the training steps of bind_step.cpp and bind_conv_step.cpp ask of Python.
+// What bind_step.cpp and bind_conv_step.cpp share: a training step as autograd calls it, and what it asks of
+// Python.
 #pragma once
 #include "torch_objects.h"
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from autoflip.codec.reader import DecodeError, Reader, varint
 from autoflip.ops.delta_coding import crc32
 
-__all__ = ["BASED", "INLINE_SCHEMA", "LEAST", "MASKED", "MASKS", "NO_ID", "Header", "read", "write"]
+__all__ = ["BASED", "INLINE_SCHEMA", "MASKED", "MASKS", "NO_ID", "Header", "read", "write"]
 
-MAGIC, _MAJOR, _MINOR = b"AFD1", 2, 0
+_MAGIC, _MAJOR, _MINOR = b"AFD1", 2, 0
 _FIRST = struct.Struct("<4sBBHIBBHII16s16s16sQQII")  # version 1
 _START = struct.Struct("<4sBBBBI16s")  # version 2, before what is there only where it tells something
 _FIRST_CRC, _CRC = _FIRST.size - 4, 8
-LEAST = _START.size + 2
+_LEAST = _START.size + 2
 INLINE_SCHEMA, MASKED, BASED, _BASE_NAMED = 1, 2, 4, 8
 MASKS = 3  # the kind of frame that has a mask id whatever its flags
 NO_ID = bytes(16)
@@ -50,7 +50,7 @@ class Header:
 def write(head: Header, body: list[bytes | memoryview]) -> bytes:
     """Return the header of a frame of that body, checksum included."""
     flags = head.flags | (_BASE_NAMED if head.base_id != NO_ID else 0)
-    start = (MAGIC, _MAJOR, _MINOR, flags, head.kind << 4 | head.apply, 0, head.schema_id)
+    start = (_MAGIC, _MAJOR, _MINOR, flags, head.kind << 4 | head.apply, 0, head.schema_id)
     out = bytearray(_START.pack(*start))
     out += head.base_id if flags & _BASE_NAMED else b""
     out += head.mask_id if _has_mask(flags, head.kind) else b""
@@ -72,11 +72,11 @@ def read(data: memoryview) -> tuple[Header, memoryview]:
     Raises:
         DecodeError: the bytes are no frame, damaged, or of a version that is not known.
     """
-    if len(data) < LEAST:
-        raise DecodeError(f"frame has {len(data)} bytes, a header alone has {LEAST}; it is cut short")
-    if data[:4] != MAGIC:
+    if len(data) < _LEAST:
+        raise DecodeError(f"frame has {len(data)} bytes, a header alone has {_LEAST}; it is cut short")
+    if data[:4] != _MAGIC:
         raise DecodeError(
-            f"frame starts with {bytes(data[:4])!r}, wanted {MAGIC!r}; these are not bytes of autoflip.codec"
+            f"frame starts with {bytes(data[:4])!r}, wanted {_MAGIC!r}; these are not bytes of autoflip.codec"
         )
     if data[4] not in (1, _MAJOR):
         raise DecodeError(

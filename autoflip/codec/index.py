@@ -32,10 +32,10 @@ __all__ = [
 ]
 
 WHOLE, SHARED, BITMAP, RICE, VARINT, COLUMNS = range(6)
-RANKS = 8  # added to the last three: ranks among the entries that a shared mask keeps, not positions
+RANKS = 8  # added to BITMAP, RICE or VARINT: ranks among the entries that a shared mask keeps, not positions
 NAMES = {WHOLE: "whole", SHARED: "shared mask", BITMAP: "bitmap", RICE: "rice", VARINT: "varint"}
-NAMES |= {RANKS | coding: f"ranks, {NAMES[coding]}" for coding in (BITMAP, RICE, VARINT)}
 NAMES[COLUMNS] = "varint, by columns"
+NAMES |= {RANKS | coding: f"ranks, {NAMES[coding]}" for coding in (BITMAP, RICE, VARINT)}
 _MAX_K = 31
 # entries, and kept ones, of which columns are tried too: of more it takes longer than what it saves takes to send
 _TURNED, _TURNED_KEPT = 1 << 20, 1 << 14

@@ -107,7 +107,7 @@ def choose(
     return _chosen[key]
 
 
-def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, least: float, burst: float = _BURST) -> str:
+def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, least: float, burst: float) -> str:
     # on one thread CPU time: what other processes take of a shared core is not ours
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -36,7 +36,7 @@ class AutoFlip(Strategy):
         self._groups = find_groups(model)
         self._normalised = has_norms(model)
         self._share = config.prune.channels or usual_share(self._groups)
-        self._flops = {} if example is None else meter.layer_flops(model, example)
+        self._flops = meter.layer_flops(model, example) if self.flops_exponent() and example is not None else {}
 
     def ask(self, round_number: int) -> Ask:
         """Explore first, then train."""
