@@ -5,6 +5,7 @@ spread of paired ratios (ours / dense, alternating, so that load hits both). ``p
 prints the table from which RULE in autoflip/ops/paths.py is read.
 """
 
+import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_masked_matmul(benchmark, gate, N, O, K, density, step):
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(", ".join(f"{k} {v}" for k, v in machine().items()))
     print("ours / dense, middle of alternating pairs")
     with torch.no_grad():

@@ -4,6 +4,7 @@
 in front of torch's layer. Whole training steps through autograd, one thread's CPU time, ways in turns; medians.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -85,6 +86,7 @@ def table(path: Path = OUT) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     keep_memory()
     rows = []

@@ -4,6 +4,7 @@
 mask in front of the fused layer (``torch.nn.utils.prune``). One thread's CPU time, ways in turns, the middle counts.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -52,6 +53,7 @@ def case(kind, steps, batch, inputs, hidden, density):
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     rows = []
     for kind in KINDS:
