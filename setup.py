@@ -76,6 +76,8 @@ def rules(nvcc: str | None, sanitize: str) -> list[str]:
     depend = "-MMD -MF $out.d -std=c++17"
     tail = f"{include} -c $in -o $out\n depfile = $out.d\n deps = gcc"
     link = f"-fsanitize={sanitize}" if sanitize else "-s"
+    if sys.platform == "linux":
+        link += " -Wl,--wrap=GOMP_parallel"  # see csrc/cpu/one_thread.cpp
     warn = "-Wall -Wextra -ffp-contract=off -fno-trapping-math"
     return [
         f"rule cxx\n command = {cxx} {depend} -fPIC -fvisibility=hidden -fopenmp {warn} {opt} $isa {tail}",

@@ -9,7 +9,8 @@
 
 ``--staircase`` measures the first alone (another instruction set: ONEDNN_MAX_CPU_ISA=AVX2).
 A step is forward, loss, backward and SGD with momentum. glibc is told to keep freed memory: what it gives back and
-fetches again made the same 1x1 convolution 0.5 to 1.4 times itself. One thread's CPU time, pairs alternate, the middle counts.
+fetches again made the same 1x1 convolution 0.5 to 1.4 times itself. One thread's CPU time, pairs alternate, the middle
+counts.
 """
 
 import argparse

@@ -1,8 +1,7 @@
 // What a training step asks of tensors again and again, asked through their Python methods: a question costs
 // a third of what it costs in Python, and of a small layer's step each microsecond is two percent. Nothing of
 // torch is linked.
-#include <cstring>
-#include <string>
+#include <optional>
 
 #include "common/cpu.h"
 #include "cpu/masked_matmul.h"
@@ -91,12 +90,10 @@ PyObject* look(PyObject* capsule, PyObject* weight) {
     look.bytes = bytes;
   }
   const MaskedMatmul& k = pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512);
-  if (look.entries < kSerialElements) return PyBool_FromLong(k.is_clean(w, look.mask, look.entries, bytes));
-  bool clean;
-  {
-    py::gil_scoped_release release;
-    clean = k.is_clean(w, look.mask, look.entries, bytes);
-  }
+  std::optional<py::gil_scoped_release> release;
+  if (look.entries >= kSerialElements) release.emplace();
+  const bool clean = k.is_clean(w, look.mask, look.entries, bytes);
+  release.reset();
   return PyBool_FromLong(clean);
 }
 
@@ -143,14 +140,11 @@ PyObject* hook(PyObject* capsule, PyObject* g) {
       is(PyObject_CallNoArgs(torch.grad_enabled), Py_False) &&
       is(PyObject_GetAttr(g, names.is_cpu), Py_True) && contiguous(g) && unseen(g)) {
     if (void* data = address(method(g, names.data_ptr))) {
-      if (job.entries < kSerialElements && bytes == 4) {
-        uint32_t* to = static_cast<uint32_t*>(data);
-        for (int64_t i = 0; i < job.entries; ++i) to[i] &= 0u - uint32_t(job.mask[i]);
-      } else {
-        py::gil_scoped_release release;
-        pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512)
-            .select(data, job.mask, job.entries, bytes, data, 1);
-      }
+      const MaskedMatmul& k = pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512);
+      std::optional<py::gil_scoped_release> release;
+      if (job.entries >= kSerialElements) release.emplace();
+      k.select(data, job.mask, job.entries, bytes, data, 1);
+      release.reset();
       Py_RETURN_NONE;
     }
   }

@@ -28,7 +28,7 @@ def case(N, O, K, density):
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
 # ragged in rows that go together, in vectors and in chunks of columns
 @pytest.mark.parametrize("O, K", [(1, 1), (7, 16), (5, 33), (3, 2063)])
-@pytest.mark.parametrize("N", range(1, FEW + 1))
+@pytest.mark.parametrize("N", [*range(1, FEW + 1), FEW + 1, 3 * FEW - 1, 4 * FEW])  # more go FEW at a time
 def test_equals_float64_reference(few, N, O, K, density, activation):
     x, w, b, mask, dy = case(N, O, K, density)
     with torch.no_grad():

@@ -13,6 +13,9 @@ from autoflip.ops._masked_weight import gradient_hook as gradient_hook
 from autoflip.ops._masked_weight import looker as looker
 from autoflip.ops._masked_weight import traced as traced
 
+# masked_conv, conv_paths
+from autoflip.ops.conv_paths import few_channels as few_channels
+
 # grouped
 from autoflip.ops.grouped import GroupedPack as GroupedPack
 from autoflip.ops.grouped import grouped_linear as grouped_linear
@@ -28,13 +31,10 @@ from autoflip.ops.hessian import squared_matmul as squared_matmul
 # lstm
 from autoflip.ops.lstm import lstm_pull_back as lstm_pull_back
 from autoflip.ops.lstm import lstm_states as lstm_states
-
-# masked_conv
 from autoflip.ops.masked_conv import ConvPack as ConvPack
 from autoflip.ops.masked_conv import conv_job as conv_job
 from autoflip.ops.masked_conv import conv_step as conv_step
 from autoflip.ops.masked_conv import conv_weight as conv_weight
-from autoflip.ops.masked_conv import few_channels as few_channels
 from autoflip.ops.masked_conv import masked_conv2d as masked_conv2d
 from autoflip.ops.masked_matmul import Pack as Pack
 from autoflip.ops.masked_matmul import linear_job as linear_job

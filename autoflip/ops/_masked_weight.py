@@ -23,8 +23,8 @@ _old_vmap = torch._C._functorch.is_legacy_batchedtensor
 
 def channels_last(tensor: Tensor) -> bool:
     """Tell whether a tensor lies in memory with its channels last, by its strides: sizes of 1 leave both open."""
-    if tensor.ndim != 4 or tensor.stride(1) != 1 or tensor.stride(3) != tensor.shape[1]:
-        return False
+    if tensor.ndim != 4 or tensor.stride(1) != 1 or tensor.stride(3) != tensor.shape[1] or tensor.stride(0) == 1:
+        return False  # stride(0) == 1: one entry a sample has no order
     return tensor.is_contiguous(memory_format=torch.channels_last)
 
 

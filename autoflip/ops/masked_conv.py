@@ -1,15 +1,11 @@
 """Convolve with the kept weights only, where that is faster: ``y = conv2d(x, w * mask) + b`` and its derivatives.
 
 A sparse kernel serves float32 on a CPU with stride 1, one group and zero padding, and narrower types where widening
-pays (:mod:`autoflip.ops.narrow`); everything else is torch's dense convolution. Forward, dx and dw choose each for
-itself, per shape, batch size, density and thread count: by a short trial (:mod:`autoflip.ops.trials`), or by
-:data:`RULE` where trials are off.
+pays (:mod:`autoflip.ops.narrow`); everything else is torch's dense convolution: :mod:`autoflip.ops.conv_paths` chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,32 +16,12 @@ from autoflip.ops import _masked_conv as steps
 from autoflip.ops import _masked_conv_kernels as conv
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops import backend, paths, trials
+from autoflip.ops import backend, conv_paths, paths
 from autoflip.ops._masked_conv import conv_step
 from autoflip.ops._masked_conv_kernels import Pair, Parts
-from autoflip.ops._masked_weight import CPP
 from autoflip.ops.narrow import narrow_conv2d
 
-__all__ = ["ConvPack", "conv_job", "conv_step", "conv_weight", "few_channels", "masked_conv2d"]
-
-LEAST_BATCH = 8  # samples are SIMD lanes
-# multiply-adds of the dense convolution below which a sparse call costs more than it saves, and is not tried
-LEAST_WORK = 2_000_000
-# density above which the sparse kernels are not tried: none gained there (bench/bench_layers.py --only conv), but for
-# fewer channels than oneDNN's registers hold: those it convolves at a fifth of its rate (bench/bench_compact.py)
-TRIED_BELOW, FEW_CHANNELS = 0.75, 16
-# step -> density below which the kernel was at least 10 % faster than torch 2.13's dense convolution (oneDNN) at
-# every shape of bench/bench_layers.py, batch 16. Intel Xeon (Sapphire Rapids), 1 thread, CPU time, 2026-11-22.
-RULE = {
-    "avx512": {"forward": 0.5, "dx": 0.5, "dw": 0.3},
-    "avx2": {"forward": 0.2, "dx": 0.2, "dw": 0.2},
-    "base": {"forward": 0.05, "dx": 0.05, "dw": 0.0},
-}
-
-
-def few_channels(mask: Tensor) -> bool:
-    """Tell whether so few channels go in or out that the sparse kernels may gain at any density."""
-    return min(mask.shape[:2]) < FEW_CHANNELS
+__all__ = ["ConvPack", "conv_job", "conv_step", "conv_weight", "masked_conv2d"]
 
 
 class ConvPack:
@@ -86,9 +62,9 @@ class ConvPack:
 
     def parts(self, x: Tensor, weight: Tensor) -> Parts | None:
         """Return what the ops take for tensors of these sizes and formats, None where all three steps are dense."""
-        n, _, height, width = x.shape
-        if n < LEAST_BATCH:
+        if weights.traced():  # sizes are no numbers there, and a kernel's result would look like a constant
             return None
+        n, _, height, width = x.shape
         x_last, last = weights.channels_last(x), weights.channels_last(weight)
         key = (min(64, paths.bucket(n)), height, width, x_last, x_last or last, torch.get_num_threads())
         if key not in self._parts:
@@ -112,24 +88,17 @@ class ConvPack:
         fits = min(out) > 0 and all(0 <= p <= s for p, s in zip(self.padding, span, strict=True))
         if self.path == "dense" or not fits or self.mask.numel() == 0:
             return None
-        if self.path == "auto":
-            density = self.kept / self.mask.numel()
-            if n * out[0] * out[1] * self.mask.numel() < LEAST_WORK:
-                return None
-            if density > TRIED_BELOW and not few_channels(self.mask):
-                return None
+        if self.path == "auto" and not conv_paths.tried(self.mask, self.kept, n, out[0] * out[1]):
+            return None
         nothing = torch.empty(0, dtype=torch.uint8)
         bare = Parts(self.mask, nothing, nothing, nothing, self.kept, self.padding, self.dilation, "sss")
-        trial = _Trial(n, height, width, x_last, last, bare, self._layout)
+        trial = conv_paths.Trial(n, height, width, x_last, last, bare, self._layout)
         if any(trial.layout(step).numel() == 0 for step in kernels.STEPS) and self.kept:
             return None
         path = "sss" if self.path == "sparse" else trial.letters()
         if path == "ddd":
             return None
-        forward, dx, dw = (
-            trial.layout(step) if letter == "s" else nothing for letter, step in zip(path, kernels.STEPS, strict=True)
-        )
-        return bare._replace(path=path, forward=forward, dx=dx, dw=dw)
+        return trial.parts(path)
 
     def _layout(self, step: str, sizes: conv.Sizes, kernel: tuple[int, int, int, int]) -> Tensor:
         key = (step, sizes[2], sizes[3])
@@ -139,82 +108,6 @@ class ConvPack:
 
     def __repr__(self) -> str:
         return f"ConvPack({tuple(self.mask.shape)}, {self.kept} kept, path {self.path!r})"
-
-
-class _Trial:
-    """What one geometry's trials compare."""
-
-    def __init__(
-        self, n: int, height: int, width: int, x_last: bool, last: bool, parts: Parts, layout: Callable[..., Tensor]
-    ) -> None:
-        self.n, self.size, self.parts, self._layout = n, (height, width), parts, layout
-        self.x_last, self.last = x_last, last
-        self._made: tuple[Tensor, Tensor, Tensor, Parts] | None = None
-        self.geometry = conv.geometry(torch.empty(1).expand(n, parts.mask.shape[1], height, width), parts, False)
-
-    def layout(self, step: str) -> Tensor:
-        sizes = self.geometry.dy if step == "dx" else self.geometry.x
-        return self._layout(step, sizes, conv.kernel_sizes(self.parts))
-
-    def letters(self) -> str:
-        mask, kept = self.parts.mask, self.parts.kept
-        density = kept / mask.numel()
-        if not trials.enabled():
-            if self.last:
-                return "ddd"
-            limits = RULE[CPP.isa()]
-            return "".join("s" if density < limits[step] else "d" for step in kernels.STEPS)
-        shape = "x".join(map(str, mask.shape))
-        form = " channels last" * self.last + " but in x" * (self.last and not self.x_last)
-        key = (
-            f"masked_conv2d {shape} map {self.size[0]}x{self.size[1]} padding {self.parts.padding} dilation "
-            f"{self.parts.dilation} n{self.n} density {trials.near(density)}{form} threads {torch.get_num_threads()}"
-        )
-        found = ""
-        for step in kernels.STEPS:
-            # what a step costs depends on the panels that those before it have made
-            ways: dict[str, Callable[[], object]] = {
-                "dense": lambda step=step: self.dense(step),  # type: ignore[misc]
-                "sparse": lambda step=step, found=found: self.sparse(step, found),  # type: ignore[misc]
-            }
-            found += trials.choose(f"{key} {step} {found}".rstrip(), ways)[0]
-        return found
-
-    def case(self) -> tuple[Tensor, Tensor, Tensor, Parts]:
-        if self._made is None:
-            g = torch.Generator().manual_seed(0)
-            forward, dx, dw = (self.layout(step) for step in kernels.STEPS)
-            parts = self.parts._replace(forward=forward, dx=dx, dw=dw)
-            x, dy = (torch.randn(sizes[:4], generator=g) for sizes in self.geometry[:2])
-            weight = weights.select(torch.randn(parts.mask.shape, generator=g), parts.mask)
-            if self.last:
-                dy, weight = (t.to(memory_format=torch.channels_last) for t in (dy, weight))
-            self._made = x.to(memory_format=torch.channels_last) if self.x_last else x, dy, weight, parts
-        return self._made
-
-    @cached_property
-    def panels(self) -> tuple[Any, Any]:
-        """Panels of x and of dy, all zeros: they take as long as any numbers."""
-        made = tuple(CPP.MaskedConvPanel(n) for n in (self.geometry.shape.x_floats, self.geometry.shape.dy_floats))
-        for panel in made:
-            panel.clear()
-        return made[0], made[1]
-
-    def dense(self, step: str) -> object:
-        x, dy, weight, parts = self.case()
-        if step == "forward":
-            return F.conv2d(x, weights.operand(weight, parts.mask), None, 1, parts.padding, parts.dilation)
-        return conv.dense_backward(dy, x, weight, parts, (step == "dx", step == "dw"))
-
-    def sparse(self, step: str, before: str) -> object:
-        x, dy, weight, parts = self.case()
-        if step == "forward":
-            return conv.cpu_forward(x, weight, None, parts)[0]
-        wanted = conv.Gradients(step == "dx", step == "dw", False)
-        # a panel that a step before has made costs nothing here
-        x_panel = self.panels[0] if step == "dw" and before[0] == "s" else None
-        dy_panel = self.panels[1] if step == "dw" and before[1] == "s" else None
-        return conv.cpu_backward(dy, x, weight, parts, wanted, x_panel=x_panel, dy_panel=dy_panel)
 
 
 class _Clean(torch.autograd.Function):

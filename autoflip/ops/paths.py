@@ -3,7 +3,7 @@
 Forward, dx and dw choose each for itself, per weight shape, batch size, density, shape of the mask's blocks and thread
 count: by a short trial that is remembered on disk (:mod:`autoflip.ops.trials`), or by :func:`rule` where trials are
 off. A last trial puts what was chosen, as a whole training step through autograd, against the dense path and, for up to
-8 rows, against kernels that compute every product and read the weight through its mask.
+8 rows and small products, against kernels that compute every product and read the weight through its mask.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ __all__ = ["PATHS", "bucket", "chunk", "letters", "rule"]
 PATHS = ("auto", "sparse", "dense")
 # multiply-adds of the dense product below which :func:`rule` takes no sparse call
 LEAST_WORK = 400_000
-# seconds that a layer takes to check what it hands to a kernel, more than for the dense product (Zen 4)
-CHECKS = 3e-6
 # seconds that whole steps are timed for in a row. After another way a step finds the weight in memory, not in the
 # cache, which favours what reads little of it: 2304x512, 1 row, density 0.05 took 0.7 of the time of every product
 # computed, and 1.2 to 1.5 of it step after step. Every product computed is as fast as dense in both (Zen 4, 1 thread)
@@ -34,8 +32,11 @@ WHOLE = 0.003
 # density below which a rule takes the kernels for blocks where all of the sparse ones would run: at 0.1 and less they
 # were as fast or faster at every weight and batch tried, 200x200 to 4096x4096 at 16 and 64 rows (Zen 4, 1 thread)
 BLOCK_DENSITY = 0.15
-# entries of a weight from which the kernels for few rows were never slower than the dense path (Zen 4, 1 thread)
-LEAST_READ = 1 << 15
+# multiply-adds up to which every product may be computed by the kernels for few rows, whatever the rows
+FEW_WORK = 1 << 20
+# share of the first way's time that another whole step must come below: as a layer goes, all ways ask as much of the
+# tensors, and the dense path of a small layer, which masks dw in a hook, is itself slower than torch's layer
+GAIN = 0.99
 # step -> (least rows of x, density below which the kernel was at least 10 % faster than torch 2.13's dense float32
 # product at every weight tried: 784x200, 2304x512 and 4096x4096, densities 0.7 to 0.01). "avx512": AMD EPYC (Zen 4),
 # 1 thread, CPU time, 2026-11-28. "avx2": an earlier kernel on an Intel Xeon (Sapphire Rapids) with
@@ -132,7 +133,7 @@ def letters(
     if not (timed and trials.enabled()):
         found = "".join(rule(n_rows, rows, cols, density, step=step)[0] for step in kernels.STEPS)
         return 3 * block if block and found == "sss" and density < BLOCK_DENSITY else found
-    if kept == 0 or kept == mask.numel():
+    if kept == mask.numel():
         return "ddd"
     key = (
         f"masked_linear {rows}x{cols} n{n_rows} density {trials.near(density)} "
@@ -142,11 +143,10 @@ def letters(
     found = "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
     # three sparse steps are one call back: the least of autograd's cost, which is most of a small layer's
     candidates = ["ddd", found, "sss", *([3 * block] if block else [])]
-    if n_rows <= kernels.FEW:
-        # a large weight is read as often as by the dense products, but the dense path also looks at it and masks dw
-        candidates.insert(0 if mask.numel() >= LEAST_READ else 1, "fff")
+    if n_rows <= kernels.FEW or (kernels.FEW and n_rows * mask.numel() <= FEW_WORK):
+        candidates.append("fff")
     steps = {path: partial(whole, path) for path in candidates}
-    return trials.choose(f"{key} whole", steps, seconds=0.1, least=CHECKS, burst=WHOLE)
+    return trials.choose(f"{key} whole", steps, seconds=0.1, gain=GAIN, burst=WHOLE)
 
 
 def _rows_together(mask: Tensor, kept: int) -> float:
@@ -155,7 +155,7 @@ def _rows_together(mask: Tensor, kept: int) -> float:
     columns = int(whole.view(-1, 4, mask.shape[1]).any(1).sum())
     share = int(whole.sum()) / columns if columns else 1.0
     # random masks share columns by chance; what counts is what lies above that
-    density = kept / mask.numel()
+    density = max(kept, 1) / mask.numel()
     chance = 4 * density / (1 - (1 - density) ** 4)
     return round(2 * max(1.0, share / chance)) / 2
 

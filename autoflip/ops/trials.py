@@ -27,8 +27,10 @@ from autoflip.ops import backend
 
 __all__ = ["choose", "enabled", "file", "forget", "known", "machine", "near"]
 
-_VERSION = 9  # of the kernels that trials compare: raise it when one changes its speed
-_GAIN = 0.95  # the way that needs no care is left only for one that is at least 5 % faster
+_VERSION = 10  # of the kernels that trials compare: raise it when one changes its speed
+_GAIN = (
+    0.95  # the way that needs no care is left only for one that is at least 5 % faster, unless a caller says otherwise
+)
 _BURST = 0.0005  # seconds that a way is timed for in a row, unless a caller says otherwise
 _chosen: dict[str, str] = {}
 
@@ -85,16 +87,16 @@ def choose(
     ways: Mapping[str, Callable[[], object]],
     *,
     seconds: float = 0.03,
-    least: float = 0.0,
+    gain: float = _GAIN,
     burst: float = _BURST,
 ) -> str:
     """Return the name of the fastest of ``ways``, by what is remembered under ``key`` or else by a trial.
 
     Args:
         key: names the work: sizes, density, threads.
-        ways: name -> function of no argument; the first is kept unless another takes less than 95 % of its time.
+        ways: name -> function of no argument.
         seconds: about how long the trial may take.
-        least: seconds that another way must gain beyond that: what it costs its caller outside of the trial.
+        gain: the first way is kept unless another takes less than this share of its time.
         burst: seconds that a way is timed for in a row, after an untimed call; what is longer runs once, after another
             way, and pays for what that one has left in the caches.
     """
@@ -103,11 +105,11 @@ def choose(
     if _chosen.get(key) not in ways:
         # a counter of FLOPs must not see the trial, nor autograd
         with _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
-            _chosen[key] = _remember(key, _fastest(ways, seconds, least, burst), ways)
+            _chosen[key] = _remember(key, _fastest(ways, seconds, gain, burst), ways)
     return _chosen[key]
 
 
-def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, least: float, burst: float) -> str:
+def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, gain: float, burst: float) -> str:
     # on one thread CPU time: what other processes take of a shared core is not ours
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -130,7 +132,7 @@ def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, least: fl
     middle = {name: statistics.median(t) for name, t in times.items()}
     first = next(iter(ways))
     best = min(middle, key=lambda name: middle[name])
-    return best if middle[best] < _GAIN * middle[first] - least else first
+    return best if middle[best] < gain * middle[first] else first
 
 
 def _remember(key: str, choice: str, ways: Container[str]) -> str:

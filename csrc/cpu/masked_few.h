@@ -1,6 +1,7 @@
 // A masked linear layer for a few samples: weights are read where they stand, all of them, and those that are
 // pruned become zeros on their way to a register. No order of the kept ones, no panels: with so few samples
-// to share them they would cost more than the multiply-adds that they save.
+// to share them they would cost more than the multiply-adds that they save. More samples go eight at a time,
+// which suits a weight that stays in the first-level cache.
 //
 // bits: the mask, 16 columns to a word, row by row, each row from a whole word on; zeros past its end.
 #pragma once
@@ -9,7 +10,7 @@
 
 namespace autoflip {
 
-constexpr int64_t kFewSamples = 8;
+constexpr int kFewSamples = 8;  // that share what is read of the weight
 
 struct MaskedFew {
   // y (n, rows) = x (n, cols) @ (w * mask).T, plus bias (rows) or null, then relu if asked; all row-major

@@ -7,9 +7,11 @@
 namespace autoflip {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // columns: those of 8 samples fill the first-level cache
-constexpr int kRows = 4;          // of the weight, that share what is loaded of the samples
+constexpr int64_t kChunk =
+    8192;                 // floats of the samples in a chunk of columns: they fill the first-level cache
+constexpr int kRows = 4;  // of the weight, that share what is loaded of the samples
 
+AF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 AF_INLINE int64_t words(int64_t cols) { return ceil_div(cols, 16); }
 AF_INLINE __mmask16 live(int64_t cols) {
   return cols >= 16 ? __mmask16(0xffff) : __mmask16((1u << cols) - 1);
@@ -84,17 +86,19 @@ void few_dx(const float* w, const uint16_t* bits, const float* dy, int64_t rows,
   if (k < count) add(k, live(count - k));
 }
 
-// dw of R rows, a chunk of columns
+// dw of R rows, a chunk of columns; adds to what stands there if `more`
 template <int N, int R>
 void few_dw(const uint16_t* bits, const float* dy, const float* x, int64_t rows, int64_t cols, int64_t count,
-            float* dw) {
+            bool more, float* dw) {
   vec d[R][N];
   unroll<0, R * N>([&](auto i) AF_LAMBDA {
     d[i.value / N][i.value % N] = broadcast(dy[i.value % N * rows + i.value / N]);
   });
   const auto put = [&](int64_t k, __mmask16 some) AF_LAMBDA {
     vec sums[R];
-    unroll<0, R>([&](auto r) AF_LAMBDA { sums[r.value] = vec{}; });
+    const __mmask16 old = more ? some : __mmask16(0);
+    unroll<0, R>([&](auto r)
+                     AF_LAMBDA { sums[r.value] = _mm512_maskz_loadu_ps(old, dw + r.value * cols + k); });
     unroll<0, N>([&](auto i) AF_LAMBDA {
       const vec xs = _mm512_maskz_loadu_ps(some, x + i.value * cols + k);
       unroll<0, R>([&](auto r) AF_LAMBDA { sums[r.value] = fma(xs, d[r.value][i.value], sums[r.value]); });
@@ -111,43 +115,56 @@ void few_dw(const uint16_t* bits, const float* dy, const float* x, int64_t rows,
 
 template <int N>
 void backward(const float* w, const uint16_t* bits, const float* dy, const float* x, int64_t rows,
-              int64_t cols, float* dx, float* dw, float* db, int threads) {
+              int64_t cols, bool more, float* dx, float* dw, float* db, int threads) {
   constexpr int R = N > 4 ? 2 : kRows;
-  const int64_t chunks = ceil_div(cols, kChunk), groups = rows / R;
+  // every thread gets a chunk
+  const int64_t share = ceil_div(ceil_div(cols, threads), 16) * 16, size = least(kChunk / N / 16 * 16, share);
+  const int64_t chunks = ceil_div(cols, size);
   if (db)
     for (int64_t r = 0; r < rows; ++r) {
-      float sum = 0;
+      float sum = more ? db[r] : 0.0f;
       for (int i = 0; i < N; ++i) sum += dy[i * rows + r];
       db[r] = sum;
     }
 #pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1)
   for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t col = c * kChunk, count = cols - col < kChunk ? cols - col : kChunk;
+    const int64_t col = c * size, count = least(cols - col, size);
     if (dx)
       for (int i = 0; i < N; ++i)
         __builtin_memset(dx + i * cols + col, 0, std::size_t(count) * sizeof(float));
-    const auto each = [&](auto rows_of) AF_LAMBDA {
-      for (int64_t g = 0; g < groups; ++g) rows_of(g * R, Int<R>{});
-      for (int64_t r = groups * R; r < rows; ++r) rows_of(r, Int<1>{});
+    const auto each = [&](auto at_once, auto rows_of) AF_LAMBDA {
+      int64_t r = 0;
+      for (; r + at_once.value <= rows; r += at_once.value) rows_of(r, at_once);
+      for (; r < rows; ++r) rows_of(r, Int<1>{});
     };
     // one after the other: reading the weight and writing its gradient in turns takes a fifth longer
     if (dx)
-      each([&](int64_t r, auto many) AF_LAMBDA {
+      each(Int<N == 1 ? 8 : R>{}, [&](int64_t r, auto many) AF_LAMBDA {
         const uint16_t* here = bits + r * words(cols) + col / 16;
         few_dx<N, many.value>(w + r * cols + col, here, dy + r, rows, cols, count, dx + col);
       });
     if (dw)
-      each([&](int64_t r, auto many) AF_LAMBDA {
+      each(Int<N == 1 ? 1 : R>{}, [&](int64_t r, auto many) AF_LAMBDA {
         const uint16_t* here = bits + r * words(cols) + col / 16;
-        few_dw<N, many.value>(here, dy + r, x + col, rows, cols, count, dw + r * cols + col);
+        few_dw<N, many.value>(here, dy + r, x + col, rows, cols, count, more, dw + r * cols + col);
       });
   }
 }
 
+// kFewSamples at a time, then those that are left: each(first sample, how many, as a constant)
+template <class Each>
+void by_few(int64_t n, const Each& each) {
+  int64_t i = 0;
+  for (; i + kFewSamples <= n; i += kFewSamples) each(i, Int<kFewSamples>{});
+  unroll<1, kFewSamples>([&](auto left) {
+    if (n - i == left.value) each(i, left);
+  });
+}
+
 void any_forward(const float* w, const uint16_t* bits, const float* x, int64_t n, int64_t rows, int64_t cols,
                  const float* bias, bool relu, float* y, int threads) {
-  unroll<1, kFewSamples + 1>([&](auto i) {
-    if (n == i.value) forward<i.value>(w, bits, x, rows, cols, bias, relu, y, threads);
+  by_few(n, [&](int64_t i, auto count) {
+    forward<count.value>(w, bits, x + i * cols, rows, cols, bias, relu, y + i * rows, threads);
   });
 }
 
@@ -155,8 +172,9 @@ void any_backward(const float* w, const uint16_t* bits, const float* dy, const f
                   int64_t rows, int64_t cols, float* dx, float* dw, float* db, int threads) {
   if (n == 0 && dw) __builtin_memset(dw, 0, std::size_t(rows * cols) * sizeof(float));
   if (n == 0 && db) __builtin_memset(db, 0, std::size_t(rows) * sizeof(float));
-  unroll<1, kFewSamples + 1>([&](auto i) {
-    if (n == i.value) backward<i.value>(w, bits, dy, x, rows, cols, dx, dw, db, threads);
+  by_few(n, [&](int64_t i, auto count) {
+    backward<count.value>(w, bits, dy + i * rows, dw ? x + i * cols : nullptr, rows, cols, i > 0,
+                          dx ? dx + i * cols : nullptr, dw, db, threads);
   });
 }
 
