@@ -82,10 +82,10 @@ void tall_gradients(const uint16_t* column, int64_t count, const float* dy, cons
 
 // --- blocks of 4 rows
 
-// to[row][column] = the sums over all samples of dy * x at four columns and R rows from `row` on; in vectors
-// of 8 also where there are longer ones: what does not have to be folded is worth more than what is done at
-// once
-template <int R>
+// to[row][column] = the sums over all samples of dy * x at four columns and R rows from `row` on; V: vectors of
+// samples where one panel holds them all, else 0; in vectors of 8 also where there are longer ones: what does
+// not have to be folded is worth more than what is done at once
+template <int R, int V>
 AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row, int64_t rows,
                            const float* panels, int64_t col, int64_t cols, int64_t n, float* to,
                            int64_t stride) {
@@ -101,10 +101,11 @@ AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row,
       });
     });
   };
-  if (n <= kVector) {
-    unroll<0, kVector / kHalf>([&](auto i) AF_LAMBDA {
+  if constexpr (V > 0) {
+    constexpr int width = V * kVector;
+    unroll<0, width / kHalf>([&](auto i) AF_LAMBDA {
       constexpr int v = decltype(i)::value * kHalf;
-      add(panels + col * kVector + v, dy + row * kVector + v, kVector, Int<v == 0>{});
+      add(panels + col * width + v, dy + row * width + v, width, Int<v == 0>{});
     });
   } else {
     unroll<0, R * 4>([&](auto i) AF_LAMBDA { sums[i.value / 4][i.value % 4] = half{}; });
@@ -118,13 +119,19 @@ AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row,
 }
 
 // The gradients of one list, a row of the block after the other, `stride` floats apart
+template <int V>
 void flat_gradients(const uint16_t* column, int64_t count, const float* dy, int64_t row, int64_t rows,
                     const float* panels, int64_t col, int64_t cols, int64_t n, float* to, int64_t stride) {
   for (int64_t j = 0; j < count; j += 4)
     for (int64_t r = 0; r < kFlat; r += kFlatRows)
-      flat_sample<kFlatRows>(column + j, dy, row + r, rows, panels, col, cols, n, to + r * stride + j,
-                             stride);
+      flat_sample<kFlatRows, V>(column + j, dy, row + r, rows, panels, col, cols, n, to + r * stride + j,
+                                stride);
 }
+#if defined(__AVX512F__)
+constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {flat_gradients<0>, flat_gradients<1>, flat_gradients<2>, flat_gradients<3>, flat_gradients<4>};
+#else
+constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {flat_gradients<0>, flat_gradients<1>, flat_gradients<2>};
+#endif
 
 }  // namespace
 }  // namespace autoflip
