@@ -1,0 +1,116 @@
+// What is kept of rows of the weight, put back where it stands; see masked_matmul.h for `bits`.
+#pragma once
+#include <cstddef>
+
+#include "cpu/masked_matmul_lists.h"
+
+namespace autoflip {
+namespace {
+
+#if defined(__AVX512F__)
+AF_INLINE vec expand(const float* from, unsigned bits) {
+  return _mm512_maskz_expand_ps(__mmask16(bits), load(from));
+}
+
+AF_INLINE void store_word(float* to, vec v, bool past) {
+  if (past)
+    _mm512_stream_ps(to, v);
+  else
+    store(to, v);
+}
+
+// whether rows of n floats, `stride` apart, can be stored past the cache
+AF_INLINE bool whole_lines(const float* to, int64_t n, int64_t stride) {
+  return n % kVector == 0 && stride % kVector == 0 && reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
+}
+
+// A row on its way past the cache, some words at a time: memory takes its lines while the next row is computed.
+class Pending {
+ public:
+  AF_INLINE void start(const float* from, const uint16_t* bits, int64_t n, float* to) {
+    from_ = from;
+    bits_ = bits;
+    to_ = to;
+    words_ = n / kVector;
+  }
+  AF_INLINE void advance(int64_t words) {
+    words = words < words_ ? words : words_;
+    words_ -= words;
+    for (; words > 0; --words, to_ += kVector) {
+      _mm512_stream_ps(to_, expand(from_, *bits_));
+      from_ += __builtin_popcount(*bits_++);
+    }
+  }
+  AF_INLINE void finish() { advance(words_); }
+
+ private:
+  const float* from_ = nullptr;
+  const uint16_t* bits_ = nullptr;
+  float* to_ = nullptr;
+  int64_t words_ = 0;
+};
+#endif
+
+// to[j] = bit j of `bits` ? the next of `from` : 0; `column`: the numbers of the bits that are set; `empty`:
+// n zeros, and zeros again afterwards
+AF_INLINE void spread_row(const float* from, const uint16_t* column, int64_t count, const uint16_t* bits,
+                          int64_t n, float* to, bool past, float* empty) {
+#if defined(__AVX512F__)
+  past = past && whole_lines(to, n, 0);
+  if (count * 16 > n) {
+    int64_t j = 0;
+    for (; j + kVector <= n; j += kVector, ++bits) {
+      store_word(to + j, expand(from, *bits), past);
+      from += __builtin_popcount(*bits);
+    }
+    if (j < n) _mm512_mask_storeu_ps(to + j, __mmask16((1u << (n - j)) - 1), expand(from, *bits));
+    return;
+  }
+  if (past) {
+    for (int64_t j = 0; j < count; ++j) empty[column[j]] = from[j];
+    for (int64_t j = 0; j < n; j += kVector) _mm512_stream_ps(to + j, load(empty + j));
+    for (int64_t j = 0; j < count; ++j) empty[column[j]] = 0;
+    return;
+  }
+#endif
+  (void)past;
+  (void)bits;
+  (void)empty;
+  __builtin_memset(to, 0, std::size_t(n) * sizeof(float));
+  for (int64_t j = 0; j < count; ++j) to[column[j]] = from[j];
+}
+
+// spread_row of `rows` rows that keep the same columns
+AF_INLINE void spread_rows(const float* from, int64_t from_stride, const uint16_t* column, int64_t count,
+                           const uint16_t* bits, int64_t n, float* to, int64_t stride, int64_t rows, bool past,
+                           float* empty) {
+  int64_t r = 0;
+#if defined(__AVX512F__)
+  constexpr int kRows = 4;  // share what is found out about a word
+  if (count * 16 > n)
+    for (; r + kRows <= rows; r += kRows) {
+      const bool lines = past && whole_lines(to + r * stride, n, stride);
+      const float* next = from + r * from_stride;
+      int64_t j = 0;
+      const auto word = [&](unsigned b, auto&& put) AF_LAMBDA {
+        const __m512i ones = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i place = _mm512_maskz_expand_epi32(__mmask16(b), ones);
+        unroll<0, kRows>([&](auto i) AF_LAMBDA {
+          put(to + (r + i.value) * stride + j,
+              _mm512_maskz_permutexvar_ps(__mmask16(b), place, load(next + i.value * from_stride)));
+        });
+        next += __builtin_popcount(b);
+      };
+      const uint16_t* b = bits;
+      for (; j + kVector <= n; j += kVector)
+        word(*b++, [&](float* at, vec v) AF_LAMBDA { store_word(at, v, lines); });
+      const __mmask16 some = __mmask16((1u << (n - j)) - 1);
+      if (j < n) word(*b, [&](float* at, vec v) AF_LAMBDA { _mm512_mask_storeu_ps(at, some, v); });
+    }
+#endif
+  for (; r < rows; ++r)
+    spread_row(from + r * from_stride, column, count, bits, n, to + r * stride, past, empty);
+}
+
+}  // namespace
+}  // namespace autoflip
