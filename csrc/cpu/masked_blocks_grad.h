@@ -82,9 +82,9 @@ void tall_gradients(const uint16_t* column, int64_t count, const float* dy, cons
 
 // --- blocks of 4 rows
 
-// to[row][column] = the sums over all samples of dy * x at four columns and R rows from `row` on; V: vectors of
-// samples where one panel holds them all, else 0; in vectors of 8 also where there are longer ones: what does
-// not have to be folded is worth more than what is done at once
+// to[row][column] = the sums over all samples of dy * x at four columns and R rows from `row` on; V: vectors
+// of samples where one panel holds them all, else 0; in vectors of 8 also where there are longer ones: what
+// does not have to be folded is worth more than what is done at once
 template <int R, int V>
 AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row, int64_t rows,
                            const float* panels, int64_t col, int64_t cols, int64_t n, float* to,
@@ -112,7 +112,8 @@ AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row,
     const float *x = panels + col * kLanes, *d = dy + row * kLanes;
     int64_t i = 0;
     for (; n - i >= kLanes; i += kLanes, x += cols * kLanes, d += rows * kLanes)
-      unroll<0, kLanes / kHalf>([&](auto v) AF_LAMBDA { add(x + v.value * kHalf, d + v.value * kHalf, kLanes, Int<0>{}); });
+      unroll<0, kLanes / kHalf>(
+          [&](auto v) AF_LAMBDA { add(x + v.value * kHalf, d + v.value * kHalf, kLanes, Int<0>{}); });
     if (i < n) {
       const int64_t width = panel(i / kLanes, n).width;
       x = panels + i * cols + col * width;
@@ -133,9 +134,11 @@ void flat_gradients(const uint16_t* column, int64_t count, const float* dy, int6
                                 stride);
 }
 #if defined(__AVX512F__)
-constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {flat_gradients<0>, flat_gradients<1>, flat_gradients<2>, flat_gradients<3>, flat_gradients<4>};
+constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {
+    flat_gradients<0>, flat_gradients<1>, flat_gradients<2>, flat_gradients<3>, flat_gradients<4>};
 #else
-constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {flat_gradients<0>, flat_gradients<1>, flat_gradients<2>};
+constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {flat_gradients<0>, flat_gradients<1>,
+                                                           flat_gradients<2>};
 #endif
 
 }  // namespace

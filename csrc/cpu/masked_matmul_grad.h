@@ -113,11 +113,11 @@ typedef decltype(&sample_cell<1>) SampleCell;
 #if defined(__AVX512F__)
 constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cell<3>, sample_cell<4>};
 
-// sample_cell of all samples, each row put past the cache while the next one is computed; dw: the cell's first
-// entry, rows of whole lines
+// sample_cell of all samples, each row put past the cache while the next one is computed; dw: the cell's
+// first entry, rows of whole lines
 template <int V>
-void sample_past(const Lists& lists, int64_t cell, int64_t rows, int64_t cols, const float* dy, const float* x,
-                 float* dw) {
+void sample_past(const Lists& lists, int64_t cell, int64_t rows, int64_t cols, const float* dy,
+                 const float* x, float* dw) {
   alignas(64) float sums[2][kMaxChunk + 2 * kWide];
   const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
   const int64_t words = words_of(lists.chunk), all = lists.first[cell + 1] - lists.first[cell];
@@ -126,7 +126,8 @@ void sample_past(const Lists& lists, int64_t cell, int64_t rows, int64_t cols, c
   Pending pending;
   for (int64_t r = 0; r < rows; ++r, ++count, bits += words) {
     float* own = sums[r % 2];
-    sample_row<V>(column, *count, dy + r * V * kVector, x, true, own, [&]() AF_LAMBDA { pending.advance(some); });
+    sample_row<V>(column, *count, dy + r * V * kVector, x, true, own,
+                  [&]() AF_LAMBDA { pending.advance(some); });
     pending.finish();
     pending.start(own, bits, cols, dw + r * lists.cols);
     column += *count;
@@ -150,8 +151,8 @@ void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float*
   const bool past = lists.rows * lists.cols >= kPackFrom;
   dw += row * lists.cols + col;
 #if defined(__AVX512F__)
-  if (past && n > 0 && n <= kLanes && whole_lines(dw, cols, lists.cols) &&
-      (lists.first[cell + 1] - lists.first[cell]) * 16 > rows * cols) {
+  const bool many = (lists.first[cell + 1] - lists.first[cell]) * 16 > rows * cols;
+  if (past && many && n > 0 && n <= kLanes && whole_lines(dw, cols, lists.cols)) {
     const int64_t width = panel(0, n).width;
     kSamplePast[width / kVector - 1](lists, cell, rows, cols, dy + row * width, x + col * width, dw);
     return _mm_sfence();
@@ -167,7 +168,16 @@ void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float*
   alignas(64) float empty[kMaxChunk] = {};
   const float* from = sums;
   if (n == 0) __builtin_memset(sums, 0, sizeof sums);
-  for (int64_t r = 0; r < rows; ++r, ++count, bits += words) {
+  int64_t r = 0;
+#if defined(__AVX512F__)
+  for (; !past && many && r + 2 <= rows; r += 2, count += 2, bits += 2 * words) {
+    const float* second = from + ceil_div(count[0], kWide) * kWide;
+    spread_pair({from, second}, bits, words, cols, dw + r * lists.cols, lists.cols);
+    column += count[0] + count[1];
+    from = second + ceil_div(count[1], kWide) * kWide;
+  }
+#endif
+  for (; r < rows; ++r, ++count, bits += words) {
     spread_row(from, column, *count, bits, cols, dw + r * lists.cols, past, empty);
     column += *count;
     from += ceil_div(*count, kWide) * kWide;
