@@ -97,7 +97,9 @@ def test_result_does_not_depend_on_the_thread_count():
 
 @pytest.mark.parametrize("height", [4, 16])
 def test_a_large_weight_is_read_where_it_stands_or_copied(height):
-    for O, K, density, kept_until_backward in ((1035, 700, 0.1, True), (523, 530, 0.02, False), (523, 530, 0.5, None)):
+    # the last one's gradient goes past every cache in whole lines
+    cases = ((1035, 700, 0.1, True), (523, 530, 0.02, False), (523, 530, 0.5, None), (1050, 1008, 0.2, True))
+    for O, K, density, kept_until_backward in cases:
         parts = block_pack(block_mask(O, K, height, density), height).parts(20)
         sizes = (parts.layout.data_ptr(), parts.chunk, height, O, K)
         assert (_masked_kernels.CPP.masked_blocks_values(*sizes) > 0) == (kept_until_backward is not None)

@@ -82,10 +82,10 @@ void tall_gradients(const uint16_t* column, int64_t count, const float* dy, cons
 
 // --- blocks of 4 rows
 
-// to[row][column] = the sums over all samples of dy * x at four columns and R rows from `row` on; in vectors
-// of 8 also where there are longer ones: what does not have to be folded is worth more than what is done at
-// once
-template <int R>
+// to[row][column] = the sums over all samples of dy * x at four columns and R rows from `row` on; V: vectors
+// of samples where one panel holds them all, else 0; in vectors of 8 also where there are longer ones: what
+// does not have to be folded is worth more than what is done at once
+template <int R, int V>
 AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row, int64_t rows,
                            const float* panels, int64_t col, int64_t cols, int64_t n, float* to,
                            int64_t stride) {
@@ -101,30 +101,45 @@ AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row,
       });
     });
   };
-  if (n <= kVector) {
-    unroll<0, kVector / kHalf>([&](auto i) AF_LAMBDA {
+  if constexpr (V > 0) {
+    constexpr int width = V * kVector;
+    unroll<0, width / kHalf>([&](auto i) AF_LAMBDA {
       constexpr int v = decltype(i)::value * kHalf;
-      add(panels + col * kVector + v, dy + row * kVector + v, kVector, Int<v == 0>{});
+      add(panels + col * width + v, dy + row * width + v, width, Int<v == 0>{});
     });
   } else {
     unroll<0, R * 4>([&](auto i) AF_LAMBDA { sums[i.value / 4][i.value % 4] = half{}; });
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Panel p = panel(i / kLanes, n);
-      const float *x = panels + p.begin * cols + col * p.width, *d = dy + p.begin * rows + row * p.width;
-      for (int64_t v = 0; v < p.width; v += kHalf) add(x + v, d + v, p.width, Int<0>{});
+    const float *x = panels + col * kLanes, *d = dy + row * kLanes;
+    int64_t i = 0;
+    for (; n - i >= kLanes; i += kLanes, x += cols * kLanes, d += rows * kLanes)
+      unroll<0, kLanes / kHalf>(
+          [&](auto v) AF_LAMBDA { add(x + v.value * kHalf, d + v.value * kHalf, kLanes, Int<0>{}); });
+    if (i < n) {
+      const int64_t width = panel(i / kLanes, n).width;
+      x = panels + i * cols + col * width;
+      d = dy + i * rows + row * width;
+      for (int64_t v = 0; v < width; v += kHalf) add(x + v, d + v, width, Int<0>{});
     }
   }
   unroll<0, R>([&](auto r) AF_LAMBDA { sum_halves<4>(sums[r.value], true, to + r.value * stride); });
 }
 
 // The gradients of one list, a row of the block after the other, `stride` floats apart
+template <int V>
 void flat_gradients(const uint16_t* column, int64_t count, const float* dy, int64_t row, int64_t rows,
                     const float* panels, int64_t col, int64_t cols, int64_t n, float* to, int64_t stride) {
   for (int64_t j = 0; j < count; j += 4)
     for (int64_t r = 0; r < kFlat; r += kFlatRows)
-      flat_sample<kFlatRows>(column + j, dy, row + r, rows, panels, col, cols, n, to + r * stride + j,
-                             stride);
+      flat_sample<kFlatRows, V>(column + j, dy, row + r, rows, panels, col, cols, n, to + r * stride + j,
+                                stride);
 }
+#if defined(__AVX512F__)
+constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {
+    flat_gradients<0>, flat_gradients<1>, flat_gradients<2>, flat_gradients<3>, flat_gradients<4>};
+#else
+constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {flat_gradients<0>, flat_gradients<1>,
+                                                           flat_gradients<2>};
+#endif
 
 }  // namespace
 }  // namespace autoflip

@@ -82,9 +82,10 @@ void block_tile(const Blocks& b, int64_t cell, const float* dy, const float* x, 
     if (*count && height == kTall)
       tall_gradients(column, *count, dy + row * n, x, col, l.cols, n, sums, kStride);
     else if (*count)
-      flat_gradients(column, *count, dy, row, b.rows, x, col, l.cols, n, sums, kStride);
-    for (int64_t r = 0; r < least(height, b.rows - row); ++r)
-      spread_row(sums + r * kStride, column, *count, bits, cols, dw + (row + r) * l.cols + col, past, empty);
+      kFlatGradients[n > kLanes ? 0 : panel(0, n).width / kVector](column, *count, dy, row, b.rows, x, col,
+                                                                   l.cols, n, sums, kStride);
+    spread_rows(sums, kStride, column, *count, bits, cols, dw + row * l.cols + col, l.cols,
+                least(height, b.rows - row), past, empty);
     column += *count;
   }
 #if defined(__AVX512F__)

@@ -4,6 +4,7 @@
 
 #include "cpu/masked_matmul_lists.h"
 #include "cpu/masked_matmul_outer.h"
+#include "cpu/masked_matmul_spread.h"
 
 namespace autoflip {
 namespace {
@@ -79,21 +80,31 @@ AF_INLINE void sample(const uint16_t* column, const vec (&dy)[V], const float* x
 
 constexpr int kWide = sizeof(vec) == 64 ? 16 : sizeof(vec) == 32 ? 8 : 4;  // columns that registers hold
 
-// The gradients of a cell, row after row, each row's from a whole vector on. sums: written, or added to
+// The gradients of one row, from a whole vector on. sums: written, or added to; between(): called where other
+// work may be done
+template <int V, class Between>
+AF_INLINE void sample_row(const uint16_t* column, int64_t count, const float* dy, const float* x, bool first,
+                          float* sums, Between&& between) {
+  vec d[V];
+  unroll<0, V>([&](auto v) AF_LAMBDA { d[v.value] = load(dy + v.value * kVector); });
+  // past the end of a row its next columns are sampled too, into room that nobody reads
+  int64_t j = 0;
+  for (; count - j > kWide - 4; j += kWide) {
+    sample<kWide, V>(column + j, d, x, first, sums + j);
+    between();
+  }
+  if constexpr (kWide > 8)
+    for (; count - j > 4; j += 8) sample<8, V>(column + j, d, x, first, sums + j);
+  if constexpr (kWide > 4)
+    for (; count - j > 0; j += 4) sample<4, V>(column + j, d, x, first, sums + j);
+}
+
 template <int V>
 void sample_cell(const Lists& lists, int64_t cell, int64_t rows, const float* dy, const float* x, bool first,
                  float* sums) {
   const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
   for (int64_t r = 0; r < rows; ++r, ++count) {
-    vec d[V];
-    unroll<0, V>([&](auto v) AF_LAMBDA { d[v.value] = load(dy + (r * V + v.value) * kVector); });
-    // past the end of a row its next columns are sampled too, into room that nobody reads
-    int64_t j = 0;
-    for (; *count - j > kWide - 4; j += kWide) sample<kWide, V>(column + j, d, x, first, sums + j);
-    if constexpr (kWide > 8)
-      for (; *count - j > 4; j += 8) sample<8, V>(column + j, d, x, first, sums + j);
-    if constexpr (kWide > 4)
-      for (; *count - j > 0; j += 4) sample<4, V>(column + j, d, x, first, sums + j);
+    sample_row<V>(column, *count, dy + r * V * kVector, x, first, sums, [] {});
     column += *count;
     sums += ceil_div(*count, kWide) * kWide;
   }
@@ -101,44 +112,33 @@ void sample_cell(const Lists& lists, int64_t cell, int64_t rows, const float* dy
 typedef decltype(&sample_cell<1>) SampleCell;
 #if defined(__AVX512F__)
 constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cell<3>, sample_cell<4>};
+
+// sample_cell of all samples, each row put past the cache while the next one is computed; dw: the cell's
+// first entry, rows of whole lines
+template <int V>
+void sample_past(const Lists& lists, int64_t cell, int64_t rows, int64_t cols, const float* dy,
+                 const float* x, float* dw) {
+  alignas(64) float sums[2][kMaxChunk + 2 * kWide];
+  const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
+  const int64_t words = words_of(lists.chunk), all = lists.first[cell + 1] - lists.first[cell];
+  const uint16_t* bits = lists.bits + cell * lists.block * words;
+  const int64_t some = rows * cols / (all + 1) + 1;  // words that go with sixteen entries
+  Pending pending;
+  for (int64_t r = 0; r < rows; ++r, ++count, bits += words) {
+    float* own = sums[r % 2];
+    sample_row<V>(column, *count, dy + r * V * kVector, x, true, own,
+                  [&]() AF_LAMBDA { pending.advance(some); });
+    pending.finish();
+    pending.start(own, bits, cols, dw + r * lists.cols);
+    column += *count;
+  }
+  pending.finish();
+}
+constexpr decltype(&sample_past<1>) kSamplePast[] = {sample_past<1>, sample_past<2>, sample_past<3>,
+                                                     sample_past<4>};
 #else
 constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>};
 #endif
-
-// to[j] = bit j of `bits` ? the next of `from` : 0; `column`: the numbers of the bits that are set; `empty`:
-// n zeros, and zeros again afterwards
-AF_INLINE void spread_row(const float* from, const uint16_t* column, int64_t count, const uint16_t* bits,
-                          int64_t n, float* to, bool past, float* empty) {
-#if defined(__AVX512F__)
-  past = past && n % kVector == 0 && reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
-  if (count * 16 > n) {
-    int64_t j = 0;
-    for (; j + kVector <= n; j += kVector, ++bits) {
-      const vec v = _mm512_maskz_expand_ps(__mmask16(*bits), load(from));
-      if (past)
-        _mm512_stream_ps(to + j, v);
-      else
-        store(to + j, v);
-      from += __builtin_popcount(*bits);
-    }
-    if (j < n)
-      _mm512_mask_storeu_ps(to + j, __mmask16((1u << (n - j)) - 1),
-                            _mm512_maskz_expand_ps(__mmask16(*bits), load(from)));
-    return;
-  }
-  if (past) {
-    for (int64_t j = 0; j < count; ++j) empty[column[j]] = from[j];
-    for (int64_t j = 0; j < n; j += kVector) _mm512_stream_ps(to + j, load(empty + j));
-    for (int64_t j = 0; j < count; ++j) empty[column[j]] = 0;
-    return;
-  }
-#endif
-  (void)past;
-  (void)bits;
-  (void)empty;
-  __builtin_memset(to, 0, std::size_t(n) * sizeof(float));
-  for (int64_t j = 0; j < count; ++j) to[column[j]] = from[j];
-}
 
 // dw of one cell, all panels
 void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float* x, int64_t n, float* dw) {
@@ -147,20 +147,38 @@ void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float*
   const int64_t row = cell / chunks * lists.block, col = cell % chunks * lists.chunk;
   const int64_t rows = lists.rows - row < lists.block ? lists.rows - row : lists.block;
   const int64_t cols = lists.cols - col < lists.chunk ? lists.cols - col : lists.chunk;
+  // what no cache will hold until it is read again need not pass through one
+  const bool past = lists.rows * lists.cols >= kPackFrom;
+  dw += row * lists.cols + col;
+#if defined(__AVX512F__)
+  const bool many = (lists.first[cell + 1] - lists.first[cell]) * 16 > rows * cols;
+  if (past && many && n > 0 && n <= kLanes && whole_lines(dw, cols, lists.cols)) {
+    const int64_t width = panel(0, n).width;
+    kSamplePast[width / kVector - 1](lists, cell, rows, cols, dy + row * width, x + col * width, dw);
+    return _mm_sfence();
+  }
+#endif
   for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
     const Panel p = panel(i, n);
     kSampleCell[p.width / kVector - 1](lists, cell, rows, dy + p.begin * lists.rows + row * p.width,
                                        x + p.begin * lists.cols + col * p.width, i == 0, sums);
   }
-  // what no cache will hold until it is read again need not pass through one
-  const bool past = lists.rows * lists.cols >= kPackFrom;
   const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
   const uint16_t* bits = lists.bits + cell * lists.block * words;
   alignas(64) float empty[kMaxChunk] = {};
   const float* from = sums;
   if (n == 0) __builtin_memset(sums, 0, sizeof sums);
-  for (int64_t r = 0; r < rows; ++r, ++count, bits += words) {
-    spread_row(from, column, *count, bits, cols, dw + (row + r) * lists.cols + col, past, empty);
+  int64_t r = 0;
+#if defined(__AVX512F__)
+  for (; !past && many && r + 2 <= rows; r += 2, count += 2, bits += 2 * words) {
+    const float* second = from + ceil_div(count[0], kWide) * kWide;
+    spread_pair({from, second}, bits, words, cols, dw + r * lists.cols, lists.cols);
+    column += count[0] + count[1];
+    from = second + ceil_div(count[1], kWide) * kWide;
+  }
+#endif
+  for (; r < rows; ++r, ++count, bits += words) {
+    spread_row(from, column, *count, bits, cols, dw + r * lists.cols, past, empty);
     column += *count;
     from += ceil_div(*count, kWide) * kWide;
   }

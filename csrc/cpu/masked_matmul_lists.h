@@ -24,22 +24,23 @@ constexpr int64_t kAhead = 2048;  // floats
 AF_INLINE void pack_row(const float* from, int64_t cols, const uint16_t* bits, const uint16_t* column,
                         int64_t count, float* to) {
 #if defined(__AVX512F__)
-  (void)column;
-  (void)count;
-  for (int64_t j = 0; j < cols; j += kVector, ++bits) {
-    __builtin_prefetch(from + kAhead + j, 0, 3);
-    const __mmask16 kept = __mmask16(*bits);
-    const int64_t some = __builtin_popcount(*bits);
-    // not past the last of them: there may stand what was packed before
-    _mm512_mask_storeu_ps(to, __mmask16((1u << some) - 1),
-                          _mm512_maskz_compress_ps(kept, _mm512_maskz_loadu_ps(kept, from + j)));
-    to += some;
+  // fewer are faster one by one: their loop ends where nobody knows, which long rows pay for
+  if (count * (cols > 256 ? 8 : 14) > cols) {
+    for (int64_t j = 0; j < cols; j += kVector, ++bits) {
+      __builtin_prefetch(from + kAhead + j, 0, 3);
+      const __mmask16 kept = __mmask16(*bits);
+      const int64_t some = __builtin_popcount(*bits);
+      // not past the last of them: there may stand what was packed before
+      _mm512_mask_storeu_ps(to, __mmask16((1u << some) - 1),
+                            _mm512_maskz_compress_ps(kept, _mm512_maskz_loadu_ps(kept, from + j)));
+      to += some;
+    }
+    return;
   }
-#else
+#endif
   (void)bits;
   for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(from + kAhead + j, 0, 3);
   for (int64_t j = 0; j < count; ++j) to[j] = from[column[j]];
-#endif
 }
 
 // values = the kept weights of all blocks of rows, cell by cell, row by row; read row by row, from end to
