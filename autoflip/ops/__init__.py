@@ -61,4 +61,5 @@ from autoflip.ops.softmax import deal_rows as deal_rows
 from autoflip.ops.softmax import softmax_columns as softmax_columns
 from autoflip.ops.softmax import softmax_draw as softmax_draw
 from autoflip.ops.softmax import softmax_factor as softmax_factor
+from autoflip.ops.softmax import softmax_pull_back as softmax_pull_back
 from autoflip.ops.softmax import softmax_weight as softmax_weight
