@@ -39,4 +39,16 @@ inline int64_t gather_alive(const float* const* rows, int64_t Q, int64_t count, 
   return some;
 }
 
+// Bit i: value i of 64 is not zero.
+inline uint64_t alive_bits(const float* values) {
+  uint64_t bits = 0;
+#if defined(__AVX512F__)
+  for (int i = 0; i < 64; i += W)
+    bits |= uint64_t(_mm512_cmp_ps_mask(load(values + i), _mm512_setzero_ps(), _CMP_NEQ_UQ)) << i;
+#else
+  for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(values[i] != 0.f) << i;
+#endif
+  return bits;
+}
+
 }  // namespace

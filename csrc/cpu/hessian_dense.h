@@ -56,8 +56,7 @@ struct DenseOutputs {
           float* to = values + left * stride + u;
           for (int64_t o = 0; o < some; ++o) to[o * stride] += squared ? v[o] : v[o] * v[o];
         }
-    for (int64_t i = 0; i < O * words; ++i)
-      for (int64_t u = 0; u < 64; ++u) alive[i] |= static_cast<uint64_t>(values[i * 64 + u] != 0.f) << u;
+    for (int64_t i = 0; i < O * words; ++i) alive[i] = alive_bits(values + i * 64);
   }
   int64_t together(const int32_t* outputs, int64_t count) const {
     int64_t total = 0;

@@ -15,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/hessian_alive.h"
 #include "cpu/hessian_tile.h"
 
 namespace {
@@ -41,88 +42,84 @@ struct PullParts {
   }
 };
 
-// One thread's memory: a list of units with each class's weights there, and J with what most samples have.
+// One thread's memory: the units that a sample, or most of a part, have open, and those that a sample has
+// otherwise; each class's weights there; the gradients of the logits by what most have open, and what a
+// sample adds to them.
 struct PullRows {
   int64_t classes, stride, ld;
-  std::unique_ptr<int32_t[]> list, opened;
-  std::unique_ptr<float[]> values, memory;
-  float *common, *own;
+  std::unique_ptr<float[]> memory;
+  std::unique_ptr<int32_t[]> list;
+  float *opened, *otherwise, *signs, *values, *common, *own;
 
   PullRows(const SoftmaxPull& s, int64_t ld)
       : classes(s.classes),
-        stride(padded(s.outputs)),
+        stride(padded(s.outputs) + kAlign),
         ld(ld),
+        memory(new float[(3 + classes) * stride + 2 * classes * ld + kAlign]),
         list(new int32_t[stride]),
-        opened(new int32_t[stride]),
-        values(new float[classes * stride]),
-        memory(new float[2 * classes * ld + kAlign]),
-        common(aligned(memory.get())),
+        opened(aligned(memory.get())),
+        otherwise(opened + stride),
+        signs(otherwise + stride),
+        values(signs + stride),
+        common(values + classes * stride),
         own(common + classes * ld) {}
 
-  // out[c] = or += sum_j values[c][j] u[list[j]]
-  template <Into kInto>
-  void sum(const float* u, int64_t count, float* out) {
+  // out[c] = sum_o by[o] last[c, o] u[o], by +-1 or 0. Returns for how many o it is not 0.
+  int64_t sum(const SoftmaxPull& s, const float* u, const float* by, float* out) {
+    int64_t count = gather_alive(&by, 1, s.outputs, list.get(), &signs);
+    for (int64_t c = 0; c < classes; ++c) {
+      const float* last = s.last + c * s.outputs;
+      for (int64_t j = 0; j < count; ++j) values[c * stride + j] = signs[j] * last[list[j]];
+    }
     int64_t teams = (classes + kMaxRows - 1) / kMaxRows;
     for (int64_t t = 0; t < teams; ++t) {
       int64_t first = t * classes / teams, some = (t + 1) * classes / teams - first;
       Plan::Row rows[kMaxRows];
       float* to[kMaxRows];
       for (int64_t r = 0; r < some; ++r) {
-        rows[r] = {values.get() + (first + r) * stride, list.get(), count};
+        rows[r] = {values + (first + r) * stride, list.get(), count};
         to[r] = out + (first + r) * ld;
       }
-      columns<kInto>(some, u, ld, rows, to, ld);
+      columns<Into::kSet>(some, u, ld, rows, to, ld);
     }
+    return count;
   }
 };
 
-// The units that most samples of the part have open; all without a gate.
-inline int64_t pull_common(const SoftmaxPull& s, const int64_t* samples, int64_t count, PullRows& mine) {
-  std::memset(mine.opened.get(), 0, sizeof(int32_t) * s.outputs);
-  for (int64_t i = 0; i < count && s.gate != nullptr; ++i) {
+// 1 for the units that most of these samples have open, else 0; all without a gate.
+inline void pull_opened(const SoftmaxPull& s, const int64_t* samples, int64_t count, float* opened) {
+  for (int64_t o = 0; o < s.outputs; ++o) opened[o] = s.gate == nullptr ? 1.f : 0.f;
+  if (s.gate == nullptr) return;
+  for (int64_t i = 0; i < count; ++i) {
     const float* row = s.gate + samples[i] * s.outputs;
-    for (int64_t o = 0; o < s.outputs; ++o) mine.opened[o] += row[o] > 0.f;
+    for (int64_t o = 0; o < s.outputs; ++o) opened[o] += row[o] > 0.f ? 1.f : 0.f;
   }
-  int64_t some = 0;
-  for (int64_t o = 0; o < s.outputs; ++o) {
-    mine.opened[o] = s.gate == nullptr || 2 * mine.opened[o] > count;
-    mine.list[some] = static_cast<int32_t>(o);
-    some += mine.opened[o];
-  }
-  for (int64_t c = 0; c < s.classes; ++c)
-    for (int64_t j = 0; j < some; ++j)
-      mine.values[c * mine.stride + j] = s.last[c * s.outputs + mine.list[j]];
-  return some;
+  for (int64_t o = 0; o < s.outputs; ++o) opened[o] = 2.f * opened[o] > static_cast<float>(count) ? 1.f : 0.f;
 }
 
-// The units that this sample has otherwise: those it alone has open count, those it alone has closed count
-// negative.
-inline int64_t pull_otherwise(const SoftmaxPull& s, int64_t n, PullRows& mine) {
-  if (s.gate == nullptr) return 0;
-  const float* row = s.gate + n * s.outputs;
-  int64_t some = 0;
-  for (int64_t o = 0; o < s.outputs; ++o) {
-    mine.list[some] = static_cast<int32_t>(o);
-    some += mine.opened[o] != (row[o] > 0.f);
-  }
-  for (int64_t c = 0; c < s.classes; ++c)
-    for (int64_t j = 0; j < some; ++j) {
-      float w = s.last[c * s.outputs + mine.list[j]];
-      mine.values[c * mine.stride + j] = mine.opened[mine.list[j]] ? -w : w;
-    }
-  return some;
+// 1 for the units that this sample has open and most have not, -1 for those that most have and it has not,
+// else 0.
+inline void pull_otherwise(const SoftmaxPull& s, int64_t n, const float* opened, float* otherwise) {
+  const float* row = s.gate == nullptr ? nullptr : s.gate + n * s.outputs;
+  for (int64_t o = 0; o < s.outputs; ++o)
+    otherwise[o] = row == nullptr ? 0.f : (row[o] > 0.f ? 1.f : 0.f) - opened[o];
 }
 
-// V vectors of J, rows `ld` apart: to(c, k, v_c), or to(0, k, sum_c v_c^2) when kSquared, for each k.
+// V vectors of J, or of J + more, rows `ld` apart: to(c, k, v_c), or to(0, k, sum_c v_c^2) when kSquared, for
+// each k.
 template <bool kSquared, int V, class To>
-inline void softmax_tile(const float* J, int64_t ld, const float* own, const float* step, int64_t classes,
-                         int64_t k, To to) {
+inline void softmax_tile(const float* J, const float* more, int64_t ld, const float* own, const float* step,
+                         int64_t classes, int64_t k, To to) {
+  auto row = [=](int64_t c, int v) {
+    int64_t at = c * ld + k + v * W;
+    return more == nullptr ? load(J + at) : load(J + at) + load(more + at);
+  };
   Vec mean[V], total[V];
-  for (int v = 0; v < V; ++v) mean[v] = load(J + k + v * W), total[v] = splat(0.f);
+  for (int v = 0; v < V; ++v) mean[v] = row(0, v), total[v] = splat(0.f);
   for (int64_t c = 1; c < classes; ++c) {
     Vec size = splat(own[c]), next = splat(step[c]);
     for (int v = 0; v < V; ++v) {
-      Vec apart = load(J + c * ld + k + v * W) - mean[v], value = size * apart;
+      Vec apart = row(c, v) - mean[v], value = size * apart;
       if (kSquared)
         total[v] = fma(value, value, total[v]);
       else
@@ -135,11 +132,11 @@ inline void softmax_tile(const float* J, int64_t ld, const float* own, const flo
 }
 
 template <bool kSquared, class To>
-inline void softmax_rows(const float* J, int64_t ld, const float* own, const float* step, int64_t classes,
-                         int64_t width, To to) {
+inline void softmax_rows(const float* J, const float* more, int64_t ld, const float* own, const float* step,
+                         int64_t classes, int64_t width, To to) {
   int64_t k = 0;
-  for (; k + 3 * W < width; k += 4 * W) softmax_tile<kSquared, 4>(J, ld, own, step, classes, k, to);
-  for (; k < width; k += W) softmax_tile<kSquared, 1>(J, ld, own, step, classes, k, to);
+  for (; k + 3 * W < width; k += 4 * W) softmax_tile<kSquared, 4>(J, more, ld, own, step, classes, k, to);
+  for (; k < width; k += W) softmax_tile<kSquared, 1>(J, more, ld, own, step, classes, k, to);
 }
 
 // to[0 .. W) = v where the gate is open, of columns that are there
@@ -154,16 +151,16 @@ inline void pull_store(float* __restrict to, Vec v, const float* __restrict open
 }
 
 // A sample's v: rows of J are `ld` apart, those of out `apart`.
-inline void pull_factors(const float* J, int64_t ld, const SoftmaxPull& s, int64_t n, bool squared,
-                         const float* open, int64_t width, float* out, int64_t apart) {
+inline void pull_factors(const float* J, const float* more, int64_t ld, const SoftmaxPull& s, int64_t n,
+                         bool squared, const float* open, int64_t width, float* out, int64_t apart) {
   const float *own = s.own + n * s.classes, *step = s.step + n * s.classes;
   auto to = [&](int64_t c, int64_t k, Vec v) {
     pull_store(out + c * apart + k, v, open == nullptr ? nullptr : open + k, width - k);
   };
   if (squared)
-    softmax_rows<true>(J, ld, own, step, s.classes, width, to);
+    softmax_rows<true>(J, more, ld, own, step, s.classes, width, to);
   else
-    softmax_rows<false>(J, ld, own, step, s.classes, width, to);
+    softmax_rows<false>(J, more, ld, own, step, s.classes, width, to);
 }
 
 int64_t softmax_pull(const SoftmaxPull& s, int threads) {
@@ -189,18 +186,20 @@ int64_t softmax_pull(const SoftmaxPull& s, int threads) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < static_cast<int64_t>(parts.begin.size()) - 1; ++i) {
         const int64_t* samples = parts.order.data() + parts.begin[i];
-        int64_t count = parts.begin[i + 1] - parts.begin[i], units = pull_common(s, samples, count, mine);
-        mine.sum<Into::kSet>(u, units, mine.common);
+        int64_t count = parts.begin[i + 1] - parts.begin[i];
+        pull_opened(s, samples, count, mine.opened);
+        int64_t units = mine.sum(s, u, mine.opened, mine.common);
         for (int64_t j = 0; j < count; ++j) {
-          int64_t n = samples[j], some = pull_otherwise(s, n, mine);
-          std::memcpy(mine.own, mine.common, sizeof(float) * s.classes * ld);
-          mine.sum<Into::kAdd>(u, some, mine.own);
-          units += some;
+          int64_t n = samples[j];
+          pull_otherwise(s, n, mine.opened, mine.otherwise);
+          units += mine.sum(s, u, mine.otherwise, mine.own);
           const float* open = s.before == nullptr ? nullptr : s.before + n * K + begin;
-          pull_factors(mine.own, ld, s, n, s.squared, open, width, s.out + n * K + begin, s.samples * K);
+          pull_factors(mine.common, mine.own, ld, s, n, s.squared, open, width, s.out + n * K + begin,
+                       s.samples * K);
           if (p == 0)
-            pull_factors(last, rows, s, n, true, s.gate == nullptr ? nullptr : s.gate + n * s.outputs,
-                         s.outputs, s.hidden + n * s.outputs, 0);
+            pull_factors(last, nullptr, rows, s, n, true,
+                         s.gate == nullptr ? nullptr : s.gate + n * s.outputs, s.outputs,
+                         s.hidden + n * s.outputs, 0);
         }
         ran += units * s.classes * width;
       }
