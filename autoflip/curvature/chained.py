@@ -140,12 +140,16 @@ class Linear(Chained):
         """Yield as every layer does; one product serves all factors."""
         self.flush()
         squared, self.squared = self.squared, None
-        for i, rows in enumerate(self.segments if squared is not None else ()):
-            assert squared is not None
+        if squared is None:
+            yield from super().take()
+            return
+        x = self.input()
+        for i, rows in enumerate(self.segments):
             d = squared[rows]
-            self.sums[i, "weight"] = ops.squared_matmul(d, self.input()[rows], squared=True, samples=self.samples)
-            self.sums[i, "bias"] = d.sum(0)
-        yield from super().take()
+            if "weight" in self.params:
+                yield i, "weight", ops.squared_matmul(d, x[rows], squared=True, samples=self.samples)
+            if "bias" in self.params:
+                yield i, "bias", d.sum(0)
 
     def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         """Return those of a sequence."""

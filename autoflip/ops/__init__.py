@@ -18,6 +18,7 @@ from autoflip.ops.grouped import GroupedPack as GroupedPack
 from autoflip.ops.grouped import grouped_linear as grouped_linear
 
 # hessian
+from autoflip.ops._hessian import all_rows as all_rows
 from autoflip.ops.hessian import conv_pull_back as conv_pull_back
 from autoflip.ops.hessian import conv_squares as conv_squares
 from autoflip.ops.hessian import dense_pull_back as dense_pull_back

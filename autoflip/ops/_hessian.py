@@ -100,8 +100,9 @@ def squared_matmul(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor 
 
 
 def all_rows(samples: Tensor, count: int) -> bool:
-    """Return whether ``samples``, int64 on the CPU, are all from 0 to ``count`` - 1."""
-    if (kernels := backend.extension("_C")[0]) is not None and samples.is_contiguous():
+    """Return whether ``samples``, ``(N,)`` and int64, are all rows of a tensor that has ``count``: from 0 on, below it."""
+    kernels = backend.extension("_C")[0] if samples.device.type == "cpu" and samples.is_contiguous() else None
+    if kernels is not None:
         return bool(kernels.all_rows(samples.data_ptr(), len(samples), count))
     return bool(((samples >= 0) & (samples < count)).all())
 
