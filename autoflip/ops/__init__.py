@@ -3,6 +3,9 @@
 # delta
 from autoflip.ops import delta as delta
 
+# hessian
+from autoflip.ops._hessian import all_rows as all_rows
+
 # masked_matmul
 from autoflip.ops._masked_matmul import linear_step as linear_step
 
@@ -16,9 +19,6 @@ from autoflip.ops._masked_weight import traced as traced
 # grouped
 from autoflip.ops.grouped import GroupedPack as GroupedPack
 from autoflip.ops.grouped import grouped_linear as grouped_linear
-
-# hessian
-from autoflip.ops._hessian import all_rows as all_rows
 from autoflip.ops.hessian import conv_pull_back as conv_pull_back
 from autoflip.ops.hessian import conv_squares as conv_squares
 from autoflip.ops.hessian import dense_pull_back as dense_pull_back
