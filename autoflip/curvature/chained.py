@@ -2,7 +2,8 @@
 
 From one layer to the one before it a gradient passes reshapes, ReLU and max-pooling only, in the classic nets. All
 factors that wait go there in one product, which reads the weight once and skips what ReLU has set to zero; and a chain
-from the loss to the first layer can go on with some of the samples alone.
+from the loss to the first layer can go on with some of the samples alone. Through the last two dense layers all columns
+of softmax's factor go at once, where samples share what they have in common (:func:`ops.softmax_pull_back`).
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def squared_matmul(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor 
 
 
 def all_rows(samples: Tensor, count: int) -> bool:
-    """Return whether ``samples``, ``(N,)`` and int64, are all rows of a tensor that has ``count``: from 0 on, below it."""
+    """Return whether ``samples``, ``(N,)`` and int64, are all rows of a tensor that has ``count`` of them."""
     kernels = backend.extension("_C")[0] if samples.device.type == "cpu" and samples.is_contiguous() else None
     if kernels is not None:
         return bool(kernels.all_rows(samples.data_ptr(), len(samples), count))
