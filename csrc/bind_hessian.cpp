@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <array>
-#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "bindings.h"
 #include "common/cpu.h"
+#include "common/scratch.h"
 #include "cpu/coarse.h"
 #include "cpu/deal.h"
 #include "cpu/hessian.h"
@@ -23,8 +23,6 @@ const HessianKernels& kernels() {
   return kHessianBase;
 #endif
 }
-
-std::unique_ptr<float[]> scratch(int64_t floats) { return std::unique_ptr<float[]>(new float[floats]); }
 
 int threads_for(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
 
@@ -66,10 +64,12 @@ int64_t conv_squares(const Addresses& d, uintptr_t x, uintptr_t at_, uintptr_t o
   const HessianKernels& k = kernels();
   SquaresShape shape = shape_of(d, sizes);
   threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.positions(), threads);
-  auto buffer = scratch(k.squares_scratch(shape, threads));
+  Scratch& scratch = thread_scratch();
   std::vector<const float*> values = pointers(d);
-  return k.squares(values.data(), at<float>(x), at<int64_t>(at_), at<float>(out), buffer.get(), shape,
-                   threads);
+  int64_t ran = k.squares(values.data(), at<float>(x), at<int64_t>(at_), at<float>(out),
+                          scratch.take(k.squares_scratch(shape, threads)), shape, threads);
+  scratch.settle();
+  return ran;
 }
 
 int64_t conv_pull_back(const Addresses& d, uintptr_t weight, uintptr_t at_, uintptr_t dx, const Sizes& sizes,
@@ -77,10 +77,12 @@ int64_t conv_pull_back(const Addresses& d, uintptr_t weight, uintptr_t at_, uint
   const HessianKernels& k = kernels();
   SquaresShape shape = shape_of(d, sizes);
   threads = threads_for(shape.factors * shape.samples * shape.outputs * shape.entries, threads);
-  auto buffer = scratch(k.pull_back_scratch(shape, threads));
+  Scratch& scratch = thread_scratch();
   std::vector<const float*> values = pointers(d);
-  return k.pull_back(values.data(), at<float>(weight), at<int64_t>(at_), at<float>(dx), buffer.get(), shape,
-                     threads);
+  int64_t ran = k.pull_back(values.data(), at<float>(weight), at<int64_t>(at_), at<float>(dx),
+                            scratch.take(k.pull_back_scratch(shape, threads)), shape, threads);
+  scratch.settle();
+  return ran;
 }
 
 // columns, then the strides as StepsInput has them
@@ -106,10 +108,15 @@ int64_t sequence_squares(const Addresses& d, const std::vector<Input>& u, uintpt
 }
 
 int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t rows, uintptr_t out, int64_t samples,
-                       int64_t outputs, int64_t columns, bool squared, float most_alive, int threads) {
+                       int64_t outputs, int64_t columns, bool squared, int threads) {
+  const HessianKernels& k = kernels();
   threads = threads_for(samples * outputs * columns / 16, threads);
-  return kernels().squared_matmul(at<float>(d), at<float>(a), at<int64_t>(rows), at<float>(out), samples,
-                                  outputs, columns, squared, most_alive, threads);
+  Scratch& scratch = thread_scratch();
+  int64_t ran = k.squared_matmul(at<float>(d), at<float>(a), at<int64_t>(rows), at<float>(out),
+                                 scratch.take(k.squared_matmul_scratch(samples, outputs, threads)), samples,
+                                 outputs, columns, squared, threads);
+  scratch.settle();
+  return ran;
 }
 
 int64_t dense_pull_back(const Addresses& d, uintptr_t w, uintptr_t gate, uintptr_t rows, uintptr_t out,
@@ -119,6 +126,23 @@ int64_t dense_pull_back(const Addresses& d, uintptr_t w, uintptr_t gate, uintptr
   std::vector<const float*> values = pointers(d);
   return kernels().dense_pull_back(values.data(), at<float>(w), at<float>(gate), at<int64_t>(rows),
                                    at<float>(out), factors, samples, outputs, columns, squared, threads);
+}
+
+// samples, classes, outputs, columns
+int64_t softmax_pull(uintptr_t f, uintptr_t scale, const std::array<uintptr_t, 4>& layers,
+                     const std::array<uintptr_t, 3>& out, const std::array<int64_t, 4>& sizes, bool squared,
+                     int threads) {
+  const auto& [samples, classes, outputs, width] = sizes;
+  std::vector<float> own(samples * classes), step(samples * classes);
+  std::vector<int64_t> likeliest(samples);
+  softmax_steps(at<float>(f), at<float>(scale), own.data(), step.data(), at<float>(out[0]), likeliest.data(),
+                samples, classes);
+  threads = threads_for(samples * classes * outputs * width / 64, threads);
+  return kernels().softmax_pull(
+      {own.data(), step.data(), likeliest.data(), at<float>(layers[0]), at<float>(layers[1]),
+       at<float>(layers[2]), at<float>(layers[3]), at<float>(out[1]), at<float>(out[2]), samples, classes,
+       outputs, width, squared},
+      threads);
 }
 
 // out[i] = sum_q d[q][i]^2
@@ -174,9 +198,9 @@ void bind_hessian(pybind11::module_& m) {
   m.def("conv_squares", conv_squares, "returns the multiply-adds that ran", release());
   m.def("conv_pull_back", conv_pull_back, "returns the multiply-adds that ran", release());
   m.def("sequence_squares", sequence_squares, "returns the multiply-adds that ran", release());
-  m.def("squared_matmul", squared_matmul,
-        "returns the multiply-adds that ran; -1: too few zeros, nothing ran", release());
+  m.def("squared_matmul", squared_matmul, "returns the multiply-adds that ran", release());
   m.def("dense_pull_back", dense_pull_back, "returns the multiply-adds that ran", release());
+  m.def("softmax_pull", softmax_pull, "returns the multiply-adds that ran", release());
   m.def("factor_squares", factor_squares, release());
   m.def("all_rows", all_rows, "whether each is a row of that many");
   m.def("gate_rows", gate_rows, release());

@@ -9,7 +9,8 @@ of the model: one backward pass for each class gives it exactly, one with random
 ========== ================= ==================================== =========================================
 method      matrix            cost (1 = forward + backward)        error
 ========== ================= ==================================== =========================================
-ggn-exact   Gauss-Newton      1/3 + about 2/3 a class              rounding
+ggn-exact   Gauss-Newton      1/3 + about 2/3 a class, a fraction  rounding
+                              of it for dense layers and pooling
 ggn-mc      Gauss-Newton      1/3 + about 2/3 a draw, less where   diagonal 4 to 30 % with one draw
                               few samples carry the curvature
 hutchinson  Hessian           1 + about 2 a draw, 1 for a trace    diagonal of the order of the Hessian's rows

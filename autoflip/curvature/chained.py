@@ -2,7 +2,8 @@
 
 From one layer to the one before it a gradient passes reshapes, ReLU and max-pooling only, in the classic nets. All
 factors that wait go there in one product, which reads the weight once and skips what ReLU has set to zero; and a chain
-from the loss to the first layer can go on with some of the samples alone.
+from the loss to the first layer can go on with some of the samples alone. Through the last two dense layers all columns
+of softmax's factor go at once, where samples share what they have in common (:func:`ops.softmax_pull_back`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ class Chained(Layer):
     before: Chained | None
     gate: Tensor | None = None  # what ReLU left of the output of the layer before, shaped like this one's input
 
+    @property
+    def first(self) -> bool:
+        """Whether it wants only the sum of the squares of what it is given."""
+        return False
+
     def only(self, rows: Rows) -> None:
         """See these rows as the batch from here on."""
         self.x = self.input()[rows.samples]
@@ -35,8 +41,13 @@ class Chained(Layer):
         self.gate = None if self.gate is None else self.gate[rows.samples]
 
     def receive(self, d: Tensor) -> None:
-        """Take in a gradient that may be written to."""
+        """Take in a gradient that went through this layer's gate already."""
         self.add(d)
+
+    def all_of_softmax(self, f: Tensor, scale: Tensor) -> bool:
+        """Take in all columns of a softmax factor at this layer's output, where that is cheaper than one by one."""
+        del f, scale
+        return False
 
     def _find(self, node: Any, others: Sequence[Layer], readers: Mapping[Any, Sequence[Any]]) -> None:
         """Walk from what was read back to the layer that wrote it, past reshapes and one ReLU."""
@@ -78,6 +89,8 @@ class Linear(Chained):
         self._find(node.next_functions[1 if kind.startswith("Addmm") else 0][0], others, readers)
         if self.before is not None:
             self.weight = node._saved_mat2.detach().T
+        if self.gate is None and isinstance(self.before, Conv) and self.before.kept is not None:
+            self.gate = self.x  # zero where kept is
 
     def flush(self) -> None:
         """Add up squares; hand what waits on."""
@@ -89,24 +102,55 @@ class Linear(Chained):
             return
         total = ops.factor_squares(waiting)
         self.squared = total if self.squared is None else self.squared.add_(total)
+        if self.before is not None:
+            first = self.before.first
+            self._hand_on(
+                ops.dense_pull_back(waiting, self.weight, self.gate, squared=first, samples=self.samples), first
+            )
+
+    def all_of_softmax(self, f: Tensor, scale: Tensor) -> bool:
+        """See Chained; the layer before does the work for this one."""
         before = self.before
-        if isinstance(before, Linear) and before.before is None and before.x.dim() == 2:  # asks for squares only
-            pulled = ops.dense_pull_back(waiting, self.weight, self.gate, squared=True, samples=self.samples)
+        if not isinstance(before, Linear) or before.before is None or self.weight.dtype != f.dtype:
+            return False
+        first = before.before.first
+        if not first and self.chunk < f.shape[1] - 1:
+            return False
+        self.squared, before.squared, pulled = ops.softmax_pull_back(
+            f, scale, self.weight, self.gate, before.weight, before.gate, squared=first
+        )
+        before._hand_on(pulled, first)
+        return True
+
+    @property
+    def first(self) -> bool:
+        """See Chained."""
+        return self.before is None and self.x.dim() == 2
+
+    def _hand_on(self, pulled: Tensor, squared: bool) -> None:
+        before = self.before
+        assert before is not None
+        if squared:
+            assert isinstance(before, Linear)
             before.squared = pulled if before.squared is None else before.squared.add_(pulled)
-        elif before is not None:
-            for d in ops.dense_pull_back(waiting, self.weight, self.gate, samples=self.samples):
-                before.receive(d.view(len(d), *before.written))
+            return
+        for d in pulled:
+            before.receive(d.view(len(d), *before.written))
 
     def take(self) -> Iterator[tuple[int, str, Tensor]]:
         """Yield as every layer does; one product serves all factors."""
         self.flush()
         squared, self.squared = self.squared, None
-        for i, rows in enumerate(self.segments if squared is not None else ()):
-            assert squared is not None
+        if squared is None:
+            yield from super().take()
+            return
+        x = self.input()
+        for i, rows in enumerate(self.segments):
             d = squared[rows]
-            self.sums[i, "weight"] = ops.squared_matmul(d, self.input()[rows], squared=True, samples=self.samples)
-            self.sums[i, "bias"] = d.sum(0)
-        yield from super().take()
+            if "weight" in self.params:
+                yield i, "weight", ops.squared_matmul(d, x[rows], squared=True, samples=self.samples)
+            if "bias" in self.params:
+                yield i, "bias", d.sum(0)
 
     def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:
         """Return those of a sequence."""
@@ -141,6 +185,10 @@ class Conv(Chained):
         if self.at is None or isinstance(self.module.padding, str) or not self.node.name().startswith("Convolution"):
             return
         self._find(self.node.next_functions[0][0], others, readers)
+        if self.gate is not None:
+            self.gate = (self.gate > 0).to(self.x.dtype)
+        elif isinstance(self.before, Conv):
+            self.gate = self.before.kept
 
     def only(self, rows: Rows) -> None:
         """See these rows as the batch from here on."""
@@ -163,8 +211,8 @@ class Conv(Chained):
         super().add(d if self.kept is None else d * self.kept)
 
     def receive(self, d: Tensor) -> None:
-        """Take in a gradient that may be written to."""
-        super().add(d if self.kept is None else d.mul_(self.kept))
+        """Take in a gradient that who gives it has let through the gate."""
+        super().add(d)
 
     def flush(self) -> None:
         """Square what waits; hand it on."""
@@ -177,7 +225,7 @@ class Conv(Chained):
             for d in ops.conv_pull_back(
                 self.waiting, self.node._saved_weight, (size[0], size[1], size[2]), self.at, **geometry
             ):
-                self.before.receive(d if self.gate is None else d.mul_(self.gate > 0))
+                self.before.receive(d if self.gate is None else d.mul_(self.gate))
         super().flush()
 
     def squares(self, d: Sequence[Tensor], x: Tensor, rows: slice) -> dict[str, Tensor]:

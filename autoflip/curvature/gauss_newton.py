@@ -196,6 +196,8 @@ class GaussNewton:
             )
         total = self._empty()
         self._chunks(self.root.factors, coarse=False)
+        if self.chain and self.root.softmax and self.chain[-1].all_of_softmax(*self.root.softmax):
+            return self._collect(total)
         for column in self.root.columns():
             self._backward(column, [])
             for n in range(len(column)) if self.rest else ():

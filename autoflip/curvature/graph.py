@@ -72,13 +72,12 @@ def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any])
     curved: set[str] = set()
     coupled = False
     leaves: dict[Any, str | None] = {}  # a leaf's node -> the parameter's name
-    for node in nodes(output.grad_fn):
+    for node, children in _walked(output.grad_fn):
         whole = node.name()
         if whole == _LEAF:
             leaf = id(node.variable)
             behind[node], leaves[node] = bits.get(leaf, 0), names.get(leaf)
             continue
-        children = [child for child, _ in node.next_functions if child is not None]
         sets = [behind[child] for child in children]
         here = total = 0
         for child, one in zip(children, sets):
@@ -108,15 +107,21 @@ def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any])
 
 def nodes(root: Any) -> list[Any]:
     """Return autograd's graph behind a node, children before their readers."""
-    order: list[Any] = []
+    return [node for node, _ in _walked(root)]
+
+
+def _walked(root: Any) -> list[tuple[Any, list[Any]]]:
+    """Return each node with its children."""
+    order: list[tuple[Any, list[Any]]] = []
     seen: set[Any] = set()
-    stack = [(root, False)]
+    stack: list[tuple[Any, list[Any] | None]] = [(root, None)]
     while stack:
-        node, expanded = stack.pop()
-        if expanded:
-            order.append(node)
+        node, children = stack.pop()
+        if children is not None:
+            order.append((node, children))
         elif node not in seen:
             seen.add(node)
-            stack.append((node, True))
-            stack.extend((child, False) for child, _ in node.next_functions if child is not None)
+            children = [child for child, _ in node.next_functions if child is not None]
+            stack.append((node, children))
+            stack += [(child, None) for child in children]
     return order

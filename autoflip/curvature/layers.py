@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,15 +88,15 @@ def watch(modules: Iterable[nn.Module], samples: int) -> Iterator[list[Layer]]:
     """Collect the known layers that run inside the block; hooks are gone afterwards, whatever happens."""
     layers: list[Layer] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+    def hook(kind: type[Layer], module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         x = args[0] if args else None
-        kind = _kind(module)
-        if kind is None or not isinstance(x, Tensor) or not isinstance(y, Tensor) or not y.requires_grad:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not y.requires_grad:
             return
         if _first_is_sample(module, x, samples):
             layers.append(kind(module, x, y))
 
-    handles = [module.register_forward_hook(hook, prepend=True) for module in modules if _kind(module) is not None]
+    known = [(module, kind) for module in modules if (kind := _kind(module)) is not None]
+    handles = [module.register_forward_hook(partial(hook, kind), prepend=True) for module, kind in known]
     try:
         yield layers
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,9 @@ class Problem:
         # not torch.manual_seed: it reseeds every device, and those that are not in use would not be restored
         generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
         states = [generator.get_state() for generator in generators]
-        with torch.inference_mode(False), torch.enable_grad():
+        # entered only where they are on: a small model is done in the time that a few contexts take
+        inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with inference, nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
             try:
                 for generator in generators:
                     generator.manual_seed(seed % (1 << 63))
@@ -118,10 +120,10 @@ class Problem:
             finally:
                 for generator, state in zip(generators, states):
                     generator.set_state(state)
-                with torch.no_grad():
-                    for buffer, before in buffers:
-                        # compared, not just copied: who packs a mask must not see it written again
-                        if not torch.equal(buffer, before):
+                for buffer, before in buffers:
+                    # compared, not just copied: who packs a mask must not see it written again
+                    if not torch.equal(buffer, before):
+                        with torch.no_grad():
                             buffer.copy_(before)
 
 

@@ -38,12 +38,14 @@ class Root:
         draw: (signs, rows) -> ``S @ signs``, whose expected outer product is ``H_out``; signs are shaped like the
             output, or like those of its rows that are named, which may come twice.
         columns: the columns of all samples side by side, each shaped like the output.
+        softmax: logits ``(N, classes)`` and each row's factor, where ``S S^T`` is ``factor (diag p - p p^T)``.
     """
 
     factors: int
     weight: Callable[[], Tensor]
     draw: Callable[[Tensor, Tensor | None], Tensor]
     columns: Callable[[], Iterator[Tensor]]
+    softmax: tuple[Tensor, Tensor] | None = None
 
 
 def output_root(problem: Problem, output: Tensor, seed: int) -> Root:
@@ -111,7 +113,9 @@ def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
     def weight() -> Tensor:
         return torch.cat([root.weight() for root in roots])
 
-    return Root(max(root.factors for root in roots), weight, draw, columns)
+    parts = [root.softmax for root in roots if root.softmax is not None]
+    softmax = (torch.cat([f for f, _ in parts]), torch.cat([s for _, s in parts])) if len(parts) == len(roots) else None
+    return Root(max(root.factors for root in roots), weight, draw, columns, softmax)
 
 
 def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
@@ -129,8 +133,7 @@ def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
 
 def _labels(y: Tensor, classes: int, ignored: int) -> bool:
     """Whether all are classes, and none is one that is left out."""
-    low, high = (int(v) for v in y.aminmax())
-    return low >= 0 and high < classes and not low <= ignored <= high
+    return not 0 <= ignored < classes and ops.all_rows(y, classes)
 
 
 def _hvp(problem: Problem, f: Tensor) -> Callable[[Tensor], Tensor]:
@@ -207,7 +210,8 @@ def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
             yield from _one_position_each(torch.empty_like(p).scatter_(dim, order, column), dim)
 
     factors = (classes - 1) * (f[0].numel() // classes)
-    return Root(factors, lambda: ops.softmax_weight(f, scale, dim), draw, columns)
+    softmax = (f, scale) if f.dim() == 2 else None
+    return Root(factors, lambda: ops.softmax_weight(f, scale, dim), draw, columns, softmax)
 
 
 def _one_position_each(column: Tensor, dim: int) -> Iterator[Tensor]:

@@ -3,6 +3,9 @@
 # delta
 from autoflip.ops import delta as delta
 
+# hessian
+from autoflip.ops._hessian import all_rows as all_rows
+
 # masked_matmul
 from autoflip.ops._masked_matmul import linear_step as linear_step
 
@@ -19,8 +22,6 @@ from autoflip.ops.conv_paths import few_channels as few_channels
 # grouped
 from autoflip.ops.grouped import GroupedPack as GroupedPack
 from autoflip.ops.grouped import grouped_linear as grouped_linear
-
-# hessian
 from autoflip.ops.hessian import conv_pull_back as conv_pull_back
 from autoflip.ops.hessian import conv_squares as conv_squares
 from autoflip.ops.hessian import dense_pull_back as dense_pull_back
@@ -61,4 +62,5 @@ from autoflip.ops.softmax import deal_rows as deal_rows
 from autoflip.ops.softmax import softmax_columns as softmax_columns
 from autoflip.ops.softmax import softmax_draw as softmax_draw
 from autoflip.ops.softmax import softmax_factor as softmax_factor
+from autoflip.ops.softmax import softmax_pull_back as softmax_pull_back
 from autoflip.ops.softmax import softmax_weight as softmax_weight

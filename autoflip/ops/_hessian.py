@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoflip.ops import backend, reference
+from autoflip.ops import backend, reference, reference_softmax
 
 for _name in ("squared_matmul", "sequence_squares", "conv_squares", "rademacher"):
     # CUDA's kernels have no tensor cores and no GPU has measured them
@@ -20,10 +20,6 @@ for _name in ("squared_matmul", "sequence_squares", "conv_squares", "rademacher"
 backend.register("conv_pull_back", "cpp", optional=True)
 # there torch's product reads the weight once, too
 backend.register("dense_pull_back", "cpp", optional=True)
-
-# with more of d alive the matrix product of materialised squares is faster (N 256, O 200, K 784, one Zen 4 thread:
-# 0.80 ms at any density, the kernel 0.71 at 0.6 and 0.44 at 0.3)
-_MOST_ALIVE = 0.65
 
 _FEW = 3
 
@@ -86,10 +82,7 @@ def squared_matmul(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor 
     if kernels is not None and served == "cpp":
         out = d.new_empty(o, k)
         pointers = d.data_ptr(), a.data_ptr(), 0 if samples is None else samples.data_ptr(), out.data_ptr()
-        most_alive = _MOST_ALIVE if samples is None else 1.0  # the matrix product would copy what it reads
-        ran = kernels.squared_matmul(*pointers, n, o, k, squared, most_alive, torch.get_num_threads())
-        if ran >= 0:
-            return out, 2 * ran
+        return out, 2 * kernels.squared_matmul(*pointers, n, o, k, squared, torch.get_num_threads())
     if samples is not None:
         d, a, squared = _added_up(d, a, squared, samples)
         n = len(d)
@@ -107,8 +100,9 @@ def squared_matmul(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor 
 
 
 def all_rows(samples: Tensor, count: int) -> bool:
-    """Return whether ``samples``, int64 on the CPU, are all from 0 to ``count`` - 1."""
-    if (kernels := backend.extension("_C")[0]) is not None and samples.is_contiguous():
+    """Return whether ``samples``, ``(N,)`` and int64, are all rows of a tensor that has ``count`` of them."""
+    kernels = backend.extension("_C")[0] if samples.device.type == "cpu" and samples.is_contiguous() else None
+    if kernels is not None:
         return bool(kernels.all_rows(samples.data_ptr(), len(samples), count))
     return bool(((samples >= 0) & (samples < count)).all())
 
@@ -253,6 +247,31 @@ def dense_pull_back(
     pointers = [one.data_ptr() for one in d], weight.data_ptr(), *where, out.data_ptr()
     ran = kernels.dense_pull_back(*pointers, n, o, k, squared, torch.get_num_threads())
     return out, 2 * ran
+
+
+def softmax_pull_back(
+    f: Tensor,
+    scale: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    before: Tensor | None,
+    squared: bool,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """See softmax.softmax_pull_back."""
+    (n, classes), (o, k) = f.shape, weight.shape
+    kernels = _extension(backend.serve("dense_pull_back", f.device), f)
+    if kernels is None or not n or not classes:
+        out = reference_softmax.softmax_pull_back(f, scale, last, gate, weight, before, squared)
+        return *out, 2 * max(classes - 1, 0) * n * o * (classes + k)
+    squares, hidden = torch.empty_like(f), f.new_empty(n, o)
+    pulled = f.new_empty((n, k) if squared else (classes - 1, n, k))
+    layers = [0 if t is None else t.data_ptr() for t in (last, gate, weight, before)]
+    where = [t.data_ptr() for t in (squares, hidden, pulled)]
+    ran = kernels.softmax_pull(
+        f.data_ptr(), scale.data_ptr(), layers, where, (n, classes, o, k), squared, torch.get_num_threads()
+    )
+    return squares, hidden, pulled, 2 * ran
 
 
 def positions(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Pair:

@@ -12,12 +12,12 @@ from torch.utils.flop_counter import register_flop_formula
 from autoflip.ops import _hessian
 
 
-def _counted(op: Callable[..., tuple[Tensor, int]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _counted(op: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """Return ``op`` as torch registers it: results are tensors."""
 
-    def registered(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        out, flops = op(*args, **kwargs)
-        return out, torch.tensor(flops)
+    def registered(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        *out, flops = op(*args, **kwargs)
+        return *out, torch.tensor(flops)
 
     return registered
 
@@ -37,7 +37,12 @@ _lib.define(
     "dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False, Tensor? samples=None)"
     " -> (Tensor, Tensor)"
 )
+_lib.define(
+    "softmax_pull_back(Tensor f, Tensor scale, Tensor last, Tensor? gate, Tensor weight, Tensor? before,"
+    " bool squared) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 _COUNTED = (
+    _hessian.softmax_pull_back,
     _hessian.conv_pull_back,
     _hessian.dense_pull_back,
     _hessian.squared_matmul,
@@ -91,9 +96,24 @@ def _(
     return weight.new_empty(size if squared else (len(d), *size)), torch.empty((), dtype=torch.int64)
 
 
+@torch.library.register_fake("autoflip::softmax_pull_back", lib=_lib)
+def _(
+    f: Tensor,
+    scale: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    before: Tensor | None,
+    squared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size = len(f), weight.shape[1]
+    pulled = f.new_empty(size if squared else (f.shape[1] - 1, *size))
+    return torch.empty_like(f), f.new_empty(len(f), len(weight)), pulled, torch.empty((), dtype=torch.int64)
+
+
 @register_flop_formula([getattr(torch.ops.autoflip, op.__name__) for op in _COUNTED], get_raw=True)
-def _squares_flops(*_: Any, out_val: tuple[Tensor, Tensor], **__: Any) -> int:
-    return int(out_val[1])  # the kernel counts what it ran: zeros that it skips are known to it alone
+def _squares_flops(*_: Any, out_val: tuple[Tensor, ...], **__: Any) -> int:
+    return int(out_val[-1])  # the kernel counts what it ran: zeros that it skips are known to it alone
 
 
 def traced() -> bool:

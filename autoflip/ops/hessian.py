@@ -45,7 +45,7 @@ def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tens
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: ``2 * N * O * K`` FLOPs, less where the C++ kernel skips zeros of ``d`` (it does from 4 in 10 on).
+    Cost: ``2 * N * O * K`` FLOPs, less where the C++ kernel skips zeros of ``d``.
 
     Example:
         >>> squared_matmul(torch.tensor([[1., 2.]]), torch.tensor([[3., 1.]]))

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoflip.ops.reference import dense_pull_back
+
 
 def softmax_factor(f: Tensor, scale: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See softmax.softmax_factor."""
@@ -32,6 +34,28 @@ def softmax_draw(f: Tensor, scale: Tensor, signs: Tensor, dim: int) -> Tensor:
     s, before = here * signs, (below * signs).narrow(dim, 0, classes - 1).cumsum(dim)
     s.narrow(dim, 1, classes - 1).addcmul_(p.narrow(dim, 1, classes - 1), before, value=-1)
     return torch.empty_like(s).scatter_(dim, order, s)
+
+
+def softmax_pull_back(
+    f: Tensor,
+    scale: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    before: Tensor | None,
+    squared: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns of a class and those before it, pulled through one layer after the other."""
+    p = f.detach().softmax(1)
+    total = p.cumsum(1)
+    here, past = total[:, 1:], total[:, :-1].clamp(min=torch.finfo(p.dtype).tiny)
+    own = (scale * p[:, 1:] * past / here).sqrt()
+    lower = (p.unsqueeze(1) * -(own / past).unsqueeze(2)).tril(0)  # (N, column, class)
+    lower.diagonal(1, 1, 2).copy_(own)
+    columns = lower.transpose(0, 1).contiguous()
+    hidden = dense_pull_back(columns, last, gate)
+    pulled = dense_pull_back(hidden, weight, before, squared)
+    return columns.square().sum(0), hidden.square().sum(0), pulled
 
 
 def softmax_weight(f: Tensor, scale: Tensor, dim: int) -> Tensor:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoflip.ops import backend
+from autoflip.ops import _hessian, backend
 from autoflip.ops import reference_softmax as reference
+from autoflip.ops._hessian_registered import traced
 
-__all__ = ["deal_rows", "softmax_columns", "softmax_draw", "softmax_factor", "softmax_weight"]
+__all__ = ["deal_rows", "softmax_columns", "softmax_draw", "softmax_factor", "softmax_pull_back", "softmax_weight"]
 
 backend.register("softmax_draw", "cpp", optional=True)
 
@@ -86,6 +87,62 @@ def softmax_draw(f: Tensor, scale: Tensor, signs: Tensor, dim: int = 1) -> Tenso
     out = torch.empty_like(f)
     kernels.softmax_draw(f.data_ptr(), scale.data_ptr(), signs.data_ptr(), out.data_ptr(), *f.shape)
     return out
+
+
+def softmax_pull_back(
+    f: Tensor,
+    scale: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    before: Tensor | None = None,
+    *,
+    squared: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pull all columns of a softmax factor S through the two dense layers that end in the logits.
+
+    ``u[q] = (S[q] @ last) * (gate > 0)``, ``v[q] = (u[q] @ weight) * (before > 0)``, where S is Cholesky's factor of
+    ``scale (diag p - p p^T)`` with the classes as they come.
+
+    Args:
+        f: logits, ``(N, classes)``, floating.
+        scale: ``(N, 1)``, no entry below 0.
+        last: ``(classes, O)``, dtype and device of ``f`` like all others, the layer that wrote ``f``.
+        gate: ``(N, O)``, what ReLU left in front of it; None where there is none.
+        weight: ``(O, K)``, the layer before.
+        before: ``(N, K)``, what ReLU left in front of that; None where there is none.
+        squared: return the sum of squares of ``v``, which then never holds all columns.
+
+    Returns:
+        ``(S's sums of squares over columns (N, classes), u's (N, O), v (classes - 1, N, K) or its (N, K))``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+
+    Cost: with the C++ kernel ``2 * classes * K`` FLOPs for each unit that a sample has open otherwise than most of its
+    likeliest class, and for each that most have open once in up to 64 samples; ``2 * classes * N * O * K`` elsewhere.
+    """
+    if f.dim() != 2 or last.dim() != 2 or weight.dim() != 2:
+        got = ", ".join(str(tuple(t.shape)) for t in (f, last, weight))
+        raise ValueError(f"softmax_pull_back: f, last and weight have shapes {got}; wanted two dimensions each")
+    _check("softmax_pull_back", f, scale, 1)
+    sizes = {
+        "last": (last, (f.shape[1], last.shape[1])),
+        "gate": (gate, (f.shape[0], last.shape[1])),
+        "weight": (weight, (last.shape[1], weight.shape[1])),
+        "before": (before, (f.shape[0], weight.shape[1])),
+    }
+    for name, (tensor, shape) in sizes.items():
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != f.dtype or tensor.device != f.device):
+            raise ValueError(
+                f"softmax_pull_back: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; wanted "
+                f"{f.dtype} {shape} on {f.device}"
+            )
+    f, last, weight = (t.detach().contiguous() for t in (f, last, weight))
+    gate, before = (None if t is None else t.detach().contiguous() for t in (gate, before))
+    op = torch.ops.autoflip.softmax_pull_back.default if traced() else _hessian.softmax_pull_back
+    squares, hidden, pulled, _ = op(f, scale.to(f).contiguous(), last, gate, weight, before, squared)
+    return squares, hidden, pulled
 
 
 def softmax_weight(f: Tensor, scale: Tensor, dim: int = 1) -> Tensor:

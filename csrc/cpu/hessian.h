@@ -29,6 +29,19 @@ struct StepsInput {
   int64_t columns, sample, position;
 };
 
+// Softmax's second derivative S S^T at C logits, and the two dense layers in front of them with O units
+// between.
+struct SoftmaxPull {
+  // (samples, C): what a class adds to p's sum, and its column of S by the gradients J of the logits:
+  // own[c] (J[c] - mean), where mean += step[c] (J[c] - mean) from class to class
+  const float *own, *step;
+  const int64_t* likeliest;                    // class of each sample
+  const float *last, *gate, *weight, *before;  // (C, O), (samples, O), (O, K), (samples, K)
+  float *hidden, *out;                         // (samples, O), and (samples, K) or (C - 1, samples, K)
+  int64_t samples, classes, outputs, columns;
+  bool squared;
+};
+
 struct HessianKernels {
   // Scratch, in floats, that `squares` needs for `threads` threads.
   int64_t (*squares_scratch)(const SquaresShape&, int threads);
@@ -43,16 +56,21 @@ struct HessianKernels {
   // e]. Returns the multiply-adds that ran.
   int64_t (*pull_back)(const float* const* d, const float* weight, const int64_t* at, float* dx,
                        float* scratch, const SquaresShape&, int threads);
+  // Scratch of `squared_matmul`, in floats.
+  int64_t (*squared_matmul_scratch)(int64_t samples, int64_t outputs, int threads);
   // out[o, k] = sum_n d[n, o]^2 a[at[n], k]^2 (`squared`: d as it is; no `at`: its row n). Returns the
-  // multiply-adds that ran, or -1 and does nothing when more than the share `most_alive` of d is not zero.
-  // Callers check every `at` (here and below).
-  int64_t (*squared_matmul)(const float* d, const float* a, const int64_t* at, float* out, int64_t samples,
-                            int64_t outputs, int64_t columns, bool squared, float most_alive, int threads);
+  // multiply-adds that ran. Callers check every `at` (here and below).
+  int64_t (*squared_matmul)(const float* d, const float* a, const int64_t* at, float* out, float* scratch,
+                            int64_t samples, int64_t outputs, int64_t columns, bool squared, int threads);
   // out[q, n, k] = (sum_o d[q][n, o] w[o, k]) * (gate[at[n], k] > 0), gate may be null, so may `at`: its row
   // n; `squared`: out[n, k] is the sum over q of their squares. Returns the multiply-adds that ran.
   int64_t (*dense_pull_back)(const float* const* d, const float* w, const float* gate, const int64_t* at,
                              float* out, int64_t factors, int64_t samples, int64_t outputs, int64_t columns,
                              bool squared, int threads);
+  // out[q, n, k] = sum_o S[n, :, q] last[:, o] (gate[n, o] > 0) weight[o, k] (before[n, k] > 0), gates may be
+  // null; `squared`: out[n, k] is the sum over q of their squares; hidden's, always, those in front of
+  // weight. Returns the multiply-adds with weight that ran.
+  int64_t (*softmax_pull)(const SoftmaxPull&, int threads);
   // v[n, k] *= (gate[at[n], k] > 0), after squaring it when `squared`; gate may be null, so may `at`.
   void (*gate_rows)(float* v, const float* gate, const int64_t* at, int64_t samples, int64_t columns,
                     bool squared);

@@ -83,7 +83,7 @@ int64_t pull_back(const float* const* d, const int64_t* at, const float* filters
       rows[q] = {values + q * b.values + begin[p], from + begin[p], count};
       out[q] = patch + q * b.ld;
     }
-    columns<false>(team, filters, b.ld, rows, out, b.ld);
+    columns<Into::kSet>(team, filters, b.ld, rows, out, b.ld);
     int64_t top = p / c.out_width * c.stride_h, left = p % c.out_width * c.stride_w;
     for (int64_t q = 0; q < team; ++q)
       for (int64_t i = 0; i < c.kernel_height; ++i)

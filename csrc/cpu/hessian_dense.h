@@ -2,137 +2,165 @@
 //
 // Work     a tile of 64 columns at a time: 96 samples' inputs are squared into a packed tile that stays in
 // the
-//          first-level cache, and each output adds up the rows of the samples that are alive for it. A tile
-//          of D has one owner and samples come in order: the bits do not depend on the number of threads.
-// Zeros    behind ReLU about half of d is zero; those products are not made. A row by itself needs a load for
-//          each multiply-add, which still runs at full speed where loads are from the first level.
+//          first-level cache, and teams of outputs add up the rows of the samples that are alive for one of
+//          them, each row loaded once for all. A tile of D has one owner and samples come in order: the bits
+//          do not depend on the number of threads.
+// Zeros    behind ReLU about half of d is zero, for many outputs nearly always and for others nearly never:
+//          next to others that are alive as often, an output shares most of its zeros with its team. Where it
+//          does not, the team is cut. (MLP 784-200-200-10, trained: 58 % alive, 67 % in teams of six.)
 // Rows     of d that follow each other and read one row of a are added up before they meet it.
-// Bound    with few zeros a matrix product wins: then nothing is done and -1 returned.
 #pragma once
 #include <omp.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <vector>
 
-#include "cpu/hessian_plan.h"
+#include "cpu/hessian_alive.h"
+#include "cpu/hessian_tile.h"
 
 namespace {
 
 constexpr int64_t kDenseColumns = 64, kDenseSamples = 96;
 
-// out[0 .. V * W) += sum_j values[j] * u[list[j]]; two sets of sums, because one would wait for itself
-template <int V>
-inline void add_rows(const float* u, const float* values, const int32_t* list, int64_t count, float* out) {
-  Vec even[V], odd[V];
-  for (int v = 0; v < V; ++v) even[v] = load(out + v * W), odd[v] = splat(0.f);
-  int64_t j = 0;
-  for (; j + 2 <= count; j += 2) {
-    const float *one = u + list[j], *two = u + list[j + 1];
-    Vec a = splat(values[j]), b = splat(values[j + 1]);
-    for (int v = 0; v < V; ++v) {
-      even[v] = fma(a, load(one + v * W), even[v]);
-      odd[v] = fma(b, load(two + v * W), odd[v]);
+// Rows of d that read one row of a: group u's are first[u] to first[u + 1], it reads a's from[u].
+struct DenseGroups {
+  std::vector<int64_t> first, from;
+
+  DenseGroups(const int64_t* at, int64_t N) {
+    for (int64_t n = 0; n < N; ++n) {
+      int64_t row = at == nullptr ? n : at[n];
+      if (n == 0 || at == nullptr || row != from.back()) first.push_back(n), from.push_back(row);
     }
+    first.push_back(N);
   }
-  if (j < count) {
-    Vec a = splat(values[j]);
-    for (int v = 0; v < V; ++v) even[v] = fma(a, load(u + list[j] + v * W), even[v]);
-  }
-  for (int v = 0; v < V; ++v) store(out + v * W, fma(splat(1.f), odd[v], even[v]));
-}
+  int64_t count() const { return static_cast<int64_t>(from.size()); }
+};
 
-// Gather what is not zero of kDenseSamples values, and where their samples' inputs lie.
-inline int32_t alive(const float* column, float* values, int32_t* list) {
-  int32_t count = 0;
-#if defined(__AVX512F__)
-  const __m512i step = _mm512_set1_epi32(W * kDenseColumns);
-  __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                    _mm512_set1_epi32(kDenseColumns));
-  for (int64_t n = 0; n < kDenseSamples; n += W, rows = _mm512_add_epi32(rows, step)) {
-    Vec v = load(column + n);
-    __mmask16 on = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    store(values + count, _mm512_maskz_compress_ps(on, v));
-    _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(on, rows));
-    count += __builtin_popcount(on);
-  }
-#else
-  for (int64_t n = 0; n < kDenseSamples; ++n) {
-    values[count] = column[n];
-    list[count] = static_cast<int32_t>(n * kDenseColumns);
-    count += column[n] != 0.f;
-  }
-#endif
-  return count;
-}
+// v by output: each one's sums over groups, `stride` apart, and a bit for each that is not zero.
+struct DenseOutputs {
+  int64_t stride, words;
+  float* values;
+  std::vector<uint64_t> alive;
 
-int64_t squared_matmul(const float* d, const float* a, const int64_t* at, float* out, int64_t N, int64_t O,
-                       int64_t K, bool squared, float most_alive, int threads) {
-  int64_t live = 0;
-  for (int64_t i = 0; i < N * O; ++i) live += d[i] != 0.f;
-  // groups of d's rows that read one row of a: group u's are first[u] to first[u + 1], it reads a's from[u]
-  std::unique_ptr<int64_t[]> first(new int64_t[N + 1]), from(new int64_t[N + 1]);
-  int64_t U = 0;
-  for (int64_t n = 0; n < N; ++n) {
-    int64_t row = at == nullptr ? n : at[n];
-    if (n == 0 || at == nullptr || row != from[U - 1]) first[U] = n, from[U++] = row;
-  }
-  first[U] = N;
-  if (static_cast<float>(live) > most_alive * static_cast<float>(N * O)) return -1;
-  int64_t blocks = (U + kDenseSamples - 1) / kDenseSamples;
-  // of block b and output o: values and rows from (b * O + o) * kDenseSamples on
-  std::unique_ptr<float[]> values(new float[blocks * O * kDenseSamples + kAlign]);
-  std::unique_ptr<int32_t[]> lists(new int32_t[blocks * O * kDenseSamples + kAlign]);
-  std::unique_ptr<int32_t[]> counts(new int32_t[blocks * O + 1]);
-  int64_t ran = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    int64_t rows = least(kDenseSamples, U - b * kDenseSamples);
-    for (int64_t left = 0; left < O; left += kAlign) {
-      alignas(64) float column[kAlign][kDenseSamples] = {};
-      int64_t some = least(kAlign, O - left);
-      for (int64_t u = 0; u < rows; ++u)
-        for (int64_t n = first[b * kDenseSamples + u]; n < first[b * kDenseSamples + u + 1]; ++n) {
+  static int64_t stride_of(int64_t groups) { return (groups + 63) / 64 * 64; }
+  DenseOutputs(const float* d, const DenseGroups& groups, int64_t O, bool squared, float* memory)
+      : stride(stride_of(groups.count())), words(stride / 64), values(memory), alive(O * words) {
+    std::memset(values, 0, sizeof(float) * O * stride);
+    for (int64_t left = 0; left < O; left += kAlign)
+      for (int64_t u = 0, some = least(kAlign, O - left); u < groups.count(); ++u)
+        for (int64_t n = groups.first[u]; n < groups.first[u + 1]; ++n) {
           const float* v = d + n * O + left;
-          for (int64_t o = 0; o < some; ++o) column[o][u] += squared ? v[o] : v[o] * v[o];
+          float* to = values + left * stride + u;
+          for (int64_t o = 0; o < some; ++o) to[o * stride] += squared ? v[o] : v[o] * v[o];
         }
-      for (int64_t o = 0; o < some; ++o) {
-        int64_t i = b * O + left + o;
-        counts[i] = alive(column[o], values.get() + i * kDenseSamples, lists.get() + i * kDenseSamples);
-        ran += counts[i];
-      }
-    }
+    for (int64_t i = 0; i < O * words; ++i) alive[i] = alive_bits(values + i * 64);
   }
+  int64_t together(const int32_t* outputs, int64_t count) const {
+    int64_t total = 0;
+    for (int64_t w = 0; w < words; ++w) {
+      uint64_t any = 0;
+      for (int64_t i = 0; i < count; ++i) any |= alive[outputs[i] * words + w];
+      total += __builtin_popcountll(any);
+    }
+    return total;
+  }
+};
+
+// Outputs that are not all zero, those that are alive most first, cut into teams that share registers; the
+// others.
+struct DenseTeams {
+  std::vector<int32_t> order;
+  int64_t all;
+  std::vector<int64_t> begin;
+
+  DenseTeams(const DenseOutputs& v, int64_t O) : order(O) {
+    std::iota(order.begin(), order.end(), 0);
+    std::vector<int64_t> count(O);
+    for (int32_t o : order) count[o] = v.together(&o, 1);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return count[a] > count[b]; });
+    all = O - std::count(count.begin(), count.end(), 0);
+    for (int64_t first = 0; first < all; first += kMaxRows) {
+      int64_t size = least(kMaxRows, all - first), best = size, cost = -1;
+      for (int64_t cut = 1; cut <= size; ++cut) {  // largest pieces
+        int64_t this_cost = 0;
+        // a row of u costs as long as loads take, or the products
+        for (int64_t i = 0; i < size; i += cut)
+          this_cost +=
+              v.together(&order[first + i], least(cut, size - i)) * most(2 * least(cut, size - i), 3);
+        if (cost < 0 || this_cost <= cost) best = cut, cost = this_cost;
+      }
+      for (int64_t i = 0; i < size; i += best) begin.push_back(first + i);
+    }
+    begin.push_back(all);
+  }
+  int64_t count() const { return static_cast<int64_t>(begin.size()) - 1; }
+  int64_t size(int64_t team) const { return begin[team + 1] - begin[team]; }
+};
+
+int64_t squared_matmul_scratch(int64_t N, int64_t O, int threads) {
+  return 2 * O * DenseOutputs::stride_of(N) + threads * (kDenseSamples + O) * kDenseColumns + kAlign;
+}
+
+int64_t squared_matmul(const float* d, const float* a, const int64_t* at, float* out, float* scratch,
+                       int64_t N, int64_t O, int64_t K, bool squared, int threads) {
+  DenseGroups groups(at, N);
+  DenseOutputs outputs(d, groups, O, squared, aligned(scratch));
+  DenseTeams teams(outputs, O);
+  int64_t blocks = (groups.count() + kDenseSamples - 1) / kDenseSamples, stride = outputs.stride, ran = 0;
+  int64_t alive = teams.all;
+  // of each team, where the samples that are alive for it lie in u: block b's from b * kDenseSamples on, as
+  // values
+  int32_t* lists = reinterpret_cast<int32_t*>(outputs.values + O * stride);
+  float* memory = outputs.values + 2 * O * stride;
+  std::vector<int64_t> counts(teams.count() * blocks);
+  auto rows_of = [&](int64_t t, int64_t b, float** rows) {
+    for (int64_t r = 0; r < teams.size(t); ++r)
+      rows[r] = outputs.values + teams.order[teams.begin[t] + r] * stride + b * kDenseSamples;
+  };
+  for (int64_t t = 0; t < teams.count(); ++t)
+    for (int64_t b = 0; b < blocks; ++b) {
+      float* rows[kMaxRows];
+      rows_of(t, b, rows);
+      int64_t begin = b * kDenseSamples, some = least(kDenseSamples, groups.count() - begin);
+      counts[t * blocks + b] = gather_alive(rows, teams.size(t), some, lists + t * stride + begin, rows);
+      ran += counts[t * blocks + b] * teams.size(t);
+    }
   int64_t tiles = (K + kDenseColumns - 1) / kDenseColumns;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::unique_ptr<float[]> memory(new float[(kDenseSamples + O) * kDenseColumns + kAlign]);
-    float *u = aligned(memory.get()), *D = u + kDenseSamples * kDenseColumns;
+    float* u = memory + omp_get_thread_num() * (kDenseSamples + O) * kDenseColumns;
+    float* D = u + kDenseSamples * kDenseColumns;
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tiles; ++t) {
-      int64_t begin = t * kDenseColumns, width = least(kDenseColumns, K - begin);
-      std::memset(D, 0, sizeof(float) * O * kDenseColumns);
+    for (int64_t i = 0; i < tiles; ++i) {
+      int64_t first = i * kDenseColumns, width = least(kDenseColumns, K - first);
+      std::memset(D, 0, sizeof(float) * alive * kDenseColumns);
       for (int64_t b = 0; b < blocks; ++b) {
-        int64_t rows = least(kDenseSamples, U - b * kDenseSamples);
-        for (int64_t n = 0; n < rows; ++n) {
-          const float* x = a + from[b * kDenseSamples + n] * K + begin;
+        int64_t begin = b * kDenseSamples, some = least(kDenseSamples, groups.count() - begin);
+        for (int64_t n = 0; n < some; ++n) {
+          const float* x = a + groups.from[begin + n] * K + first;
           float* to = u + n * kDenseColumns;
           for (int64_t k = 0; k < width; ++k) to[k] = x[k] * x[k];
           for (int64_t k = width; k < kDenseColumns; ++k) to[k] = 0.f;
         }
-        for (int64_t o = 0; o < O; ++o) {
-          int64_t i = b * O + o;
-          const float* v = values.get() + i * kDenseSamples;
-          const int32_t* list = lists.get() + i * kDenseSamples;
-          for (int64_t k = 0; k < width; k += 4 * W)
-            if (width - k > W)
-              add_rows<4>(u + k, v, list, counts[i], D + o * kDenseColumns + k);
-            else
-              add_rows<1>(u + k, v, list, counts[i], D + o * kDenseColumns + k);
+        for (int64_t t = 0; t < teams.count(); ++t) {
+          Plan::Row rows[kMaxRows];
+          float *values[kMaxRows], *sums[kMaxRows];
+          rows_of(t, b, values);
+          for (int64_t r = 0; r < teams.size(t); ++r) {
+            rows[r] = {values[r], lists + t * stride + begin, counts[t * blocks + b]};
+            sums[r] = D + (teams.begin[t] + r) * kDenseColumns;
+          }
+          columns<Into::kAdd>(teams.size(t), u, kDenseColumns, rows, sums, (width + W - 1) / W * W);
         }
       }
-      for (int64_t o = 0; o < O; ++o)
-        std::memcpy(out + o * K + begin, D + o * kDenseColumns, sizeof(float) * width);
+      for (int64_t o = 0; o < alive; ++o)
+        std::memcpy(out + teams.order[o] * K + first, D + o * kDenseColumns, sizeof(float) * width);
     }
   }
+  for (int64_t o = alive; o < O; ++o) std::memset(out + teams.order[o] * K, 0, sizeof(float) * K);
   return ran * K;
 }
 

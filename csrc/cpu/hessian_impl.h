@@ -152,11 +152,11 @@ void multiply(const Plan& plan, const Plan::Team& team, const Scratch& s, float*
   float* out[kMaxRows];
   for (int64_t r = 0; r < team.rows; ++r) out[r] = D + (team.first + r) / plan.factors * plan.ld + begin;
   if (team.rows == 1 || rows[1].list == rows[0].list) {
-    if (rows->count) columns<true>(team.rows, u, ld, rows, out, end - begin);
+    if (rows->count) columns<Into::kSquares>(team.rows, u, ld, rows, out, end - begin);
     return;
   }
   for (int64_t r = 0; r < team.rows; ++r)
-    if (rows[r].count) columns<true>(1, u, ld, rows + r, out + r, end - begin);
+    if (rows[r].count) columns<Into::kSquares>(1, u, ld, rows + r, out + r, end - begin);
 }
 
 // fill(sample, scratch) makes u; row(sample, r) is a row of d. D is [outputs, ld] at scratch's

@@ -11,7 +11,9 @@
 #pragma once
 #include <algorithm>
 #include <numeric>
+#include <vector>
 
+#include "cpu/hessian_alive.h"
 #include "cpu/hessian_pull.h"
 
 namespace {
@@ -56,39 +58,6 @@ constexpr const PullTile* kPullTiles[] = {
 };
 static_assert(sizeof(kPullTiles) == kMaxRows * sizeof(void*), "one for each number of factors");
 
-// Of one sample: the outputs that are not zero in all factors, and the factors' values there, a factor's from
-// q * stride on. Returns how many there are.
-inline int64_t pull_alive(const float* const* d, int64_t Q, int64_t at, int64_t O, int64_t stride,
-                          int32_t* list, float* values) {
-  int64_t count = 0;
-#if defined(__AVX512F__)
-  const __m512i step = _mm512_set1_epi32(W);
-  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int64_t o = 0; o < O; o += W, index = _mm512_add_epi32(index, step)) {
-    __mmask16 in = static_cast<__mmask16>(O - o < W ? (1u << (O - o)) - 1 : 0xFFFFu), on = 0;
-    for (int64_t q = 0; q < Q; ++q)
-      on |= _mm512_mask_cmp_ps_mask(in, _mm512_maskz_loadu_ps(in, d[q] + at + o), _mm512_setzero_ps(),
-                                    _CMP_NEQ_UQ);
-    _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(on, index));
-    for (int64_t q = 0; q < Q; ++q)
-      store(values + q * stride + count,
-            _mm512_maskz_compress_ps(on, _mm512_maskz_loadu_ps(in, d[q] + at + o)));
-    count += __builtin_popcount(on);
-  }
-#else
-  for (int64_t o = 0; o < O; ++o) {
-    bool on = false;
-    for (int64_t q = 0; q < Q; ++q) {
-      values[q * stride + count] = d[q][at + o];
-      on |= d[q][at + o] != 0.f;
-    }
-    list[count] = static_cast<int32_t>(o);
-    count += on;
-  }
-#endif
-  return count;
-}
-
 // Columns, those that most samples have open first; as they are without a gate.
 inline std::unique_ptr<int32_t[]> pull_order(const float* gate, const int64_t* at, int64_t N, int64_t K) {
   std::unique_ptr<int32_t[]> order(new int32_t[K + 1]), open(new int32_t[K + 1]());
@@ -124,6 +93,9 @@ int64_t dense_pull_squares(const float* const* d, const float* w, const float* g
   {
     std::unique_ptr<float[]> open(new float[ld]), values(new float[Q * stride]);
     std::unique_ptr<int32_t[]> vectors(new int32_t[ld / W]), list(new int32_t[stride]);
+    std::vector<const float*> factors(Q);
+    std::vector<float*> to_values(Q);
+    for (int64_t q = 0; q < Q; ++q) to_values[q] = values.get() + q * stride;
     for (int64_t p = 0; p < panels; ++p) {
       int64_t begin = p * all / panels * W, width = least((p + 1) * all / panels * W, K) - begin;
       const int32_t* columns = order.get() + begin;
@@ -145,7 +117,8 @@ int64_t dense_pull_squares(const float* const* d, const float* w, const float* g
           }
         float* to = out + n * K;
         if (p == 0) std::memset(to, 0, sizeof(float) * K);
-        int64_t count = pull_alive(d, Q, n * O, O, stride, list.get(), values.get());
+        for (int64_t q = 0; q < Q; ++q) factors[q] = d[q] + n * O;
+        int64_t count = gather_alive(factors.data(), Q, O, list.get(), to_values.data());
         live += count * made;
         int64_t tiles = (some + kSquaresVectors - 1) / kSquaresVectors;
         for (int64_t t = 0; t < tiles; ++t) {

@@ -72,6 +72,27 @@ void softmax_columns(const float* f, const float* scale, float* v, int64_t rows,
   }
 }
 
+void softmax_steps(const float* f, const float* scale, float* own, float* step, float* diagonal,
+                   int64_t* likeliest, int64_t rows, int64_t classes) {
+  std::vector<double> p(classes), before(classes + 1), after(classes + 1);
+  for (int64_t n = 0; n < rows; ++n, f += classes, own += classes, step += classes, diagonal += classes) {
+    likeliest[n] = std::max_element(f, f + classes) - f;
+    double top = f[likeliest[n]];
+    for (int64_t c = 0; c < classes; ++c) {
+      p[c] = std::exp(f[c] - top);
+      before[c + 1] = before[c] + p[c];
+    }
+    for (int64_t c = classes - 1; c >= 0; --c) after[c] = after[c + 1] + p[c];
+    double size = scale[n] / after[0], share = size / after[0];  // the likeliest counts 1
+    for (int64_t c = 0; c < classes; ++c) {
+      double part = p[c] / std::max(before[c + 1], kTiny);
+      own[c] = static_cast<float>(std::sqrt(size * part * before[c]));
+      step[c] = static_cast<float>(part);
+      diagonal[c] = static_cast<float>(share * p[c] * (before[c] + after[c + 1]));
+    }
+  }
+}
+
 void softmax_weight(const float* f, const float* scale, double* out, int64_t rows, int64_t classes) {
   for (int64_t n = 0; n < rows; ++n, f += classes) {
     int64_t likeliest = std::max_element(f, f + classes) - f;

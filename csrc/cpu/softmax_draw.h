@@ -13,6 +13,11 @@ void softmax_draw(const float* f, const float* scale, const float* signs, float*
                   int64_t classes);
 // v[c, n, order[i]] = S[i, c] for the columns c but the last, which is zero
 void softmax_columns(const float* f, const float* scale, float* v, int64_t rows, int64_t classes);
+// Cholesky's factor with classes as they come, for S's columns times J(c): own[c] (J(c) - mean), the mean of
+// the classes before c by their p, which step[c] (J(c) - mean) moves on. All (rows, classes) but likeliest,
+// (rows); diagonal = scale (p - p^2).
+void softmax_steps(const float* f, const float* scale, float* own, float* step, float* diagonal,
+                   int64_t* likeliest, int64_t rows, int64_t classes);
 // out[n] = scale[n] (1 - sum p^2)
 void softmax_weight(const float* f, const float* scale, double* out, int64_t rows, int64_t classes);
 

@@ -1,0 +1,54 @@
+// Where rows that share registers are not all zero.
+#pragma once
+#include <cstdint>
+
+#include "cpu/hessian_simd.h"
+
+namespace {
+
+// Of `count` values in each of Q rows: the places that are not zero in all of them, and what each row has
+// there. Returns how many there are. List and values have room for whole vectors; a row's values may be the
+// row.
+inline int64_t gather_alive(const float* const* rows, int64_t Q, int64_t count, int32_t* list,
+                            float* const* values) {
+  int64_t some = 0;
+#if defined(__AVX512F__)
+  const __m512i step = _mm512_set1_epi32(W);
+  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t i = 0; i < count; i += W, index = _mm512_add_epi32(index, step)) {
+    __mmask16 in = static_cast<__mmask16>(count - i < W ? (1u << (count - i)) - 1 : 0xFFFFu), on = 0;
+    for (int64_t q = 0; q < Q; ++q)
+      on |= _mm512_mask_cmp_ps_mask(in, _mm512_maskz_loadu_ps(in, rows[q] + i), _mm512_setzero_ps(),
+                                    _CMP_NEQ_UQ);
+    _mm512_storeu_si512(list + some, _mm512_maskz_compress_epi32(on, index));
+    for (int64_t q = 0; q < Q; ++q)
+      store(values[q] + some, _mm512_maskz_compress_ps(on, _mm512_maskz_loadu_ps(in, rows[q] + i)));
+    some += __builtin_popcount(on);
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    bool on = false;
+    for (int64_t q = 0; q < Q; ++q) {
+      on |= rows[q][i] != 0.f;
+      values[q][some] = rows[q][i];
+    }
+    list[some] = static_cast<int32_t>(i);
+    some += on;
+  }
+#endif
+  return some;
+}
+
+// Bit i: value i of 64 is not zero.
+inline uint64_t alive_bits(const float* values) {
+  uint64_t bits = 0;
+#if defined(__AVX512F__)
+  for (int i = 0; i < 64; i += W)
+    bits |= uint64_t(_mm512_cmp_ps_mask(load(values + i), _mm512_setzero_ps(), _CMP_NEQ_UQ)) << i;
+#else
+  for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(values[i] != 0.f) << i;
+#endif
+  return bits;
+}
+
+}  // namespace
