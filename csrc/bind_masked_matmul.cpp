@@ -45,19 +45,6 @@ bool packs(uintptr_t lay, int64_t rows, int64_t cols, int64_t chunk) {
   return kernels().packs(masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk));
 }
 
-bool outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, int64_t cols, uintptr_t dw,
-           int threads) {
-  const MaskedMatmul& k = kernels();
-  if (!k.outer) return false;
-  py::gil_scoped_release release;
-  threads = useful_threads(n * cols, threads);
-  Scratch& scratch = thread_scratch();
-  k.outer(at<const float>(dy), at<const float>(x), at<const uint8_t>(mask), n, rows, cols, at<float>(dw),
-          scratch.take(k.outer_scratch(n, rows)), threads);
-  scratch.settle();
-  return true;
-}
-
 }  // namespace
 
 void masked_matmul_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, uintptr_t bias,
@@ -87,6 +74,19 @@ void masked_matmul_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr
   scratch.settle();
 }
 
+bool masked_matmul_outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, int64_t cols,
+                         uintptr_t dw, int threads) {
+  const MaskedMatmul& k = kernels();
+  if (!k.outer) return false;
+  py::gil_scoped_release release;
+  threads = useful_threads(n * cols, threads);
+  Scratch& scratch = thread_scratch();
+  k.outer(at<const float>(dy), at<const float>(x), at<const uint8_t>(mask), n, rows, cols, at<float>(dw),
+          scratch.take(k.outer_scratch(n, rows)), threads);
+  scratch.settle();
+  return true;
+}
+
 // Whether AUTOFLIP_BACKEND leaves CPU tensors to this extension: os.environ takes ten times as long to ask.
 bool masked_matmul_wanted() {
   const char* wish = std::getenv("AUTOFLIP_BACKEND");
@@ -105,7 +105,7 @@ void bind_masked_matmul(py::module_& m) {
   m.def("masked_matmul_backward", masked_matmul_backward,
         "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
         "dy.sum(0)");
-  m.def("masked_matmul_outer", outer,
+  m.def("masked_matmul_outer", masked_matmul_outer,
         "dw (rows, cols) = where(mask, dy.T @ x, 0), every product computed; False: nothing done, a vendor "
         "is faster");
 }

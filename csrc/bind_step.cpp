@@ -14,13 +14,14 @@ struct Plan {
   uintptr_t layout;
   int64_t chunk, rows, cols, values;  // values: floats of the copy of the kept weights, 0: none
   int height;                         // rows of a block; 0: the mask has none; -1: kernels for few samples
-  py::object owner;                   // keeps the layout alive
+  uintptr_t mask;    // of a weight's gradient whose products are all computed; 0: the layout's
+  py::object owner;  // keeps layout and mask alive
 };
 constexpr int kFew = -1;
 
 py::object make_plan(uintptr_t layout, int64_t chunk, int64_t rows, int64_t cols, int64_t values, int height,
-                     py::object owner) {
-  return capsule(new Plan{layout, chunk, rows, cols, values, height, owner});
+                     uintptr_t mask, py::object owner) {
+  return capsule(new Plan{layout, chunk, rows, cols, values, height, mask, owner});
 }
 
 // A job is (relu, parts, what makes the weight's gradient or None, plan or None).
@@ -83,7 +84,9 @@ PyObject* backward_here(const Plan& p, PyObject* ctx, PyObject* dy, PyObject* x,
     masked_blocks_backward(from, in, w, v, p.layout, p.chunk, p.height, n, p.rows, p.cols, to, to_w, to_b,
                            threads());
   else
-    masked_matmul_backward(from, in, w, v, p.layout, p.chunk, n, p.rows, p.cols, to, to_w, to_b, threads());
+    masked_matmul_backward(from, in, w, v, p.layout, p.chunk, n, p.rows, p.cols, to, p.mask ? 0 : to_w, to_b,
+                           threads());
+  if (p.mask && to_w) masked_matmul_outer(from, in, p.mask, n, p.rows, p.cols, to_w, threads());
   return PyTuple_Pack(4, dx.ptr(), dw.ptr(), db.ptr(), Py_None);
 }
 
@@ -101,8 +104,9 @@ void bind_step(py::module_& m) {
   m.def(
       "masked_plan", make_plan,
       "what masked_steps' functions need of a mask: its layout, chunk, rows, columns, floats of the copy of "
-      "its kept weights (or 0), rows of its blocks (0: none, -1: the layout is masked_few_bits'), what keeps "
-      "the layout alive");
+      "its kept weights (or 0), rows of its blocks (0: none, -1: the layout is masked_few_bits'), the mask "
+      "where "
+      "masked_matmul_outer makes the weight's gradient (or 0), what keeps both alive");
   m.def("masked_steps", Step<Here>::make,
         "forward(ctx, x, weight, bias, job) and backward(ctx, dy) of an autograd function, for jobs with a "
         "plan "

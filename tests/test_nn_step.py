@@ -41,7 +41,9 @@ def tensors():
 def test_only_what_is_wanted_gets_a_gradient(layer, python, wanted):
     for _ in range(2):  # the second step goes the way of the first
         check(layer, *tensors(), wanted)
-    assert "d" in layer.path or not python or wanted == "b"  # a bias alone is summed in Python
+    # only AVX-512 has a kernel of its own that computes every product of dw
+    dense = layer.path == "dss" or (layer.path == "ssd" and _masked_matmul.kernels.CPP.isa() != "avx512")
+    assert dense or not python or wanted == "b"  # a bias alone is summed in Python
 
 
 @pytest.mark.parametrize("turned", ["x", "dy", "weight", "bias"])

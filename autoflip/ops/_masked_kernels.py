@@ -175,11 +175,14 @@ def _floats(parts: Parts) -> int:
 
 def plan(parts: Parts) -> Any:
     """Return what the extension's own training step takes (csrc/bind_step.cpp); None where a step is dense."""
-    if CPP is None or "d" in parts.path or not parts.layout.numel():
+    # every product of dw computed: only AVX-512 has a kernel of its own for it
+    outer = parts.path == "ssd" and CPP is not None and CPP.isa() == "avx512"
+    if CPP is None or ("d" in parts.path and not outer) or not parts.layout.numel():
         return None
     height = -1 if parts.path == "fff" else _HEIGHT.get(parts.path, 0)
     sizes = (parts.chunk, *parts.mask.shape, _floats(parts), height)
-    return CPP.masked_plan(parts.layout.data_ptr(), *sizes, parts.layout)
+    mask = parts.mask.data_ptr() if outer else 0
+    return CPP.masked_plan(parts.layout.data_ptr(), *sizes, mask, (parts.layout, parts.mask))
 
 
 def cpu_forward(
