@@ -7,7 +7,7 @@
 //          do not depend on the number of threads.
 // Zeros    behind ReLU about half of d is zero, for many outputs nearly always and for others nearly never:
 //          next to others that are alive as often, an output shares most of its zeros with its team. Where it
-//          does not, the team is cut. (MLP 784-200-200-10, trained: 58 % alive, 67 % in teams of six.)
+//          does not, the team is cut. (MLP B 256, trained: 58 % alive, 64 % in pairs, 68 % in sixes.)
 // Rows     of d that follow each other and read one row of a are added up before they meet it.
 #pragma once
 #include <omp.h>
