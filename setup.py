@@ -48,6 +48,16 @@ def isa(source: str) -> str | None:
     return suffix if suffix in ISA else None
 
 
+def levels_last(source: str) -> tuple[int, str]:
+    """Return the key by which sources are linked: portable ones first.
+
+    Of an inline function that several objects hold, the linker keeps the first: no copy with instructions that a CPU
+    lacks may come before one without.
+    """
+    found = isa(source)
+    return (list(ISA).index(found) + 1 if found else 0, source)
+
+
 def find_nvcc() -> tuple[str | None, str]:
     """Return (path of nvcc or None, why not)."""
     wish = os.environ.get("AUTOFLIP_CUDA", "auto")
@@ -102,7 +112,7 @@ class NinjaBuild(build_ext):
         outputs: dict[str, Path] = {}
         for extension in self.extensions:
             objects = []
-            for source in extension.sources:
+            for source in sorted(extension.sources, key=levels_last):
                 objects.append(str(work / (source.replace("/", "_") + ".o")))
                 rule = "cu" if source.endswith(".cu") else "cxx"
                 lines.append(f"build {objects[-1]}: {rule} {ROOT / source}\n isa = {ISA.get(isa(source) or '', '')}")
