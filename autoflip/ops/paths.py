@@ -145,8 +145,9 @@ def letters(
     )
     ways, whole = _ways(mask, n_rows, make)
     found = "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
-    # three sparse steps are one call back: the least of autograd's cost, which is most of a small layer's
-    candidates = ["ddd", found, "sss", *([3 * block] if block else [])]
+    # one call forward and one back, with every product of dw computed or not: the least of autograd's cost, which is
+    # most of a small layer's
+    candidates = ["ddd", found, "sss", "ssd", *([3 * block] if block else [])]
     if n_rows <= kernels.FEW or (kernels.FEW and n_rows * mask.numel() <= FEW_WORK):
         candidates.append("fff")
     steps = {path: partial(whole, path) for path in candidates}
