@@ -147,7 +147,7 @@ def letters(
     found = "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
     # one call forward and one back, with every product of dw computed or not: the least of autograd's cost, which is
     # most of a small layer's
-    candidates = ["ddd", found, "sss", "ssd", *([3 * block] if block else [])]
+    candidates = ["ddd", found, "sss", *(["ssd"] if found[2] == "d" else []), *([3 * block] if block else [])]
     if n_rows <= kernels.FEW or (kernels.FEW and n_rows * mask.numel() <= FEW_WORK):
         candidates.append("fff")
     steps = {path: partial(whole, path) for path in candidates}
