@@ -48,7 +48,7 @@ def isa(source: str) -> str | None:
     return suffix if suffix in ISA else None
 
 
-def levels_last(source: str) -> tuple[int, str]:
+def link_order(source: str) -> tuple[int, str]:
     """Return the key by which sources are linked: portable ones first.
 
     Of an inline function that several objects hold, the linker keeps the first: no copy with instructions that a CPU
@@ -112,7 +112,7 @@ class NinjaBuild(build_ext):
         outputs: dict[str, Path] = {}
         for extension in self.extensions:
             objects = []
-            for source in sorted(extension.sources, key=levels_last):
+            for source in sorted(extension.sources, key=link_order):
                 objects.append(str(work / (source.replace("/", "_") + ".o")))
                 rule = "cu" if source.endswith(".cu") else "cxx"
                 lines.append(f"build {objects[-1]}: {rule} {ROOT / source}\n isa = {ISA.get(isa(source) or '', '')}")

@@ -19,8 +19,8 @@ const MaskedFew& kernels() { return masked_few_avx512; }
 const MaskedFew& kernels() { throw std::logic_error("masked_few: no kernel for this CPU"); }
 #endif
 
-// the most samples that the kernels take; 0: there are none for this CPU
-int64_t most() { return cpu_isa() == Isa::avx512 ? kFewSamples : 0; }
+// the samples that share what is read of the weight; 0: there are no kernels for this CPU
+int64_t together() { return cpu_isa() == Isa::avx512 ? kFewSamples : 0; }
 
 py::bytes bits(uintptr_t mask, int64_t rows, int64_t cols) {
   std::vector<uint8_t> bytes;
@@ -49,7 +49,8 @@ void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x,
 }
 
 void bind_few(py::module_& m) {
-  m.def("masked_few_most", most, "the most samples of the functions below; 0: not for this CPU");
+  m.def("masked_few_together", together,
+        "the samples that share what the functions below read of the weight; 0: not for this CPU");
   m.def("masked_few_bits", bits, "a mask (rows, cols), 16 columns to a word, each row from a whole word on");
   m.def("masked_few_forward", masked_few_forward,
         "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias), all products computed");

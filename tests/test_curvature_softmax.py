@@ -1,10 +1,6 @@
 """All columns of softmax's factor through the last two dense layers: whose samples open what, and what comes of it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import instruction_sets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from autoflip import curvature, ops
 from autoflip.ops import backend, reference_softmax
 
-ROOT = Path(__file__).resolve().parents[1]
 EPS = torch.finfo(torch.float32).eps
 # more than one part of a class's samples (64), of the weight's columns (131072 values), of the classes' teams
 SIZES = [(1, 1, 1, 1), (3, 2, 5, 7), (150, 3, 20, 37), (40, 13, 300, 500), (9, 10, 33, 64)]
@@ -59,16 +54,9 @@ def test_softmax_pull_back_equals_float64(size, gated, squared):
     check(size, gated, squared)
 
 
-@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
-def test_each_instruction_set(level):
-    code = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from tests import test_curvature_softmax as t\n"
-        "for size in t.SIZES: t.check(size, True, True), t.check(size, True, False)\n"
-    )
-    env = {**os.environ, "AUTOFLIP_CPU": level}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("isa", instruction_sets.LEVELS)
+def test_on_each_instruction_set(isa):
+    instruction_sets.rerun(__file__, isa, "test_softmax_pull_back_equals_float64")
 
 
 @pytest.mark.parametrize("squared", [False, True])

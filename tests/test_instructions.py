@@ -21,7 +21,7 @@ def said(*command):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86")
 @pytest.mark.skipif(not (shutil.which("nm") and shutil.which("objdump")), reason="no nm, no objdump")
 def test_inline_functions_that_objects_share_are_portable():
-    """The linker keeps one copy of each, whatever instruction set its object was compiled for (setup.levels_last)."""
+    """The linker keeps one copy of each, whatever instruction set its object was compiled for (setup.link_order)."""
     module, why = backend.extension("_C")
     if module is None:
         pytest.skip(why)

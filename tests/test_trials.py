@@ -45,7 +45,10 @@ def test_the_faster_way_wins_and_the_first_keeps_a_tie(kept, monkeypatch):
     assert trials.choose("c", {"dense": takes(2e-4), "sparse": takes(2e-4)}) == "dense"
     assert trials.choose("d", {"dense": takes(2.00e-4), "sparse": takes(1.94e-4)}) == "dense"  # less than 5 % faster
     assert trials.choose("e", {"dense": takes(2.00e-4), "sparse": takes(1.86e-4)}) == "sparse"
-    want = {"a": "sparse", "b": "dense", "c": "dense", "d": "dense", "e": "sparse"}
+    almost = {"dense": takes(2.00e-4), "sparse": takes(1.94e-4)}
+    assert trials.choose("f", almost, gain=0.99) == "sparse"
+    assert trials.choose("g", almost, gain=0.96) == "dense"
+    want = {"a": "sparse", "b": "dense", "c": "dense", "d": "dense", "e": "sparse", "f": "sparse", "g": "dense"}
     assert json.loads(kept.read_text())[trials.machine()] == want
 
 

@@ -34,8 +34,8 @@ class MaskedConv2d(Masked, nn.Conv2d):
     Pruned weights do no work where the sparse kernel is the faster one: on a CPU, stride 1, one group, zero padding, 8
     samples or more (fewer where the layer is small), float32 or what is narrower; see
     :func:`autoflip.ops.masked_conv2d`. Elsewhere the dense convolution runs, and time and FLOPs fall when whole
-    channels go: :func:`autoflip.compact` removes them. Of fewer than 16 channels, and of a small layer, the kernel may
-    be the faster one without a pruned weight too: a mask that keeps everything has it tried.
+    channels go: :func:`autoflip.compact` removes them. Of fewer than 16 channels the kernel may be the faster one
+    without a pruned weight too: a mask that keeps everything has it tried.
 
     Arguments, parameters and ``state_dict()`` are torch's. Pruned weights are zero, get exactly zero
     gradients, and so stay zero under SGD with momentum and weight decay and under Adam(W). Momentum gathered

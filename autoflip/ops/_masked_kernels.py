@@ -22,7 +22,8 @@ backend.register("masked_matmul", "cpp", "cuda", "triton")
 TILE = 32  # of kernels/masked_matmul.py and csrc/cuda/masked_matmul.cu
 STEPS = ("forward", "dx", "dw")
 HEIGHTS = {"t": 16, "q": 4}  # letter of a path -> rows that keep the same columns; the higher first
-FEW = CPP.masked_few_most() if CPP is not None else 0  # rows of x for which a path may be "fff"; 0: none
+# rows of x that share what the kernels of path "fff" read of a weight; 0: there are no such kernels
+FEW = CPP.masked_few_together() if CPP is not None else 0
 
 
 _HEIGHT = {3 * letter: height for letter, height in HEIGHTS.items()}  # by path: such a letter stands in all steps

@@ -68,6 +68,7 @@ class Trial:
     ) -> None:
         self.n, self.size, self._bare, self._layout = n, (height, width), parts, layout
         self.x_last, self.last = x_last, last
+        self._jobs: dict[str, steps.Job] = {}
         self.geometry = conv.geometry(torch.empty(1).expand(n, parts.mask.shape[1], height, width), parts, False)
 
     def layout(self, step: str) -> Tensor:
@@ -152,13 +153,11 @@ class Trial:
     def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], bool] | None]:
         """x, the weight, the same with the dense path's hook, a bias, and what looks at that weight."""
         x, _, weight, parts = self.case
-        mask = parts.mask
-        with torch.enable_grad():
-            hooked = weight.detach().requires_grad_()
-            if parts.kept < mask.numel():
-                hooked.register_hook(weights.gradient_hook(mask))
-            bias = weight.new_zeros(len(weight)).requires_grad_()
-        look = weights.looker(mask) if parts.kept < mask.numel() else None
+        hooked, look = weight.detach().requires_grad_(), None
+        if parts.kept < parts.mask.numel():
+            hooked.register_hook(weights.gradient_hook(parts.mask))
+            look = weights.looker(parts.mask)
+        bias = weight.new_zeros(len(weight)).requires_grad_()
         return x.detach().requires_grad_(), weight.detach().requires_grad_(), hooked, bias, look
 
     def whole(self, path: str) -> object:
@@ -181,7 +180,3 @@ class Trial:
             x, _, weight, _ = self.case
             self._jobs[path] = steps.make_job(x, weight, self.parts(path))
         return self._jobs[path]
-
-    @cached_property
-    def _jobs(self) -> dict[str, steps.Job]:
-        return {}
