@@ -3,6 +3,7 @@
 #pragma once
 #include "common/cpu.h"
 #include "cpu/delta_bits.h"
+#include "cpu/lanes.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -146,18 +147,6 @@ bool gather_nonzero(const float* x, int64_t n, uint64_t* words, int64_t& kept, f
   return _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) != 0;
 }
 #elif defined(__AVX2__)
-// Lane numbers of the set bits of m, packed to the left.
-inline __m256i lanes_of(uint32_t m) {
-  const uint64_t bytes = _pdep_u64(m, 0x0101010101010101ULL) * 0xFF;
-  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(_pext_u64(0x0706050403020100ULL, bytes))));
-}
-
-// The other way: under each set bit its rank among them.
-inline __m256i ranks_of(uint32_t m) {
-  const uint64_t bytes = _pdep_u64(m, 0x0101010101010101ULL) * 0xFF;
-  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(_pdep_u64(0x0706050403020100ULL, bytes))));
-}
-
 // kCheck: tells of NaN and infinity.
 template <bool kCheck = true>
 bool gather_once(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,

@@ -82,12 +82,11 @@ void within(const uint64_t* mask, int64_t num_words, const uint64_t* ranks, int6
       if (shift && 64 * (at + 1) < num_ranks) bits |= ranks[at + 1] << (64 - shift);
     }
     first += set_bits(word);
-#if defined(__BMI2__)
+#if defined(__AVX512F__)
     out[w] = _pdep_u64(bits, word);
-#else
+#else  // Zen 1 and 2 take pdep apart bit by bit
     uint64_t chosen = 0;
-    for (; word; word &= word - 1, bits >>= 1)
-      if (bits & 1) chosen |= word & -word;
+    for (; word; word &= word - 1, bits >>= 1) chosen |= (word & -word) & (0 - (bits & 1));
     out[w] = chosen;
 #endif
   }
@@ -108,6 +107,9 @@ inline int64_t expand_word(const float* values, uint64_t word, int64_t size, flo
   }
   return rank;
 }
+
+// Of 64 entries so few are added one by one where eight lanes are all that a vector has.
+constexpr int64_t kOneByOne = 5;
 
 // Values are read in whole vectors while `kept` says that they are there. nt: stores go around the caches.
 template <bool kAdd>
@@ -143,7 +145,10 @@ void expand_any(const float* values, const uint64_t* words, int64_t n, int64_t k
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   for (; start + 64 <= n && rank + 64 <= kept; start += 64) {
     uint64_t word = words[start / 64];
-    if (kAdd && !word) continue;
+    if (kAdd && set_bits(word) <= kOneByOne) {
+      rank += expand_word<true>(values + rank, word, 64, weight, out + start);
+      continue;
+    }
     for (int i = 0; i < 8; ++i, word >>= 8) {
       const uint32_t m = word & 0xFF;
       float* p = out + start + 8 * i;
