@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "cpu/hessian_simd.h"
+#include "cpu/lanes.h"
 
 namespace {
 
@@ -26,7 +27,22 @@ inline int64_t gather_alive(const float* const* rows, int64_t Q, int64_t count, 
     some += __builtin_popcount(on);
   }
 #else
-  for (int64_t i = 0; i < count; ++i) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + W <= count; i += W) {
+    Vec any = _mm256_setzero_ps();
+    for (int64_t q = 0; q < Q; ++q)
+      any = _mm256_or_ps(any, _mm256_cmp_ps(load(rows[q] + i), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+    uint32_t on = static_cast<uint32_t>(_mm256_movemask_ps(any));
+    __m256i lanes = lanes_of(on);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(list + some),
+                        _mm256_add_epi32(lanes, _mm256_set1_epi32(static_cast<int32_t>(i))));
+    for (int64_t q = 0; q < Q; ++q)
+      store(values[q] + some, _mm256_permutevar8x32_ps(load(rows[q] + i), lanes));
+    some += __builtin_popcount(on);
+  }
+#endif
+  for (; i < count; ++i) {
     bool on = false;
     for (int64_t q = 0; q < Q; ++q) {
       on |= rows[q][i] != 0.f;
@@ -45,6 +61,11 @@ inline uint64_t alive_bits(const float* values) {
 #if defined(__AVX512F__)
   for (int i = 0; i < 64; i += W)
     bits |= uint64_t(_mm512_cmp_ps_mask(load(values + i), _mm512_setzero_ps(), _CMP_NEQ_UQ)) << i;
+#elif defined(__AVX2__)
+  for (int i = 0; i < 64; i += W) {
+    Vec on = _mm256_cmp_ps(load(values + i), _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    bits |= static_cast<uint64_t>(_mm256_movemask_ps(on)) << i;
+  }
 #else
   for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(values[i] != 0.f) << i;
 #endif

@@ -128,14 +128,15 @@ int64_t squared_matmul(const float* d, const float* a, const int64_t* at, float*
       counts[t * blocks + b] = gather_alive(rows, teams.size(t), some, lists + t * stride + begin, rows);
       ran += counts[t * blocks + b] * teams.size(t);
     }
-  int64_t tiles = (K + kDenseColumns - 1) / kDenseColumns;
+  // tiles of one width: what is left over for a last one would be too narrow to hide latencies
+  int64_t tiles = (K + kDenseColumns - 1) / kDenseColumns, vectors = (K + W - 1) / W;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float* u = memory + omp_get_thread_num() * (kDenseSamples + O) * kDenseColumns;
     float* D = u + kDenseSamples * kDenseColumns;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tiles; ++i) {
-      int64_t first = i * kDenseColumns, width = least(kDenseColumns, K - first);
+      int64_t first = i * vectors / tiles * W, width = least((i + 1) * vectors / tiles * W, K) - first;
       std::memset(D, 0, sizeof(float) * alive * kDenseColumns);
       for (int64_t b = 0; b < blocks; ++b) {
         int64_t begin = b * kDenseSamples, some = least(kDenseSamples, groups.count() - begin);

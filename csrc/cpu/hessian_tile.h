@@ -19,11 +19,11 @@ inline void tile(const float* u, int64_t ld, const Plan::Row* rows, float* const
   for (int r = 0; r < R; ++r) values[r] = rows[r].values;
   for (int64_t j = 0; j < count; ++j) {
     const float* row = u + (kList ? list[j] : j) * ld;
-    Vec b[V];
-    for (int v = 0; v < V; ++v) b[v] = load(row + v * W);
-    for (int r = 0; r < R; ++r) {
-      Vec a = splat(values[r][j]);
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(a, b[v], sums[r][v]);
+    Vec a[R];  // rather than V vectors of u: with them 3 x 4 sums just fit into 16 registers
+    for (int r = 0; r < R; ++r) a[r] = splat(values[r][j]);
+    for (int v = 0; v < V; ++v) {
+      Vec b = load(row + v * W);
+      for (int r = 0; r < R; ++r) sums[r][v] = fma(a[r], b, sums[r][v]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -41,6 +41,7 @@ inline void columns(const float* u, int64_t ld, const Plan::Row* rows, float* co
     for (int r = 0; r < R; ++r) at[r] = out[r] + k;
   };
   for (; k + 4 * W <= width; k += 4 * W) shift(), tile<kInto, R, 4, kList>(u + k, ld, rows, at);
+  if (k + 3 * W <= width) shift(), tile<kInto, R, 3, kList>(u + k, ld, rows, at), k += 3 * W;
   for (; k + 2 * W <= width; k += 2 * W) shift(), tile<kInto, R, 2, kList>(u + k, ld, rows, at);
   for (; k < width; k += W) shift(), tile<kInto, R, 1, kList>(u + k, ld, rows, at);
 }
