@@ -1,4 +1,7 @@
-"""What bench/results/layers-cpu.json says: geometric means over shapes, beside the marks that were set beforehand."""
+"""What bench/results/layers-cpu.json says: geometric means over shapes, beside the marks that were set beforehand.
+
+Beside it lie files of machines with narrower instructions, layers-cpu-avx2.json for one.
+"""
 
 import json
 import statistics
@@ -17,6 +20,11 @@ MARKS = {
     "Conv2d": [0.85, 0.65, 0.47, 0.35, 0.22, 0.17, 0.11],
     "4x1 / 16x1 block Linear": [0.62, 0.48, 0.30, 0.20, 0.12, 0.08, 0.04],
 }
+
+
+def results(level: str) -> Path:
+    """Return the file of machines whose best instruction set is ``level``: "avx512", "avx2" or "portable"."""
+    return RESULTS if level == "avx512" else RESULTS.with_stem(f"{RESULTS.stem}-{level}")
 
 
 def load(path: Path = RESULTS) -> dict:

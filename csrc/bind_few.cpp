@@ -14,13 +14,13 @@ namespace {
 int useful_threads(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
 
 #if defined(__x86_64__)
-const MaskedFew& kernels() { return masked_few_avx512; }
+const MaskedFew& kernels() { return cpu_isa() == Isa::avx512 ? masked_few_avx512 : masked_few_avx2; }
 #else
 const MaskedFew& kernels() { throw std::logic_error("masked_few: no kernel for this CPU"); }
 #endif
 
 // the samples that share what is read of the weight; 0: there are no kernels for this CPU
-int64_t together() { return cpu_isa() == Isa::avx512 ? kFewSamples : 0; }
+int64_t together() { return cpu_isa() == Isa::base ? 0 : kFewSamples; }
 
 py::bytes bits(uintptr_t mask, int64_t rows, int64_t cols) {
   std::vector<uint8_t> bytes;

@@ -22,7 +22,7 @@ struct MaskedFew {
                    int64_t rows, int64_t cols, float* dx, float* dw, float* db, int threads);
 };
 
-extern const MaskedFew masked_few_avx512;  // for other instruction sets there is none: they were not measured
+extern const MaskedFew masked_few_avx512, masked_few_avx2;
 
 std::vector<uint8_t> masked_few_bits(const uint8_t* mask, int64_t rows, int64_t cols);
 
