@@ -119,8 +119,9 @@ def softmax_pull_back(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
 
-    Cost: with the C++ kernel ``2 * classes * K`` FLOPs for each unit that a sample has open otherwise than most of its
-    likeliest class, and for each that most have open once in up to 64 samples; ``2 * classes * N * O * K`` elsewhere.
+    Cost: with the C++ kernel ``2 (classes - 1) K`` FLOPs for each unit that a sample has open otherwise than most of
+    its likeliest class, and for each that most have open once in up to 64 samples; ``2 (classes - 1) N O (classes +
+    K)`` elsewhere.
     """
     if f.dim() != 2 or last.dim() != 2 or weight.dim() != 2:
         got = ", ".join(str(tuple(t.shape)) for t in (f, last, weight))

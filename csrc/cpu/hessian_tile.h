@@ -40,6 +40,8 @@ inline void columns(const float* u, int64_t ld, const Plan::Row* rows, float* co
   auto shift = [&] {
     for (int r = 0; r < R; ++r) at[r] = out[r] + k;
   };
+  if constexpr (R == 1)  // four sums alone would wait for each other's latency
+    for (; k + 8 * W <= width; k += 8 * W) shift(), tile<kInto, R, 8, kList>(u + k, ld, rows, at);
   for (; k + 4 * W <= width; k += 4 * W) shift(), tile<kInto, R, 4, kList>(u + k, ld, rows, at);
   if (k + 3 * W <= width) shift(), tile<kInto, R, 3, kList>(u + k, ld, rows, at), k += 3 * W;
   for (; k + 2 * W <= width; k += 2 * W) shift(), tile<kInto, R, 2, kList>(u + k, ld, rows, at);
