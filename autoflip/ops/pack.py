@@ -127,7 +127,7 @@ class Pack:
         elif letter in kernels.HEIGHTS:
             layout = self._layout(kernels.make_block_layout, chunk, letter)
         elif "s" in path:
-            groups, back = paths.groups(n_rows, self.density), paths.back(n_rows, self.mask.numel())
+            groups, back = paths.groups(n_rows, self.density), paths.back(n_rows, self.mask.numel(), self.density)
             layout = self._layout(kernels.make_layout, chunk, groups, back)
         else:
             layout = self.mask.new_empty(0, dtype=torch.uint8)

@@ -39,15 +39,15 @@ FEW_WORK = 1 << 20
 GAIN = 0.99
 # step -> (least rows of x, density below which the kernel was at least 10 % faster than torch 2.13's dense float32
 # product at every weight tried: 784x200, 2304x512 and 4096x4096, densities 0.7 to 0.01). "avx512": AMD EPYC (Zen 4),
-# 1 thread, CPU time, 2026-11-28. "avx2": an earlier kernel on an Intel Xeon (Sapphire Rapids) with
-# MKL_ENABLE_INSTRUCTIONS=AVX2. "base" was not measured: it runs where a trial finds it faster.
+# 1 thread, CPU time, 2026-11-28. "avx2": AMD EPYC (Zen 1; 784x200 and 2304x512), 2026-11-29. "base" was not measured:
+# it runs where a trial finds it faster.
 RULE: dict[str, dict[str, tuple[tuple[int, float], ...]]] = {
     "avx512": {
         "forward": ((16, 0.5), (64, 0.7)),
         "dx": ((16, 0.2), (64, 0.6)),
         "dw": ((16, 0.2), (64, 0.5)),
     },
-    "avx2": {"forward": ((16, 0.35),), "dx": ((16, 0.2),), "dw": ((16, 0.2),)},
+    "avx2": {"forward": ((16, 0.5),), "dx": ((16, 0.3),), "dw": ((16, 0.1), (64, 0.2))},
     "base": {"forward": (), "dx": (), "dw": ()},
 }
 
@@ -72,7 +72,10 @@ def chunk(n_rows: int, density: float, letter: str = "s", entries: int = 0) -> i
     copy goes along rows of a chunk. The three products of 2304x512 to 4096x4096 gained 3 to 19 % at 32 to 128 rows.
     Rows of a huge weight that is read where it stands are met in shorter pieces: 4096x4096 at 16 rows took 5 to 13 %
     less by 256 columns than by 512, densities 0.7 to 0.25; 2048x2048 2 %.
+    24 lanes (AVX2) leave room for more columns than 64: 256 of them took 10 to 20 % less than 128 (Zen 1).
     """
+    if _narrow() and letter == "s":
+        return 256 if n_rows > 16 and groups(n_rows, density) else 512
     if n_rows <= 16 and letter == "s" and entries >= 1 << 22 and groups(n_rows, density):
         return 256
     if n_rows <= 16 or density < 0.03:
@@ -92,14 +95,24 @@ def groups(n_rows: int, density: float) -> bool:
     return density >= (0.25 if n_rows <= 32 else 0.15)
 
 
-def back(n_rows: int, entries: int) -> bool:
+def back(n_rows: int, entries: int, density: float) -> bool:
     """Return whether dx walks an order of its own, else along the forward product's, adding up in memory.
 
     With few lanes a large weight, read in the order in which it stands, is worth more than sums that stay in registers:
     at 16 and 32 rows dx of 784x200 took 0.7 to 0.9 of the time by an order of its own, of 4096x4096 1.1 to 2.6 times,
-    at 64 rows 1.0 to 1.3 times, of 2304x512 0.9 (Zen 4, 1 thread).
+    at 64 rows 1.0 to 1.3 times, of 2304x512 0.9 (Zen 4, 1 thread). With at most 24 lanes (AVX2) rows walked one by one
+    gain by an order of their own at any size: 2304x512 at density 0.1 takes half the time (Zen 1).
     """
+    if _narrow():
+        return n_rows > 24 or entries < 1 << 18 or not groups(n_rows, density)
     return n_rows > (32 if entries < 1 << 23 else 64) or entries < 1 << 18
+
+
+@cache
+def _narrow() -> bool:
+    """Return whether vectors are shorter than AVX-512's."""
+    module, _ = backend.extension("_C")
+    return module is None or module.isa() != "avx512"
 
 
 def rule(n_rows: int, out_features: int, in_features: int, density: float, *, step: str = "forward") -> str:

@@ -109,16 +109,14 @@ AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row,
     });
   } else {
     unroll<0, R * 4>([&](auto i) AF_LAMBDA { sums[i.value / 4][i.value % 4] = half{}; });
-    const float *x = panels + col * kLanes, *d = dy + row * kLanes;
-    int64_t i = 0;
-    for (; n - i >= kLanes; i += kLanes, x += cols * kLanes, d += rows * kLanes)
-      unroll<0, kLanes / kHalf>(
-          [&](auto v) AF_LAMBDA { add(x + v.value * kHalf, d + v.value * kHalf, kLanes, Int<0>{}); });
-    if (i < n) {
-      const int64_t width = panel(i / kLanes, n).width;
-      x = panels + i * cols + col * width;
-      d = dy + i * rows + row * width;
-      for (int64_t v = 0; v < width; v += kHalf) add(x + v, d + v, width, Int<0>{});
+    for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
+      const Panel p = panel(i, n);
+      const float *x = panels + p.begin * cols + col * p.width, *d = dy + p.begin * rows + row * p.width;
+      if (p.width == kLanes)
+        unroll<0, kLanes / kHalf>(
+            [&](auto v) AF_LAMBDA { add(x + v.value * kHalf, d + v.value * kHalf, kLanes, Int<0>{}); });
+      else
+        for (int64_t v = 0; v < p.width; v += kHalf) add(x + v, d + v, p.width, Int<0>{});
     }
   }
   unroll<0, R>([&](auto r) AF_LAMBDA { sum_halves<4>(sums[r.value], true, to + r.value * stride); });
@@ -138,7 +136,7 @@ constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {
     flat_gradients<0>, flat_gradients<1>, flat_gradients<2>, flat_gradients<3>, flat_gradients<4>};
 #else
 constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {flat_gradients<0>, flat_gradients<1>,
-                                                           flat_gradients<2>};
+                                                           flat_gradients<2>, flat_gradients<kVectors>};
 #endif
 
 }  // namespace

@@ -149,11 +149,11 @@ typedef decltype(&add_blocks<1, true>) BlocksCell;
 #if defined(__AVX512F__)
 #define AF_WIDTHS(f, copied) {f<1, copied>, f<2, copied>, f<3, copied>, f<4, copied>}
 #else
-#define AF_WIDTHS(f, copied) {f<1, copied>, f<2, copied>}
+#define AF_WIDTHS(f, copied) {f<1, copied>, f<2, copied>, f<3, copied>}
 #endif
-constexpr BlocksCell kAddBlocks[2][kVectors] = {AF_WIDTHS(add_blocks, false), AF_WIDTHS(add_blocks, true)};
-constexpr BlocksCell kScatterBlocks[2][kVectors] = {AF_WIDTHS(scatter_blocks, false),
-                                                    AF_WIDTHS(scatter_blocks, true)};
+constexpr BlocksCell kAddBlocks[2][4] = {AF_WIDTHS(add_blocks, false), AF_WIDTHS(add_blocks, true)};
+constexpr BlocksCell kScatterBlocks[2][4] = {AF_WIDTHS(scatter_blocks, false),
+                                             AF_WIDTHS(scatter_blocks, true)};
 #undef AF_WIDTHS
 
 // Where the weights of a cell begin, `row` and `col` the first of them: in the copy, or in the weight itself.

@@ -1,6 +1,6 @@
 #include "cpu/masked_conv_impl.h"
 
 namespace autoflip {
-extern const MaskedConv masked_conv_avx2 = {kVector,  kVectors, kTall,    kWide,      panel_size,
-                                            to_panel, gather,   multiply, strip_size, gradient};
+extern const MaskedConv masked_conv_avx2 = {kVector,  kShared, kTall,    kWide,      panel_size,
+                                            to_panel, gather,  multiply, strip_size, gradient};
 }

@@ -137,7 +137,7 @@ void sample_past(const Lists& lists, int64_t cell, int64_t rows, int64_t cols, c
 constexpr decltype(&sample_past<1>) kSamplePast[] = {sample_past<1>, sample_past<2>, sample_past<3>,
                                                      sample_past<4>};
 #else
-constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>};
+constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cell<kVectors>};
 #endif
 
 // dw of one cell, all panels

@@ -148,12 +148,12 @@ void scatter_lists(const Lists& l, int64_t cell, int64_t rows, const float* w, c
 #if defined(__AVX512F__)
 #define AF_WIDTHS(f, from) {f<1, from>, f<2, from>, f<3, from>, f<4, from>}
 #else
-#define AF_WIDTHS(f, from) {f<1, from>, f<2, from>}
+#define AF_WIDTHS(f, from) {f<1, from>, f<2, from>, f<3, from>}
 #endif
-constexpr decltype(&add_lists<1, kPacked>) kAddLists[3][kVectors] = {
+constexpr decltype(&add_lists<1, kPacked>) kAddLists[3][4] = {
     AF_WIDTHS(add_lists, kPacked), AF_WIDTHS(add_lists, kRows), AF_WIDTHS(add_lists, kColumns)};
-constexpr decltype(&scatter_lists<1, kPacked>) kScatterLists[2][kVectors] = {
-    AF_WIDTHS(scatter_lists, kPacked), AF_WIDTHS(scatter_lists, kRows)};
+constexpr decltype(&scatter_lists<1, kPacked>) kScatterLists[2][4] = {AF_WIDTHS(scatter_lists, kPacked),
+                                                                      AF_WIDTHS(scatter_lists, kRows)};
 #undef AF_WIDTHS
 
 // --- all cells

@@ -61,7 +61,7 @@ constexpr int pattern_of(int slot) {
 
 // a multiply-add takes 4 cycles and one or two can begin in each: short rows of lanes take turns between sets
 template <int V>
-constexpr int kSets = kVectors / V;
+constexpr int kSets = kVectors == 3 && V == 1 ? 2 : kVectors / V;
 
 // sums += the columns of pattern P
 template <int P, int V>
@@ -173,8 +173,9 @@ constexpr decltype(&add_cell<1>) kAddCell[] = {add_cell<1>, add_cell<2>, add_cel
 constexpr decltype(&scatter_cell<1>) kScatterCell[] = {scatter_cell<1>, scatter_cell<2>, scatter_cell<3>,
                                                        scatter_cell<4>};
 #else
-constexpr decltype(&add_cell<1>) kAddCell[] = {add_cell<1>, add_cell<2>};
-constexpr decltype(&scatter_cell<1>) kScatterCell[] = {scatter_cell<1>, scatter_cell<2>};
+constexpr decltype(&add_cell<1>) kAddCell[] = {add_cell<1>, add_cell<2>, add_cell<kVectors>};
+constexpr decltype(&scatter_cell<1>) kScatterCell[] = {scatter_cell<1>, scatter_cell<2>,
+                                                       scatter_cell<kVectors>};
 #endif
 
 constexpr int64_t kPastCache = int64_t(1) << 22;  // floats: 16 MB

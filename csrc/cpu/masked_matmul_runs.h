@@ -105,14 +105,15 @@ constexpr AddSingles* kAddSingles[] = {add_singles<1>, add_singles<2>, add_singl
 constexpr AddShared* kAddShared[] = {add_shared<1>, add_shared<2>};
 constexpr AddSingles* kAddSingles[] = {add_singles<1>, add_singles<2>, add_singles<3>, add_singles<4>};
 #endif
-constexpr int64_t kPositions = 2 * kVectors;  // that a single row's sums take side by side
+constexpr int kShared = sizeof(kAddShared) / sizeof(*kAddShared);
+constexpr int64_t kPositions = 2 * kShared;  // that a single row's sums take side by side
 
 // sums[row][positions] += a cell at `count` positions, kPositions at most. A weight of a single row asks for
 // as many loads as multiply-adds, and one for itself: it meets twice the positions that the sums of four rows
 // leave room for.
 AF_INLINE void add_tile(const Layout& layout, int64_t cell, const float* values, const float* x,
                         int64_t count, float* sums, int64_t stride) {
-  const int64_t some = count < kVectors ? count : kVectors;
+  const int64_t some = count < kShared ? count : kShared;
   Runs singles = kAddShared[some - 1](layout, cell, values, x, sums, stride);
   if (count > some)
     singles =

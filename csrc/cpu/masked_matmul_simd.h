@@ -24,7 +24,7 @@ typedef __m512 vec;
 AF_INLINE vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 AF_INLINE vec broadcast(float f) { return _mm512_set1_ps(f); }
 #elif defined(__AVX2__)
-constexpr int kVector = 8, kVectors = 2;  // 8 + 2 of 16 registers
+constexpr int kVector = 8, kVectors = 3;  // 12 sums + 3 inputs + 1 weight: all 16 registers
 typedef __m256 vec;
 AF_INLINE vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 AF_INLINE vec broadcast(float f) { return _mm256_set1_ps(f); }
@@ -77,8 +77,14 @@ struct Panel {
   int64_t begin, count, width;  // samples; width is count rounded up to whole vectors
 };
 AF_INLINE Panel panel(int64_t i, int64_t n) {
+#if defined(__AVX512F__)
   const int64_t begin = i * kLanes, count = n - begin < kLanes ? n - begin : kLanes;
   return {begin, count, ceil_div(count, kVector) * kVector};
+#else  // as wide as each other: 32 samples in 16 and 16 lanes, not in 24 and 8
+  const int64_t vectors = ceil_div(n, kVector), panels = ceil_div(n, kLanes);
+  const int64_t begin = i * vectors / panels * kVector, width = (i + 1) * vectors / panels * kVector - begin;
+  return {begin, n - begin < width ? n - begin : width, width};
+#endif
 }
 
 #if defined(__AVX512F__)
