@@ -176,8 +176,8 @@ def _floats(parts: Parts) -> int:
 
 def plan(parts: Parts) -> Any:
     """Return what the extension's own training step takes (csrc/bind_step.cpp); None where a step is dense."""
-    # every product of dw computed: only AVX-512 has a kernel of its own for it
-    outer = parts.path == "ssd" and CPP is not None and CPP.isa() == "avx512"
+    # every product of dw computed: vectors have a kernel of their own for it
+    outer = parts.path == "ssd" and CPP is not None and CPP.isa() != "base"
     if CPP is None or ("d" in parts.path and not outer) or not parts.layout.numel():
         return None
     height = -1 if parts.path == "fff" else _HEIGHT.get(parts.path, 0)

@@ -99,7 +99,7 @@ struct MaskedMatmul {
   // whether w is zero wherever the mask is not set; reads only
   bool (*is_clean)(const void* w, const uint8_t* mask, int64_t n, int bytes);
   // dw (rows, cols) = mask ? dy.T @ x : 0, every product computed; all row-major. scratch:
-  // outer_scratch(n, rows) floats. Null where a vendor's product is faster
+  // outer_scratch(n, rows) floats. Null without vectors, where a vendor's product is faster
   void (*outer)(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,
                 float* dw, float* scratch, int threads);
   int64_t (*outer_scratch)(int64_t n, int64_t rows);
