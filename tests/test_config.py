@@ -41,6 +41,8 @@ def test_file_then_overrides(tmp_path):
         ("prune.density=nan", "wanted a number"),
         ("fed.method=autoflap", "did you mean 'autoflip'"),
         ("fed.against=autoflip", "is the method itself"),
+        ("wire.levels=8", "wire.levels=8 with wire.values=int4; wanted 0 to 7"),
+        ("wire.levels=128", "out of range"),
         ("wire.values=int7", "wanted one of fp32, bf16, int8, int4"),
         ("prune.block=[4]", "rows, columns"),
         ("prune.block=[1, true]", "list of whole numbers"),

@@ -95,6 +95,20 @@ def test_quantised_downlinks_cost_less_and_resume_in_the_same_bits(tmp_path):
     assert [(r.bytes_up, r.bytes_down) for r in again.records] == [(r.bytes_up, r.bytes_down) for r in whole.records]
 
 
+def test_fewer_levels_make_smaller_updates(monkeypatch):
+    encode, asked = codec.encode, set()
+
+    def watched(*args, **keys):
+        if "levels" in keys:  # a client's update
+            asked.add((keys["values"], keys["levels"]))
+        return encode(*args, **keys)
+
+    monkeypatch.setattr(codec, "encode", watched)
+    whole, fewer = (fed.run(_config("wire.values=int8", f"wire.levels={n}", "fed.rounds=2")) for n in (0, 40))
+    assert asked == {("int8", None), ("int8", 40)}
+    assert fewer.records[1].bytes_up < 0.85 * whole.records[1].bytes_up
+
+
 def test_a_client_that_lost_its_base_is_sent_everything(monkeypatch):
     handle = Client.handle
 

@@ -96,8 +96,8 @@ class Client:
             before = {name: t.clone() for name, t in prepared.read().items()}
             loss = self._train(prepared, message, ask.epochs)
             delta = {name: t - before[name] for name, t in prepared.read().items()}
-            at = prepared.at
-            frames.append(codec.encode(delta, masks=at.inside, schema=at.schema, values=self.strategy.values, **wire))
+            at, values, levels = prepared.at, self.strategy.values, self.strategy.levels or None
+            frames.append(codec.encode(delta, masks=at.inside, schema=at.schema, values=values, levels=levels, **wire))
         if ask.probe:
             frames.append(self._probe(ask.probe, prepared, view, wire))
         return Message(UPDATE, message.round, self.id, tuple(frames), view.id, examples=len(self.targets), loss=loss)

@@ -113,6 +113,10 @@ class Config:
                 raise ConfigError(f"{path}={value!r} is out of range; wanted a number in {wanted}")
         if self.prune.block and (len(self.prune.block) != 2 or min(self.prune.block) < 1):
             raise ConfigError(f"prune.block={list(self.prune.block)}; wanted [rows, columns], or [] for single weights")
+        most = {"int8": 127, "int4": 7}.get(self.wire.values, 0)
+        if self.wire.levels > most:
+            wanted = f"0 to {most}" if most else "0: only int8 and int4 have levels"
+            raise ConfigError(f"wire.levels={self.wire.levels} with wire.values={self.wire.values}; wanted {wanted}")
         for path, value, names in (
             ("fed.method", self.fed.method, METHOD_NAMES),
             ("fed.against", self.fed.against, (*METHOD_NAMES, "none")),

@@ -109,6 +109,7 @@ class Wire:
     """What crosses the link. Applies to pruning methods; fedavg sends fp32 both ways."""
 
     values: str = "int4"  # uplink: fp32 | bf16 | int8 | int4
+    levels: int = 0  # uplink: largest code of int8 (to 127) or int4 (to 7), see codec.encode; 0: 127 or 7
     downlink: str = "int4"  # against what the client holds: bf16 (XOR, lossless) | int8 | int4 | fp32 (whole)
     start: str = "seed"  # initial weights: seed (each client draws them itself) | broadcast
 
@@ -186,4 +187,5 @@ RANGES = {
     "prune.rescale": _range(1, 100),
     "prune.lr_factor": _range(0, 100),
     "prune.paper_quantile": _range(0, 0.999),
+    "wire.levels": _range(0, 127),
 }

@@ -28,7 +28,7 @@ class AutoFlip(Strategy):
 
     def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
         super().__init__(config, model, example)
-        self.values = config.wire.values
+        self.values, self.levels = config.wire.values, config.wire.levels
         self.downlink = config.wire.downlink
         self.optimizer = config.server.optimizer
         self.average = config.server.average

@@ -53,6 +53,7 @@ class Strategy:
     stateful = False  # clients keep the view that they received last
     proximal = 0.0  # pull of local steps towards the received weights
     values = "fp32"
+    levels = 0  # of ``values``, see codec.encode; 0: all
     downlink = "fp32"
     optimizer = "none"  # of the server, see fed.optimizers
     average = 0.0  # decay of the running mean of the parameters, see fed.state.Average; 0: none

@@ -28,7 +28,7 @@ class _Pruning(Strategy):
 
     def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
         super().__init__(config, model, example)
-        self.values, self.downlink = config.wire.values, config.wire.downlink
+        self.values, self.levels, self.downlink = config.wire.values, config.wire.levels, config.wire.downlink
         self.covered = list(prune.weights(model))
 
 
