@@ -34,7 +34,7 @@ CHEAP, _THOROUGH = 6, 12  # levels of zstd: about 100 and 30 MB/s
 _FEW = 16  # bytes that stay as they are: a zstd frame has 9 beside what it holds, our own coder 7 and a table
 _LITTLE = 1 << 9  # bytes that are packed thoroughly and in no other way: that takes 5 to 20 us
 _TINY, SMALL = 1 << 15, 1 << 17  # bytes that may be packed thoroughly, and of which a part does not tell
-_NOISY = 1 << 14  # bytes of which a quarter tells whether they are noise
+_NOISY = 1 << 14  # bytes which are noise where neither zstd's quick try nor our own coder finds anything
 _LARGE = 1 << 20  # bytes of which both coders' sizes are compared, where the part speaks for ours
 _PAYS_MUCH, _PAYS = 0.97, 0.995  # of the bytes, under which they are packed: of many, and of others
 _SLOW = (
@@ -140,12 +140,9 @@ def smallest(
         return _of_many(view, level, key, beside)
     packed = {plain: _squeeze(view, level, plain=plain) for plain in ((False, True) if level <= CHEAP else (False,))}
     best = min(packed.values(), key=len)
-    if len(view) > _NOISY and len(best) >= len(view):  # zstd found nothing: does a quarter show anything?
-        quarter = len(view) // 4
-        seen = entropy.estimate(view[:quarter], key, None if beside is None else beside[:quarter])
-        if seen is not None and seen > _PAYS * quarter:
-            return STORED, raw
     own, coded = entropy.encode_below(raw, key, int(min(len(best), _share(len(view)) * len(view))), beside)
+    if len(view) > _NOISY and len(best) >= len(view) and own is not None and coded is None:
+        return STORED, raw  # nobody finds anything
     head = varint(len(view))
     wins = coded is not None and len(head) + len(coded) < len(best)
     bare = entropy.literals(view, 0)[0]  # None for so few bytes that ours is to stand for them

@@ -23,7 +23,6 @@ __all__ = [
     "decode",
     "encode",
     "encode_below",
-    "estimate",
     "literals",
     "read_literals",
 ]
@@ -39,11 +38,6 @@ _ERRORS = {
     -3: "has a tail",
     -4: "does not end where it began",
 }
-
-
-def estimate(raw: Bytes, key: int, companion: Bytes | None = None) -> int | None:
-    """Return about how many bytes :func:`encode` needs, from a sample; None where the extension does not serve."""
-    return encode_below(raw, key, 0, companion)[0]
 
 
 def encode(raw: Bytes, key: int, companion: Bytes | None = None) -> memoryview:

@@ -77,22 +77,41 @@ inline void ans_starts(const uint8_t* levels, uint32_t* start) {
   start[256] = kAnsScale;
 }
 
-// counts (at least one of them > 0) to levels. A level stays that of the symbol before where the counts do
-// not tell them apart: that makes the table short.
-inline void ans_levels(const float* counts, uint8_t flip, uint8_t* levels) {
+// log2 of x > 0 to four digits and more, of all symbols at once where a compiler has vectors.
+inline float ans_log2(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const int32_t exponent = int32_t(bits >> 23) - 127;
+  bits = (bits & 0x7FFFFF) | 0x3F800000;
+  std::memcpy(&x, &bits, 4);
+  const float s = (x - 1) / (x + 1), q = s * s;
+  return float(exponent) + s * (2.885390f + q * (0.961797f + q * (0.577078f + q * 0.412199f)));
+}
+
+// The level that each count asks for, as if there were others between them; 1 where it is below all.
+inline void ans_exact_levels(const float* counts, float* exact) {
   float total = 0, most = 0;
   for (int s = 0; s < 256; ++s) total += counts[s], most = counts[s] > most ? counts[s] : most;
   const float unit = float(kAnsScale) / total, top = most * unit > 2 ? most * unit - 1 : 1;
+  const float low = float(kAnsLevels) - 4 * ans_log2(top), least = top * (1.0f / 4096);
+  for (int s = 0; s < 256; ++s) {
+    const float share = counts[s] * unit - 1, level = low + 4 * ans_log2(share > least ? share : least);
+    exact[s] = level > 1 ? level : 1;
+  }
+}
+
+// counts (at least one of them > 0) to levels. A level stays that of the symbol before where the counts do
+// not tell them apart: that makes the table short.
+inline void ans_levels(const float* counts, uint8_t flip, uint8_t* levels) {
+  float exact[256];
+  ans_exact_levels(counts, exact);
   int last = 0;
   for (int i = 0; i < 256; ++i) {
     const int s = i ^ flip;
     levels[s] = 0;
     if (counts[s] <= 0) continue;
-    const float share = counts[s] * unit - 1;
-    float exact = share > 0 ? kAnsLevels + 4 * std::log2(share / top) : 1;
-    exact = exact < 1 ? 1 : exact;
-    const float apart = exact - float(last);
-    int level = int(exact + 0.5f);
+    const float apart = exact[s] - float(last);
+    int level = int(exact[s] + 0.5f);
     if (last && apart * apart * counts[s] < 25) level = last;  // a standard deviation is 5.8 / sqrt(counts)
     levels[s] = uint8_t(last = level);
   }
