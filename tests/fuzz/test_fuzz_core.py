@@ -2,6 +2,7 @@
 
 ``AUTOFLIP_FUZZ_SECONDS`` says how long (default 5). For an hour, and to keep what it finds:
 ``AUTOFLIP_FUZZ_SECONDS=3600 AUTOFLIP_FUZZ_CORPUS=DIR pytest tests/fuzz/test_fuzz_core.py``.
+Where no clang++ is installed, clang_of_wheels.py makes one.
 """
 
 import os
