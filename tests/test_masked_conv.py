@@ -21,6 +21,7 @@ SHAPES = [
     (20, 6, 40, (9, 17), (3, 3), (0, 2), (1, 1)),
     (17, 6, 5, (5, 8), (3, 3), (1, 1), (1, 1)),  # lines of whole eights, the last of them alone
     (9, 70, 3, (3, 24), (1, 3), (0, 0), (1, 1)),
+    (9, 6, 5, (5, 67), (3, 3), (1, 1), (1, 1)),  # lines longer than any tile
 ]
 EPS = torch.finfo(torch.float32).eps
 

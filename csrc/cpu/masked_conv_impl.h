@@ -11,6 +11,9 @@ namespace autoflip {
 namespace {
 
 constexpr int64_t kTall = 4, kWide = 8;  // the gradient's tiles
+// Of narrower vectors a tile takes more positions, along lines first: each adds up its sums' lanes at its
+// end, and each line begins the loop anew.
+constexpr int64_t kWideTile = sizeof(vec) == 64 ? kWide : 32, kTileSize = 64;
 
 void gather(const int32_t* index, int64_t kept, const float* w, float* values) {
   for (int64_t i = 0; i < kept; ++i) values[i] = w[index[i]];
@@ -111,7 +114,8 @@ template <int P, int Columns>
 AF_INLINE void sample_columns(const Tile& tile, const float* dy, const uint16_t* column, int64_t count,
                               float* out, int64_t out_stride) {
   constexpr int kRows = popcount(P), kSums = kRows * Columns, kFour = (kSums + 3) / 4 * 4;
-  constexpr int kStep = kRows == 1 && sizeof(vec) == 64 ? 4 : 2;
+  // 16 registers: dy at two positions side by side would not stay in them beside the sums of three rows
+  constexpr int kStep = sizeof(vec) == 64 ? (kRows == 1 ? 4 : 2) : kRows > 2 ? 1 : 2;
   vec sums[kFour];
   unroll<0, kFour>([&](auto i) AF_LAMBDA { sums[i.value] = vec{}; });
   const float* x = tile.x;
@@ -141,8 +145,9 @@ AF_INLINE void sample_columns(const Tile& tile, const float* dy, const uint16_t*
 
 template <int P>
 AF_INLINE void sample_tile(Runs& runs, const Tile& tile, const float* values, float* sums) {
-  constexpr int kSums = sizeof(vec) == 64 ? 16 : 8;  // registers
-  constexpr int kRows = popcount(P), kMost = kRows == 1 ? kSums : kRows == 2 ? kSums / 2 : kSums / 4;
+  constexpr int kSums = sizeof(vec) == 64 ? 16 : 8;                        // registers
+  constexpr int kRows = popcount(P), kThree = kSums == 8 ? 4 : kSums / 4;  // columns: three rows' in 12 sums
+  constexpr int kMost = kRows < 3 ? kSums / kRows : kRows == 3 ? kThree : kSums / 4;
   float* out = sums + (runs.value - values);
   for (; runs.run != runs.end; ++runs.run) {
     const int64_t row = *runs.run & 0xffff, count = *runs.run >> 16;
@@ -171,7 +176,8 @@ void gradient(Layout layout, const int32_t* index, int64_t kept, const float* x,
   const int64_t height = dy_images.height, width = dy_images.width, step = layout.chunk / kernel.area();
   const int64_t x_full = x_images.full_width(), x_map = x_images.full_height() * x_full * kVector;
   const int64_t dy_full = dy_images.full_width(), dy_map = dy_images.full_height() * dy_full * kVector;
-  const int64_t tall = ceil_div(height, kTall), wide = ceil_div(width, kWide);
+  const int64_t wide = ceil_div(width, kWideTile);
+  const int64_t tall = ceil_div(height, sizeof(vec) == 64 ? kTall : kTileSize / ceil_div(width, wide));
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
   for (int64_t t = 0; t < cells; ++t) {
     const int64_t begin = layout.table[t * kTable + 1],
