@@ -114,18 +114,8 @@ def speed_table(content: dict) -> list[str]:
     return _table(["times memcpy: instruction set, weights, density", *head], rows)
 
 
-def whole_runs(entry: dict) -> str:
-    """What experiments/table.py's ``paired`` says of the runs that send int8 of 40 levels instead of int4."""
-    points = " ± ".join(f"{100 * value:{sign}.2f}" for value, sign in zip(entry["final"], ("+", ""), strict=True))
-    return (
-        f"Whole runs of `autoflip` on ResNet-8 ({entry['pairs']} pairs of one row and seed), uplinks of int8 with 40 "
-        f"levels (`wire.values=int8`, `wire.levels=40`) instead of the default's int4: final accuracy {points} points, "
-        f"{entry['bytes'][0]:.2f}x bytes (`bench/experiments`, `+forty-levels`)."
-    )
-
-
-def tables(runs: dict | None = None) -> str:
-    """Return the part of README about the codec; ``runs``: see :func:`whole_runs`."""
+def tables() -> str:
+    """Return the part of README about the codec."""
     size, speed = _load("bytes"), _load("speed")
     lines = []
     if size:
@@ -144,8 +134,6 @@ def tables(runs: dict | None = None) -> str:
             *accuracy_table(accuracy),
             "",
         ]
-    if runs:
-        lines += [whole_runs(runs), ""]
     if size:
         lines += [
             "What others need for the same numbers at density 0.1. From `x[mask]` on the reader holds the mask, theirs "

@@ -168,12 +168,6 @@ def layers() -> str:
     return "\n".join(lines)
 
 
-def codec() -> str:
-    """Return the part of README about the codec."""
-    found = table.load(ROOT / "bench" / "results")
-    return codec_marks.tables(table.paired(found, "autoflip+forty-levels"))
-
-
 def filled(text: str, marker: str, part: str) -> str:
     """Return ``text`` with ``part`` between its two comments."""
     head, rest = text.split(f"<!-- {marker} -->\n", 1)
@@ -184,7 +178,7 @@ def filled(text: str, marker: str, part: str) -> str:
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    parts = {"results": tables(), "methods": methods(), "layers": layers(), "codec": codec()}
+    parts = {"results": tables(), "methods": methods(), "layers": layers(), "codec": codec_marks.tables()}
     parts["curvature"] = "\n".join(hessian_marks.table())
     new = text
     for marker, part in parts.items():
