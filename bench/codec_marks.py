@@ -116,7 +116,7 @@ def speed_table(content: dict) -> list[str]:
 
 def tables() -> str:
     """Return the part of README about the codec."""
-    size, speed = _load("bytes"), _load("speed")
+    size, speed, avx2 = _load("bytes"), _load("speed"), _load("speed-avx2")
     lines = []
     if size:
         lines += [
@@ -150,5 +150,12 @@ def tables() -> str:
             "",
             f"CPU time of one thread, medians, interleaved, on a busy machine: {_machine(speed)}. Files: "
             "`bench/results/codec-*.json`, made by `bench/codec_bytes.py` and `bench/bench_codec.py`.",
+        ]
+    if avx2:
+        lines += [
+            "",
+            f"On a machine without AVX-512 (Zen 1; {_machine(avx2)}):",
+            "",
+            *speed_table(avx2),
         ]
     return "\n".join(lines)

@@ -164,12 +164,17 @@ def shapes_table(content: dict, section: str) -> list[str]:
     return lines if rows else []
 
 
+def slower(content: dict) -> tuple[list[dict], list[dict]]:
+    """Return the cases above 1.05x dense, and all that were looked at for it."""
+    cases = content["sections"].get("never-slower", {}).get("cases", [])
+    return [case for case in cases if case["ratio"]["ours"][1] > NEVER_SLOWER], cases
+
+
 def never_slower(content: dict) -> list[str]:
     """Return the cases above 1.05x dense, and how far dense strays from itself."""
-    cases = content["sections"].get("never-slower", {}).get("cases", [])
+    above, cases = slower(content)
     if not cases:
         return []
-    above = [case for case in cases if case["ratio"]["ours"][1] > NEVER_SLOWER]
     noise = sorted(abs(case["ratio"]["dense"][1] - 1) for case in cases)
     lines = [
         f"{len(above)} of {len(cases)} cases above {NEVER_SLOWER}x dense; dense against itself strays by "
