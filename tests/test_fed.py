@@ -129,6 +129,16 @@ def test_masked_weights_lower_the_executed_flops_further():
     assert sparse.records[-1].flops < 0.9 * dense.records[-1].flops
 
 
+@pytest.mark.parametrize("capability, inputs, last", [("AVX2", 6, False), ("AVX512", 6, True), ("AVX2", 8, True)])
+def test_models_whose_gradients_onednn_corrupts_memory_for_stay_row_major(capability, inputs, last, monkeypatch):
+    from autoflip.fed.workshop import Workshop
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, inputs, 3), torch.nn.Conv2d(inputs, 16, 1, stride=2))
+    weight = Workshop(model).prepare(None).model[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) is last
+
+
 def test_a_training_step_takes_fewer_seconds_when_channels_are_removed():
     model = models.build("two-cnn", input_shape=(1, 28, 28), num_classes=10)
     scores = {name: p.detach().abs() for name, p in model.named_parameters()}

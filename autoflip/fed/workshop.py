@@ -81,12 +81,24 @@ def _channels_last(model: nn.Module) -> nn.Module:
     """Let 2-d convolutions run channels-last: 0.75 of a TwoCNN step's time with AVX-512, 0.5 to 0.65 of a test's.
 
     Models with pruned weights in a convolution stay row-major: where the sparse kernels do not gain, the dense path of
-    a masked layer is faster there.
+    a masked layer is faster there. So do those that oneDNN would corrupt memory for.
     """
     convs = [m for m in model.modules() if isinstance(m, _ConvNd)]
-    if convs and all(type(m) is nn.Conv2d or (isinstance(m, MaskedConv2d) and m.density == 1) for m in convs):
+    plain = all(type(m) is nn.Conv2d or (isinstance(m, MaskedConv2d) and m.density == 1) for m in convs)
+    if convs and plain and not any(map(_breaks, convs)):
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not list it
     return model
+
+
+def _breaks(conv: nn.Module) -> bool:
+    """Return whether torch 2.13 writes past a buffer in this convolution's gradient, channels last.
+
+    oneDNN's for AVX2, 1x1 with a stride and fewer input channels than a vector has lanes: seen with 3 to 6 of them,
+    not with 8 and more.
+    """
+    assert isinstance(conv, _ConvNd)
+    strided = all(size == 1 for size in conv.kernel_size) and any(step > 1 for step in conv.stride)
+    return strided and conv.in_channels < 8 and torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
 def _narrow(model: nn.Module) -> dict[str, Tensor]:
