@@ -101,6 +101,19 @@ def test_in_place_where_autograd_alone_holds_the_gradient(kind, monkeypatch):
 
 
 @KINDS
+def test_in_place_also_where_the_first_layer_of_a_process_runs_under_autocast(kind, monkeypatch):
+    from autoflip.ops import _masked_weight
+
+    _masked_weight._count_holders.cache_clear()
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            _masked_weight._count_holders()
+        test_in_place_where_autograd_alone_holds_the_gradient(kind, monkeypatch)
+    finally:
+        _masked_weight._count_holders.cache_clear()
+
+
+@KINDS
 def test_tensors_that_stand_in_for_the_parameter_get_no_hook(kind):
     layer, x = layer_of(kind)
     for other in (nn.Parameter(torch.randn_like(layer.weight)), torch.randn_like(layer.weight).requires_grad_()):

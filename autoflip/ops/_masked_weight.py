@@ -109,7 +109,9 @@ def _masked_gradient(mask: Tensor, gradient: Tensor) -> Tensor:
 @cache
 def _count_holders() -> None:
     """Show the extension gradients that autograd alone holds: how many references that is differs between torchs."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+    # autocast would cast the weight, and so hold a gradient of the cast beside ours
+    plain = torch.autocast("cpu", enabled=False)
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), plain:
         weight = torch.zeros(2, 2, requires_grad=True)
         weight.register_hook(CPP.masked_gradient_probe)
         (2 * weight).sum().backward()
