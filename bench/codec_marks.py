@@ -154,7 +154,7 @@ def tables() -> str:
     if avx2:
         lines += [
             "",
-            f"On a machine without AVX-512 (Zen 1; {_machine(avx2)}):",
+            f"On a machine without AVX-512 ({_machine(avx2)}):",
             "",
             *speed_table(avx2),
         ]

@@ -23,7 +23,7 @@ MARKS = {
 
 
 def results(level: str) -> Path:
-    """Return the file of machines whose best instruction set is ``level``: "avx512", "avx2" or "portable"."""
+    """Return the file of machines whose best instruction set is ``level``: "avx512", "avx2" or "base"."""
     return RESULTS if level == "avx512" else RESULTS.with_stem(f"{RESULTS.stem}-{level}")
 
 

@@ -143,7 +143,7 @@ def layers() -> str:
         above, looked_at = layer_marks.slower(avx2)
         lines += [
             "",
-            f"On a machine without AVX-512 (Zen 1; {layer_marks.machine_line(avx2)}), where {len(above)} of "
+            f"On a machine without AVX-512 ({layer_marks.machine_line(avx2)}), where {len(above)} of "
             f"{len(looked_at)} cases from 1 to 512 rows and density 1 to 0.01 take more than 1.05 times torch's layer:",
             "",
             *layer_marks.marks_table(avx2),

@@ -85,12 +85,12 @@ def _channels_last(model: nn.Module) -> nn.Module:
     """
     convs = [m for m in model.modules() if isinstance(m, _ConvNd)]
     plain = all(type(m) is nn.Conv2d or (isinstance(m, MaskedConv2d) and m.density == 1) for m in convs)
-    if convs and plain and not any(map(_breaks, convs)):
+    if convs and plain and not any(map(_corrupts, convs)):
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not list it
     return model
 
 
-def _breaks(conv: nn.Module) -> bool:
+def _corrupts(conv: nn.Module) -> bool:
     """Return whether torch 2.13 writes past a buffer in this convolution's gradient, channels last.
 
     oneDNN's for AVX2, 1x1 with a stride and fewer input channels than a vector has lanes: seen with 3 to 6 of them,

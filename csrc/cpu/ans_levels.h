@@ -88,8 +88,8 @@ struct LevelSearch {
     }
   }
 
-  // The way here: levels by the order of symbols. ends[i]: where the run of symbols that do not occur began
-  // whose last is i - 1.
+  // The way here: levels by the order of symbols. begins[i]: where the run of symbols that do not occur began
+  // whose last is i - 1, else -1.
   void trace(const int* begins, uint8_t* found) const {
     const auto least = [](const Column& c, auto cost) {
       int best = c.low;

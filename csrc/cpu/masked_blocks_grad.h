@@ -131,13 +131,7 @@ void flat_gradients(const uint16_t* column, int64_t count, const float* dy, int6
       flat_sample<kFlatRows, V>(column + j, dy, row + r, rows, panels, col, cols, n, to + r * stride + j,
                                 stride);
 }
-#if defined(__AVX512F__)
-constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {
-    flat_gradients<0>, flat_gradients<1>, flat_gradients<2>, flat_gradients<3>, flat_gradients<4>};
-#else
-constexpr decltype(&flat_gradients<0>) kFlatGradients[] = {flat_gradients<0>, flat_gradients<1>,
-                                                           flat_gradients<2>, flat_gradients<kVectors>};
-#endif
+constexpr auto kFlatGradients = widths([](auto v) { return &flat_gradients<decltype(v)::value>; });
 
 }  // namespace
 }  // namespace autoflip

@@ -82,8 +82,8 @@ void block_tile(const Blocks& b, int64_t cell, const float* dy, const float* x, 
     if (*count && height == kTall)
       tall_gradients(column, *count, dy + row * n, x, col, l.cols, n, sums, kStride);
     else if (*count)
-      kFlatGradients[n > kLanes ? 0 : panel(0, n).width / kVector](column, *count, dy, row, b.rows, x, col,
-                                                                   l.cols, n, sums, kStride);
+      (n > kLanes ? &flat_gradients<0> : kFlatGradients.of(panel(0, n).width / kVector))(
+          column, *count, dy, row, b.rows, x, col, l.cols, n, sums, kStride);
     spread_rows(sums, kStride, column, *count, bits, cols, dw + row * l.cols + col, l.cols,
                 least(height, b.rows - row), past, empty);
     column += *count;

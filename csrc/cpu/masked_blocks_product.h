@@ -145,16 +145,13 @@ void scatter_blocks(const Blocks& b, int64_t cell, int64_t from, int64_t end, in
           AF_LAMBDA { scatter_list<V>(column, count, four, dy + row * V * kVector, live, sums); });
 }
 
-typedef decltype(&add_blocks<1, true>) BlocksCell;
-#if defined(__AVX512F__)
-#define AF_WIDTHS(f, copied) {f<1, copied>, f<2, copied>, f<3, copied>, f<4, copied>}
-#else
-#define AF_WIDTHS(f, copied) {f<1, copied>, f<2, copied>, f<3, copied>}
-#endif
-constexpr BlocksCell kAddBlocks[2][4] = {AF_WIDTHS(add_blocks, false), AF_WIDTHS(add_blocks, true)};
-constexpr BlocksCell kScatterBlocks[2][4] = {AF_WIDTHS(scatter_blocks, false),
-                                             AF_WIDTHS(scatter_blocks, true)};
-#undef AF_WIDTHS
+template <bool Copied>
+constexpr auto kAddBlocksOf = widths([](auto v) { return &add_blocks<decltype(v)::value, Copied>; });
+template <bool Copied>
+constexpr auto kScatterBlocksOf = widths([](auto v) { return &scatter_blocks<decltype(v)::value, Copied>; });
+constexpr decltype(kAddBlocksOf<true>) kAddBlocks[] = {kAddBlocksOf<false>, kAddBlocksOf<true>};
+constexpr decltype(kScatterBlocksOf<true>) kScatterBlocks[] = {kScatterBlocksOf<false>,
+                                                               kScatterBlocksOf<true>};
 
 // Where the weights of a cell begin, `row` and `col` the first of them: in the copy, or in the weight itself.
 AF_INLINE const float* weights_at(const Blocks& b, int64_t cell, int64_t row, int64_t col, const float* w,
@@ -198,9 +195,9 @@ void blocks_product(const Blocks& b, const float* w, const float* copy, const fl
         const int64_t cell = block * chunks + c, col = c * l.chunk;
         const float* here = weights_at(b, cell, top, col, w, copy);
         each(first, [&](Panel p, float* own) AF_LAMBDA {
-          kAddBlocks[copy != nullptr][p.width / kVector - 1](b, cell, from, end, rows, here,
-                                                             far && own == sums,
-                                                             panels + p.begin * l.cols + col * p.width, own);
+          kAddBlocks[copy != nullptr].of(p.width / kVector)(b, cell, from, end, rows, here,
+                                                            far && own == sums,
+                                                            panels + p.begin * l.cols + col * p.width, own);
         });
       }
       each(first, [&](Panel p, float* own)
@@ -234,7 +231,7 @@ void blocks_back(const Blocks& b, const float* w, const float* copy, const float
           for (int64_t i = first; i < last; ++i) {
             const Panel p = panel(i, n);
             const int64_t row = top + from * b.height, end = least(from + groups, all);
-            kScatterBlocks[copy != nullptr][p.width / kVector - 1](
+            kScatterBlocks[copy != nullptr].of(p.width / kVector)(
                 b, cell, from, end, least((end - from) * b.height, b.rows - row), here, far && i == first,
                 panels + p.begin * b.rows + row * p.width, sums + (i - first) * room);
           }

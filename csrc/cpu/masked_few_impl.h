@@ -33,7 +33,7 @@ AF_INLINE vec only(Lanes lanes, vec v) { return _mm512_maskz_mov_ps(lanes, v); }
 AF_INLINE float total(vec v) { return _mm512_reduce_add_ps(v); }
 // rows of the weight that share what is loaded of N samples
 constexpr int rows_of(int N) { return N > 4 ? 2 : 4; }
-constexpr int kDxSamples = kFewSamples;
+constexpr int kDxSamples = kFewSamples;  // that dx is made of at once
 #else
 using Lanes = __m256i;
 struct LanesOf {
@@ -71,8 +71,7 @@ AF_INLINE float total(vec v) {
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
 }
 constexpr int rows_of(int N) { return N <= 2 ? 4 : N <= 4 ? 3 : 1; }  // 16 registers
-constexpr int kDxSamples =
-    4;  // that dx is made of at once: sums are in memory, of few rows each is stored too often
+constexpr int kDxSamples = 4;  // its sums lie in memory: of single rows they would be stored too often
 #endif
 
 // each(k, lanes that are there, Whole) for vectors of `cols` columns
@@ -122,14 +121,20 @@ void forward(const float* w, const uint16_t* bits, const float* x, int64_t rows,
                       y + r);
 }
 
+// dy of R rows and N samples, each in all lanes
+template <int N, int R>
+AF_INLINE void broadcast_all(const float* dy, int64_t rows, vec (&d)[R][N]) {
+  unroll<0, R * N>([&](auto i) AF_LAMBDA {
+    d[i.value / N][i.value % N] = broadcast(dy[i.value % N * rows + i.value / N]);
+  });
+}
+
 // dx of a chunk of columns += R rows of the weight
 template <int N, int R>
 void few_dx(const float* w, const uint16_t* bits, const float* dy, int64_t rows, int64_t cols, int64_t count,
             float* dx) {
   vec d[R][N];
-  unroll<0, R * N>([&](auto i) AF_LAMBDA {
-    d[i.value / N][i.value % N] = broadcast(dy[i.value % N * rows + i.value / N]);
-  });
+  broadcast_all(dy, rows, d);
   vectors(count, [&](int64_t k, Lanes there, auto whole) AF_LAMBDA {
     vec ws[R];
     unroll<0, R>([&](auto r) AF_LAMBDA {
@@ -149,9 +154,7 @@ template <int N, int R>
 void few_dw(const uint16_t* bits, const float* dy, const float* x, int64_t rows, int64_t cols, int64_t count,
             bool more, float* dw) {
   vec d[R][N];
-  unroll<0, R * N>([&](auto i) AF_LAMBDA {
-    d[i.value / N][i.value % N] = broadcast(dy[i.value % N * rows + i.value / N]);
-  });
+  broadcast_all(dy, rows, d);
   vectors(count, [&](int64_t k, Lanes there, auto whole) AF_LAMBDA {
     vec sums[R];
     unroll<0, R>([&](auto r) AF_LAMBDA {

@@ -109,9 +109,8 @@ void sample_cell(const Lists& lists, int64_t cell, int64_t rows, const float* dy
     sums += ceil_div(*count, kWide) * kWide;
   }
 }
-typedef decltype(&sample_cell<1>) SampleCell;
+constexpr auto kSampleCell = widths([](auto v) { return &sample_cell<decltype(v)::value>; });
 #if defined(__AVX512F__)
-constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cell<3>, sample_cell<4>};
 
 // sample_cell of all samples, each row put past the cache while the next one is computed; dw: the cell's
 // first entry, rows of whole lines
@@ -134,10 +133,7 @@ void sample_past(const Lists& lists, int64_t cell, int64_t rows, int64_t cols, c
   }
   pending.finish();
 }
-constexpr decltype(&sample_past<1>) kSamplePast[] = {sample_past<1>, sample_past<2>, sample_past<3>,
-                                                     sample_past<4>};
-#else
-constexpr SampleCell kSampleCell[] = {sample_cell<1>, sample_cell<2>, sample_cell<kVectors>};
+constexpr auto kSamplePast = widths([](auto v) { return &sample_past<decltype(v)::value>; });
 #endif
 
 // dw of one cell, all panels
@@ -154,14 +150,14 @@ void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float*
   const bool many = (lists.first[cell + 1] - lists.first[cell]) * 16 > rows * cols;
   if (past && many && n > 0 && n <= kLanes && whole_lines(dw, cols, lists.cols)) {
     const int64_t width = panel(0, n).width;
-    kSamplePast[width / kVector - 1](lists, cell, rows, cols, dy + row * width, x + col * width, dw);
+    kSamplePast.of(width / kVector)(lists, cell, rows, cols, dy + row * width, x + col * width, dw);
     return _mm_sfence();
   }
 #endif
   for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
     const Panel p = panel(i, n);
-    kSampleCell[p.width / kVector - 1](lists, cell, rows, dy + p.begin * lists.rows + row * p.width,
-                                       x + p.begin * lists.cols + col * p.width, i == 0, sums);
+    kSampleCell.of(p.width / kVector)(lists, cell, rows, dy + p.begin * lists.rows + row * p.width,
+                                      x + p.begin * lists.cols + col * p.width, i == 0, sums);
   }
   const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
   const uint16_t* bits = lists.bits + cell * lists.block * words;

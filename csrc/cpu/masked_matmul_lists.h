@@ -145,16 +145,14 @@ void scatter_lists(const Lists& l, int64_t cell, int64_t rows, const float* w, c
   }
 }
 
-#if defined(__AVX512F__)
-#define AF_WIDTHS(f, from) {f<1, from>, f<2, from>, f<3, from>, f<4, from>}
-#else
-#define AF_WIDTHS(f, from) {f<1, from>, f<2, from>, f<3, from>}
-#endif
-constexpr decltype(&add_lists<1, kPacked>) kAddLists[3][4] = {
-    AF_WIDTHS(add_lists, kPacked), AF_WIDTHS(add_lists, kRows), AF_WIDTHS(add_lists, kColumns)};
-constexpr decltype(&scatter_lists<1, kPacked>) kScatterLists[2][4] = {AF_WIDTHS(scatter_lists, kPacked),
-                                                                      AF_WIDTHS(scatter_lists, kRows)};
-#undef AF_WIDTHS
+template <int From>
+constexpr auto kAddListsOf = widths([](auto v) { return &add_lists<decltype(v)::value, From>; });
+template <int From>
+constexpr auto kScatterListsOf = widths([](auto v) { return &scatter_lists<decltype(v)::value, From>; });
+constexpr decltype(kAddListsOf<kPacked>) kAddLists[] = {kAddListsOf<kPacked>, kAddListsOf<kRows>,
+                                                        kAddListsOf<kColumns>};
+constexpr decltype(kScatterListsOf<kPacked>) kScatterLists[] = {kScatterListsOf<kPacked>,
+                                                                kScatterListsOf<kRows>};
 
 // --- all cells
 
@@ -178,8 +176,8 @@ void product(const Lists& l, const float* w, int from, const float* panels, int6
                                                  : col * l.rows + row);
         for (int64_t i = first; i < end; ++i) {
           const Panel p = panel(i, n);
-          kAddLists[from][p.width / kVector - 1](l, cell, rows, here, l.rows,
-                                                 panels + p.begin * l.cols + col * p.width, sums[i - first]);
+          kAddLists[from].of(p.width / kVector)(l, cell, rows, here, l.rows,
+                                                panels + p.begin * l.cols + col * p.width, sums[i - first]);
         }
       }
       for (int64_t i = first; i < end; ++i) {
@@ -203,9 +201,9 @@ void product_back(const Lists& l, const float* w, int from, const float* panels,
       start_sums(nullptr, 0, cols, p.width, sums);
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t cell = b * chunks + c, row = b * l.block;
-        kScatterLists[from][p.width / kVector - 1](l, cell, least(l.block, l.rows - row),
-                                                   w + (from == kPacked ? l.first[cell] : row * l.cols + col),
-                                                   panels + p.begin * l.rows + row * p.width, sums);
+        kScatterLists[from].of(p.width / kVector)(l, cell, least(l.block, l.rows - row),
+                                                  w + (from == kPacked ? l.first[cell] : row * l.cols + col),
+                                                  panels + p.begin * l.rows + row * p.width, sums);
       }
       finish_sums(sums, p, cols, false, dx + p.begin * l.cols + col, l.cols);
     }

@@ -60,6 +60,7 @@ constexpr int pattern_of(int slot) {
 }
 
 // a multiply-add takes 4 cycles and one or two can begin in each: short rows of lanes take turns between sets
+// (1, 2 or 4 of them, which are added up in pairs)
 template <int V>
 constexpr int kSets = kVectors == 3 && V == 1 ? 2 : kVectors / V;
 
@@ -168,15 +169,8 @@ void scatter_cell(const Groups& g, int64_t cell, int64_t rows, int64_t cols, Wei
   }
 }
 
-#if defined(__AVX512F__)
-constexpr decltype(&add_cell<1>) kAddCell[] = {add_cell<1>, add_cell<2>, add_cell<3>, add_cell<4>};
-constexpr decltype(&scatter_cell<1>) kScatterCell[] = {scatter_cell<1>, scatter_cell<2>, scatter_cell<3>,
-                                                       scatter_cell<4>};
-#else
-constexpr decltype(&add_cell<1>) kAddCell[] = {add_cell<1>, add_cell<2>, add_cell<kVectors>};
-constexpr decltype(&scatter_cell<1>) kScatterCell[] = {scatter_cell<1>, scatter_cell<2>,
-                                                       scatter_cell<kVectors>};
-#endif
+constexpr auto kAddCell = widths([](auto v) { return &add_cell<decltype(v)::value>; });
+constexpr auto kScatterCell = widths([](auto v) { return &scatter_cell<decltype(v)::value>; });
 
 constexpr int64_t kPastCache = int64_t(1) << 22;  // floats: 16 MB
 
@@ -233,8 +227,8 @@ void product(const Groups& g, Weight w, const float* panels, int64_t n, const fl
         here.ask = w.columns == 1 && many && round > 1;
         for (int64_t i = first; i < end; ++i) {
           const Panel p = panel(i, n);
-          kAddCell[p.width / kVector - 1](g, b * chunks + c, rows, cols, here,
-                                          panels + p.begin * g.cols + col * p.width, sums[i - first]);
+          kAddCell.of(p.width / kVector)(g, b * chunks + c, rows, cols, here,
+                                         panels + p.begin * g.cols + col * p.width, sums[i - first]);
           here.ask = false;
         }
       }
@@ -259,9 +253,9 @@ void product_back(const Groups& g, const float* w, const float* panels, int64_t 
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t row = b * g.block, rows = g.rows - row < g.block ? g.rows - row : g.block;
         const bool ask = g.rows * g.cols > kLarge && busy(g, b * chunks + c, rows, cols, 1);
-        kScatterCell[p.width / kVector - 1](g, b * chunks + c, rows, cols,
-                                            {w + row * g.cols + col, g.cols, 1, ask},
-                                            panels + p.begin * g.rows + row * p.width, sums);
+        kScatterCell.of(p.width / kVector)(g, b * chunks + c, rows, cols,
+                                           {w + row * g.cols + col, g.cols, 1, ask},
+                                           panels + p.begin * g.rows + row * p.width, sums);
       }
       finish_sums(sums, p, cols, false, dx + p.begin * g.cols + col, g.cols);
     }

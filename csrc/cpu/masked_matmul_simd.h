@@ -2,6 +2,9 @@
 //
 // Accumulators live in registers only while every loop over them is unrolled at compile time: hence unroll<>.
 #pragma once
+#include <cstddef>
+#include <utility>
+
 #include "cpu/masked_matmul.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -71,6 +74,21 @@ constexpr int row_of(int p, int i) {
   int r = 0;
   while (!((p >> r) & 1) || i-- > 0) ++r;
   return r;
+}
+
+// One function for each number of vectors that a panel may be wide: of(V) as make(Int<V>{}) gives it.
+template <class F>
+struct Widths {
+  F at[kVectors];
+  constexpr F of(int64_t vectors) const { return at[vectors - 1]; }
+};
+template <class Make, std::size_t... I>
+constexpr auto widths(Make make, std::index_sequence<I...>) {
+  return Widths<decltype(make(Int<1>{}))>{{make(Int<int(I) + 1>{})...}};
+}
+template <class Make>
+constexpr auto widths(Make make) {
+  return widths(make, std::make_index_sequence<kVectors>{});
 }
 
 struct Panel {

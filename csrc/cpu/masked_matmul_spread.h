@@ -3,28 +3,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/lanes.h"
 #include "cpu/masked_matmul_lists.h"
 
 namespace autoflip {
 namespace {
 
 #if defined(__AVX512F__)
-// of[b]: for each of 8 entries its place among those whose bits are set in b, 8 where its own is not
-struct Places {
-  uint64_t of[256];
-};
-constexpr Places places() {
-  Places p = {};
-  for (int b = 0; b < 256; ++b)
-    for (int i = 0, next = 0; i < 8; ++i) p.of[b] |= uint64_t(b >> i & 1 ? next++ : 8) << (8 * i);
-  return p;
-}
-alignas(64) constexpr Places kPlaces = places();
-
 AF_INLINE __m256 expand8(const float* from, unsigned bits) {
-  const __m128i* place = reinterpret_cast<const __m128i*>(&kPlaces.of[bits]);
-  return _mm256_permutex2var_ps(_mm256_loadu_ps(from), _mm256_cvtepu8_epi32(_mm_loadl_epi64(place)),
-                                __m256{});
+  return _mm256_permutex2var_ps(_mm256_loadu_ps(from), ranks_of(bits), __m256{});
 }
 
 AF_INLINE vec expand(const float* from, unsigned bits) {
