@@ -13,6 +13,7 @@ from autoflip.fed import downlink
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "experiments"))
 import marks
 import table
+from rows import LONGER, NEAR_CHANCE, ROWS
 from variants import PATCHES, VARIANTS
 
 SMALL = ["fed.against=none", "fed.clients=3", "fed.fraction=1.0", "fed.rounds=6", "train.epochs=1"]
@@ -111,3 +112,16 @@ def test_without_error_feedback_the_roundings_of_the_way_down_add_up():
     assert set(PATCHES) <= set(VARIANTS)
     # five broadcasts' errors instead of the last one's, steps shrinking in between
     assert drift(PATCHES["no error feedback"]) > 1.5 * drift(nullcontext)
+
+
+def test_the_longer_rows_are_those_that_the_rule_names():
+    classes = {"cifar100": 100, "femnist": 62, "har": 6, "shakespeare": 80}
+    near = set()
+    for (row, method), runs in table.load(Path(marks.__file__).parents[1] / "results").items():
+        if method != "fedavg" or row.endswith("-rounds"):
+            continue
+        final = sum(run["curve"]["accuracy"][-1] for run in runs.values()) / len(runs)
+        if final * classes.get(row.split("-")[0], 10) < NEAR_CHANCE:
+            near.add(row)
+    assert near == set(LONGER)
+    assert all(ROWS[f"{row}-80-rounds"] == [*ROWS[row], "fed.rounds=80"] for row in LONGER)
