@@ -75,6 +75,28 @@ def test_marks_take_the_median_over_rows_and_name_those_that_miss_one(tmp_path):
     assert curves[2].split(" | ")[4:] == ["-40.5 ± 0.5", "+0.0 ± 0.0 |"]
 
 
+def test_longer_rows_stand_for_the_short_ones_once_each_has_its_seeds(tmp_path):
+    def write(row, cost, seeds):
+        for seed in range(seeds):
+            for method, spent in (("fedavg", 100.0), ("autoflip", cost)):
+                content = _result(row, method, seed, 0.5, spent)
+                (tmp_path / f"method-{row}-{method}-seed{seed}.json").write_text(json.dumps(content))
+
+    write("easy", 10.0, 2)
+    for row in LONGER:
+        write(row, 60.0, 2)
+        write(f"{row}-80-rounds", 20.0, marks.SEEDS)
+    (tmp_path / f"method-{LONGER[0]}-80-rounds-fedavg-seed0.json").unlink()
+    rows = marks.entries(tmp_path)
+    assert set(marks.longer(rows)) == set(marks.short(rows)) == {"easy", *LONGER}
+    assert "twice the rounds" not in marks.summary(tmp_path)
+    write(f"{LONGER[0]}-80-rounds", 20.0, marks.SEEDS)
+    assert set(marks.longer(marks.entries(tmp_path))) == {"easy", *(f"{row}-80-rounds" for row in LONGER)}
+    before, after = marks.summary(tmp_path).split("twice the rounds")
+    assert "| FLOPs | 0.600x | 0.100x | 0.600x | 0.250x | 4 |" in before
+    assert "| FLOPs | 0.200x | 0.100x | 0.200x | 0.250x | 0 |" in after
+
+
 def test_a_variant_of_a_variant_is_compared_with_that_variant():
     def runs(accuracy):
         costs = {"flops": [1, 2], "bytes": [1, 2]}
