@@ -20,10 +20,7 @@ constexpr int kParts = kTall / kVector;  // vectors of a block of 16 rows
 AF_INLINE Panel tall_panel(int64_t i, int64_t n) { return {i * kTall, least(kTall, n - i * kTall), kTall}; }
 AF_INLINE int64_t tall_padded(int64_t n) { return ceil_div(n, kTall) * kTall; }
 void tall_panels(const float* x, int64_t n, int64_t features, float* out, int threads) {
-  for (int64_t i = 0; i < ceil_div(n, kTall); ++i) {
-    const Panel p = tall_panel(i, n);
-    to_panel(x, p, features, out + p.begin * features, threads);
-  }
+  fill_panels(x, ceil_div(n, kTall), features, out, threads, [n](int64_t i) { return tall_panel(i, n); });
 }
 
 // dy (n, rows) row-major -> [block][sample][16], zeros below the last row

@@ -136,8 +136,8 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
   if (tall) tall_samples(dy, n, b.rows, dy_blocks, threads);
   (tall ? tall_panels : to_panels)(x, n, l.cols, x_panels, threads);
   const int64_t cells = ceil_div(l.rows, l.block) * ceil_div(l.cols, l.chunk);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < cells; ++t) block_tile(b, t, tall ? dy_blocks : dy_panels, x_panels, n, dw);
+  deal(cells, threads,
+       [&](int64_t t) AF_LAMBDA { block_tile(b, t, tall ? dy_blocks : dy_panels, x_panels, n, dw); });
 }
 
 constexpr MaskedBlocks kMaskedBlocks = {blocks_forward_scratch, blocks_backward_scratch, blocks_forward,

@@ -172,38 +172,36 @@ void blocks_product(const Blocks& b, const float* w, const float* copy, const fl
   const Lists& l = b.lists;
   const int64_t count = ceil_div(n, kLanes), round = least(round_of(b, copy), count > 0 ? count : 1);
   const int64_t chunks = ceil_div(l.cols, l.chunk), room = kSumRows / round, groups = room / b.height,
-                pieces = ceil_div(l.block, groups), tasks = ceil_div(l.rows, l.block) * pieces;
+                pieces = ceil_div(l.block, groups), tasks = ceil_div(l.rows, l.block) * pieces,
+                rounds = ceil_div(count, round);
   const bool far = round_of(b, copy) > 1;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1)
-  for (int64_t t = 0; t < tasks; ++t) {
+  deal(tasks * rounds, threads, [&](int64_t task) AF_LAMBDA {
     alignas(64) float sums[kSumRows * kLanes];
-    const int64_t block = t / pieces, from = t % pieces * groups,
+    const int64_t t = task / rounds, first = task % rounds * round, block = t / pieces,
+                  from = t % pieces * groups,
                   end = least(least(from + groups, l.block), l.rows - block * l.block),
                   top = block * l.block * b.height, row = top + from * b.height,
                   rows = least((end - from) * b.height, b.rows - row);
-    if (from >= end) continue;
-    const auto each = [&](int64_t first, auto&& visit) AF_LAMBDA {  // visit(panel, its sums)
+    if (from >= end) return;
+    const auto each = [&](auto&& visit) AF_LAMBDA {  // visit(panel, its sums)
       for (int64_t i = first; i < least(first + round, count); ++i)
         visit(panel(i, n), sums + (i - first) * room * kLanes);
     };
-    for (int64_t first = 0; first < count; first += round) {
-      each(first, [&](Panel p, float* own) AF_LAMBDA {
-        start_sums(bias, row, rows, p.width, own);
-        for (int64_t r = rows; r % kFlat; ++r) start_sums(nullptr, 0, 1, p.width, own + r * p.width);
+    each([&](Panel p, float* own) AF_LAMBDA {
+      start_sums(bias, row, rows, p.width, own);
+      for (int64_t r = rows; r % kFlat; ++r) start_sums(nullptr, 0, 1, p.width, own + r * p.width);
+    });
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t cell = block * chunks + c, col = c * l.chunk;
+      const float* here = weights_at(b, cell, top, col, w, copy);
+      each([&](Panel p, float* own) AF_LAMBDA {
+        kAddBlocks[copy != nullptr].of(p.width / kVector)(b, cell, from, end, rows, here, far && own == sums,
+                                                          panels + p.begin * l.cols + col * p.width, own);
       });
-      for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t cell = block * chunks + c, col = c * l.chunk;
-        const float* here = weights_at(b, cell, top, col, w, copy);
-        each(first, [&](Panel p, float* own) AF_LAMBDA {
-          kAddBlocks[copy != nullptr].of(p.width / kVector)(b, cell, from, end, rows, here,
-                                                            far && own == sums,
-                                                            panels + p.begin * l.cols + col * p.width, own);
-        });
-      }
-      each(first, [&](Panel p, float* own)
-                      AF_LAMBDA { finish_sums(own, p, rows, relu, y + p.begin * b.rows + row, b.rows); });
     }
-  }
+    each([&](Panel p, float* own)
+             AF_LAMBDA { finish_sums(own, p, rows, relu, y + p.begin * b.rows + row, b.rows); });
+  });
 }
 
 void blocks_back(const Blocks& b, const float* w, const float* copy, const float* panels, int64_t n,
@@ -215,33 +213,30 @@ void blocks_back(const Blocks& b, const float* w, const float* copy, const float
   const int64_t many = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
   const int64_t groups = round > 1 ? kSumRows / round / b.height : l.block;
   const bool far = round_of(b, copy) > 1;
-  for (int64_t first = 0; first < count; first += round) {
-    const int64_t last = least(first + round, count);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1)
-    for (int64_t c = 0; c < chunks; ++c) {
-      alignas(64) float sums[kMaxChunk * kLanes];
-      const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
-      for (int64_t i = first; i < last; ++i)
-        start_sums(nullptr, 0, cols, panel(i, n).width, sums + (i - first) * room);
-      for (int64_t block = 0; block < many; ++block) {
-        const int64_t cell = block * chunks + c, top = block * l.block * b.height,
-                      all = least(l.block, l.rows - block * l.block);
-        const float* here = weights_at(b, cell, top, col, w, copy);
-        for (int64_t from = 0; from < all; from += groups)
-          for (int64_t i = first; i < last; ++i) {
-            const Panel p = panel(i, n);
-            const int64_t row = top + from * b.height, end = least(from + groups, all);
-            kScatterBlocks[copy != nullptr].of(p.width / kVector)(
-                b, cell, from, end, least((end - from) * b.height, b.rows - row), here, far && i == first,
-                panels + p.begin * b.rows + row * p.width, sums + (i - first) * room);
-          }
-      }
-      for (int64_t i = first; i < last; ++i) {
-        const Panel p = panel(i, n);
-        finish_sums(sums + (i - first) * room, p, cols, false, dx + p.begin * l.cols + col, l.cols);
-      }
+  deal(ceil_div(count, round) * chunks, threads, [&](int64_t t) AF_LAMBDA {
+    alignas(64) float sums[kMaxChunk * kLanes];
+    const int64_t first = t / chunks * round, last = least(first + round, count), c = t % chunks;
+    const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
+    for (int64_t i = first; i < last; ++i)
+      start_sums(nullptr, 0, cols, panel(i, n).width, sums + (i - first) * room);
+    for (int64_t block = 0; block < many; ++block) {
+      const int64_t cell = block * chunks + c, top = block * l.block * b.height,
+                    all = least(l.block, l.rows - block * l.block);
+      const float* here = weights_at(b, cell, top, col, w, copy);
+      for (int64_t from = 0; from < all; from += groups)
+        for (int64_t i = first; i < last; ++i) {
+          const Panel p = panel(i, n);
+          const int64_t row = top + from * b.height, end = least(from + groups, all);
+          kScatterBlocks[copy != nullptr].of(p.width / kVector)(
+              b, cell, from, end, least((end - from) * b.height, b.rows - row), here, far && i == first,
+              panels + p.begin * b.rows + row * p.width, sums + (i - first) * room);
+        }
     }
-  }
+    for (int64_t i = first; i < last; ++i) {
+      const Panel p = panel(i, n);
+      finish_sums(sums + (i - first) * room, p, cols, false, dx + p.begin * l.cols + col, l.cols);
+    }
+  });
 }
 
 }  // namespace

@@ -252,8 +252,7 @@ void backward(const Orders& orders, const float* w, const float* values, const f
   if (!dw) return;
   to_panels(x, n, lists.cols, x_panels, threads);
   const int64_t cells = ceil_div(lists.rows, lists.block) * ceil_div(lists.cols, lists.chunk);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < cells; ++t) sample_tile(lists, t, scratch, x_panels, n, dw);
+  deal(cells, threads, [&](int64_t t) AF_LAMBDA { sample_tile(lists, t, scratch, x_panels, n, dw); });
 }
 
 }  // namespace

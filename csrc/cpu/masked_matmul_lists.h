@@ -162,52 +162,47 @@ void product(const Lists& l, const float* w, int from, const float* panels, int6
              bool relu, float* out, int threads) {
   const int64_t blocks = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
   const int64_t count = ceil_div(n, kLanes), round = l.rows * l.cols > kLarge ? kRound : 1;
-  for (int64_t first = 0; first < count; first += round) {
-    const int64_t end = least(count, first + round);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && blocks > 1)
-    for (int64_t b = 0; b < blocks; ++b) {
-      alignas(64) float sums[kRound][kRowBlock * kLanes];
-      const int64_t row = b * l.block, rows = least(l.block, l.rows - row);
-      for (int64_t i = first; i < end; ++i) start_sums(bias, row, rows, panel(i, n).width, sums[i - first]);
-      for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t cell = b * chunks + c, col = c * l.chunk;
-        const float* here = w + (from == kPacked ? l.first[cell]
-                                 : from == kRows ? row * l.cols + col
-                                                 : col * l.rows + row);
-        for (int64_t i = first; i < end; ++i) {
-          const Panel p = panel(i, n);
-          kAddLists[from].of(p.width / kVector)(l, cell, rows, here, l.rows,
-                                                panels + p.begin * l.cols + col * p.width, sums[i - first]);
-        }
-      }
+  deal(ceil_div(count, round) * blocks, threads, [&](int64_t t) AF_LAMBDA {
+    alignas(64) float sums[kRound][kRowBlock * kLanes];
+    const int64_t first = t / blocks * round, end = least(count, first + round), b = t % blocks;
+    const int64_t row = b * l.block, rows = least(l.block, l.rows - row);
+    for (int64_t i = first; i < end; ++i) start_sums(bias, row, rows, panel(i, n).width, sums[i - first]);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t cell = b * chunks + c, col = c * l.chunk;
+      const float* here = w + (from == kPacked ? l.first[cell]
+                               : from == kRows ? row * l.cols + col
+                                               : col * l.rows + row);
       for (int64_t i = first; i < end; ++i) {
         const Panel p = panel(i, n);
-        finish_sums(sums[i - first], p, rows, relu, out + p.begin * l.rows + row, l.rows);
+        kAddLists[from].of(p.width / kVector)(l, cell, rows, here, l.rows,
+                                              panels + p.begin * l.cols + col * p.width, sums[i - first]);
       }
     }
-  }
+    for (int64_t i = first; i < end; ++i) {
+      const Panel p = panel(i, n);
+      finish_sums(sums[i - first], p, rows, relu, out + p.begin * l.rows + row, l.rows);
+    }
+  });
 }
 
 // dx of all panels along the lists of the forward product: few lanes are added up in memory
 void product_back(const Lists& l, const float* w, int from, const float* panels, int64_t n, float* dx,
                   int threads) {
   const int64_t blocks = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
-  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
-    const Panel p = panel(i, n);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1)
-    for (int64_t c = 0; c < chunks; ++c) {
-      alignas(64) float sums[kMaxChunk * kLanes];
-      const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
-      start_sums(nullptr, 0, cols, p.width, sums);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t cell = b * chunks + c, row = b * l.block;
-        kScatterLists[from].of(p.width / kVector)(l, cell, least(l.block, l.rows - row),
-                                                  w + (from == kPacked ? l.first[cell] : row * l.cols + col),
-                                                  panels + p.begin * l.rows + row * p.width, sums);
-      }
-      finish_sums(sums, p, cols, false, dx + p.begin * l.cols + col, l.cols);
+  deal(ceil_div(n, kLanes) * chunks, threads, [&](int64_t t) AF_LAMBDA {
+    alignas(64) float sums[kMaxChunk * kLanes];
+    const Panel p = panel(t / chunks, n);
+    const int64_t c = t % chunks;
+    const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
+    start_sums(nullptr, 0, cols, p.width, sums);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t cell = b * chunks + c, row = b * l.block;
+      kScatterLists[from].of(p.width / kVector)(l, cell, least(l.block, l.rows - row),
+                                                w + (from == kPacked ? l.first[cell] : row * l.cols + col),
+                                                panels + p.begin * l.rows + row * p.width, sums);
     }
-  }
+    finish_sums(sums, p, cols, false, dx + p.begin * l.cols + col, l.cols);
+  });
 }
 
 // turned = values in the order of the lists of columns

@@ -35,24 +35,23 @@ AF_INLINE void ask_for_next(const Weight& w, int piece, int64_t row, int64_t row
   ask_for(w.at + r * w.rows + piece / kGroup * quarter, piece / kGroup < 3 ? quarter : cols - 3 * quarter);
 }
 
-// One panel of x (n, features) row-major, feature-major.
-void to_panel(const float* x, Panel p, int64_t features, float* out, int threads) {
+// `count` panels of x (n, features) row-major, each feature-major; of(i) is the i-th.
+template <class Of>
+void fill_panels(const float* x, int64_t count, int64_t features, float* out, int threads, const Of& of) {
   constexpr int64_t kBlock = 512;  // features of one task
-  const int64_t tasks = ceil_div(features, kBlock);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1)
-  for (int64_t t = 0; t < tasks; ++t) {
-    const int64_t first = t * kBlock, cols = features - first < kBlock ? features - first : kBlock;
-    transpose<true>(x + p.begin * features + first, features, p.count, cols, out + first * p.width, p.width);
-  }
+  const int64_t blocks = ceil_div(features, kBlock);
+  deal(count * blocks, threads, [&](int64_t t) AF_LAMBDA {
+    const Panel p = of(t / blocks);
+    const int64_t first = t % blocks * kBlock, cols = features - first < kBlock ? features - first : kBlock;
+    transpose<true>(x + p.begin * features + first, features, p.count, cols,
+                    out + p.begin * features + first * p.width, p.width);
+  });
 }
 
 AF_INLINE int64_t padded(int64_t n) { return ceil_div(n, kVector) * kVector; }
 
 void to_panels(const float* x, int64_t n, int64_t features, float* out, int threads) {
-  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
-    const Panel p = panel(i, n);
-    to_panel(x, p, features, out + p.begin * features, threads);
-  }
+  fill_panels(x, ceil_div(n, kLanes), features, out, threads, [n](int64_t i) { return panel(i, n); });
 }
 
 constexpr int pattern_of(int slot) {
@@ -211,55 +210,51 @@ void product(const Groups& g, Weight w, const float* panels, int64_t n, const fl
              float* out, int threads) {
   const int64_t blocks = ceil_div(g.rows, g.block), chunks = ceil_div(g.cols, g.chunk);
   const int64_t count = ceil_div(n, kLanes), round = g.rows * g.cols > kLarge ? kRound : 1;
-  for (int64_t first = 0; first < count; first += round) {
-    const int64_t end = count - first < round ? count : first + round;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && blocks > 1)
-    for (int64_t b = 0; b < blocks; ++b) {
-      alignas(64) float sums[kRound][(kRowBlock + kGroup) * kLanes];
-      alignas(64) float tile[(kRowBlock + 16) * kMaxChunk];
-      const int64_t row = b * g.block, rows = g.rows - row < g.block ? g.rows - row : g.block;
-      for (int64_t i = first; i < end; ++i) start_sums(bias, row, rows, panel(i, n).width, sums[i - first]);
-      for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t col = c * g.chunk, cols = g.cols - col < g.chunk ? g.cols - col : g.chunk;
-        Weight here = {w.at + row * w.rows + col * w.columns, w.rows, w.columns, false};
-        const bool many = busy(g, b * chunks + c, rows, cols, end - first);
-        if (w.rows == 1 && w.columns % 64 == 0 && many) here = near(here, rows, cols, tile);
-        here.ask = w.columns == 1 && many && round > 1;
-        for (int64_t i = first; i < end; ++i) {
-          const Panel p = panel(i, n);
-          kAddCell.of(p.width / kVector)(g, b * chunks + c, rows, cols, here,
-                                         panels + p.begin * g.cols + col * p.width, sums[i - first]);
-          here.ask = false;
-        }
-      }
+  deal(ceil_div(count, round) * blocks, threads, [&](int64_t t) AF_LAMBDA {
+    alignas(64) float sums[kRound][(kRowBlock + kGroup) * kLanes];
+    alignas(64) float tile[(kRowBlock + 16) * kMaxChunk];
+    const int64_t first = t / blocks * round, end = count - first < round ? count : first + round,
+                  b = t % blocks;
+    const int64_t row = b * g.block, rows = g.rows - row < g.block ? g.rows - row : g.block;
+    for (int64_t i = first; i < end; ++i) start_sums(bias, row, rows, panel(i, n).width, sums[i - first]);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t col = c * g.chunk, cols = g.cols - col < g.chunk ? g.cols - col : g.chunk;
+      Weight here = {w.at + row * w.rows + col * w.columns, w.rows, w.columns, false};
+      const bool many = busy(g, b * chunks + c, rows, cols, end - first);
+      if (w.rows == 1 && w.columns % 64 == 0 && many) here = near(here, rows, cols, tile);
+      here.ask = w.columns == 1 && many && round > 1;
       for (int64_t i = first; i < end; ++i) {
         const Panel p = panel(i, n);
-        finish_sums(sums[i - first], p, rows, relu, out + p.begin * g.rows + row, g.rows);
+        kAddCell.of(p.width / kVector)(g, b * chunks + c, rows, cols, here,
+                                       panels + p.begin * g.cols + col * p.width, sums[i - first]);
+        here.ask = false;
       }
     }
-  }
+    for (int64_t i = first; i < end; ++i) {
+      const Panel p = panel(i, n);
+      finish_sums(sums[i - first], p, rows, relu, out + p.begin * g.rows + row, g.rows);
+    }
+  });
 }
 
 // dx of all panels by way of the groups of the forward product: few lanes are added up in memory
 void product_back(const Groups& g, const float* w, const float* panels, int64_t n, float* dx, int threads) {
   const int64_t blocks = ceil_div(g.rows, g.block), chunks = ceil_div(g.cols, g.chunk);
-  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
-    const Panel p = panel(i, n);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1)
-    for (int64_t c = 0; c < chunks; ++c) {
-      alignas(64) float sums[kMaxChunk * kLanes];
-      const int64_t col = c * g.chunk, cols = g.cols - col < g.chunk ? g.cols - col : g.chunk;
-      start_sums(nullptr, 0, cols, p.width, sums);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t row = b * g.block, rows = g.rows - row < g.block ? g.rows - row : g.block;
-        const bool ask = g.rows * g.cols > kLarge && busy(g, b * chunks + c, rows, cols, 1);
-        kScatterCell.of(p.width / kVector)(g, b * chunks + c, rows, cols,
-                                           {w + row * g.cols + col, g.cols, 1, ask},
-                                           panels + p.begin * g.rows + row * p.width, sums);
-      }
-      finish_sums(sums, p, cols, false, dx + p.begin * g.cols + col, g.cols);
+  deal(ceil_div(n, kLanes) * chunks, threads, [&](int64_t t) AF_LAMBDA {
+    alignas(64) float sums[kMaxChunk * kLanes];
+    const Panel p = panel(t / chunks, n);
+    const int64_t c = t % chunks;
+    const int64_t col = c * g.chunk, cols = g.cols - col < g.chunk ? g.cols - col : g.chunk;
+    start_sums(nullptr, 0, cols, p.width, sums);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t row = b * g.block, rows = g.rows - row < g.block ? g.rows - row : g.block;
+      const bool ask = g.rows * g.cols > kLarge && busy(g, b * chunks + c, rows, cols, 1);
+      kScatterCell.of(p.width / kVector)(g, b * chunks + c, rows, cols,
+                                         {w + row * g.cols + col, g.cols, 1, ask},
+                                         panels + p.begin * g.rows + row * p.width, sums);
     }
-  }
+    finish_sums(sums, p, cols, false, dx + p.begin * g.cols + col, g.cols);
+  });
 }
 
 }  // namespace

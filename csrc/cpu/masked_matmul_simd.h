@@ -61,6 +61,18 @@ template <int I>
 struct Int {
   static constexpr int value = I;
 };
+// f(task) of each, dealt to the threads one by one: tasks are uneven, and a region for every few would wait
+// as often
+template <class F>
+AF_INLINE void deal(int64_t tasks, int threads, const F& f) {
+  if (threads == 1 || tasks < 2) {
+    for (int64_t t = 0; t < tasks; ++t) f(t);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t t = 0; t < tasks; ++t) f(t);
+}
+
 template <int Begin, int End, class F>
 AF_INLINE void unroll(F&& f) {
   if constexpr (Begin < End) {
