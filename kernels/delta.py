@@ -70,8 +70,7 @@ def delta_quantise_kernel(
     top = tl.max(tl.abs(b_x), 0)
     # the interpreter hands floats over as float64
     levels, largest = tl.cast(levels, tl.float32), tl.cast(largest, tl.float32)
-    bits = tl.maximum(tl.div_rn(top, levels), 1.1754943508222875e-38).to(tl.uint32, bitcast=True)
-    scale = tl.minimum(((bits + 0xFFFF) & 0xFFFF0000).to(tl.float32, bitcast=True), largest)
+    scale = tl.minimum(tl.maximum(tl.div_rn(top, levels), 1.1754943508222875e-38), largest)
     inverse = tl.where(top > 0, tl.div_rn(tl.full((), 1.0, tl.float32), scale), 0.0)
     tl.store(p_scales + i_b, tl.where(top > 0, scale, 0.0))
     y = b_x * inverse

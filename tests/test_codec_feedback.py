@@ -52,7 +52,7 @@ def test_feedback_beats_rounding_alone_over_rounds():
         total += codec.decode(feedback.encode(delta))["w"]
         plain += codec.decode(codec.encode(delta, values="int4", rounding="nearest"))["w"]
     assert not plain[0, 1:].any()
-    assert float((total[0, 1:] - 0.2).abs().max()) <= 0.5 / 7 * (1 + 2**-7)  # what has not arrived: half a step
+    assert float((total[0, 1:] - 0.2).abs().max()) <= 0.5 / 7 + 1e-5  # what has not arrived is below half a step
 
 
 @pytest.mark.parametrize("served", ["auto", "reference"])
@@ -61,7 +61,7 @@ def test_nearest_is_nearest(served, monkeypatch):
     x = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
     for values, tol in (("int8", 0.5 / 127), ("int4", 0.5 / 7)):
         got = codec.decode(codec.encode({"x": x}, values=values, rounding="nearest"))["x"]
-        assert float((got - x).abs().max()) <= tol * float(x.abs().max()) * (1 + 2**-7)  # a scale rounded up to bf16
+        assert float((got - x).abs().max()) <= tol * float(x.abs().max()) * (1 + 1e-6)
     got = codec.decode(codec.encode({"x": x}, values="bf16", rounding="nearest"))["x"]
     assert torch.equal(got, x.to(torch.bfloat16).float())  # no ties in this data
     blobs = {codec.encode({"x": x}, values="int8", rounding="nearest", seed=s) for s in (1, 2)}

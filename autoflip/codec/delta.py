@@ -60,7 +60,7 @@ def encode(
         rounding: ``stochastic``, or ``nearest``: half the error of one update, but it does not average out over
             rounds and clients unless what was lost is added to the next update: :class:`Feedback` does both.
         levels: the largest code of int8 (1 to 127) or int4 (1 to 7); None = 127 or 7. Half as many levels
-            save a bit of each value and double the step, a block's largest magnitude over ``levels``, up to bf16;
+            save a bit of each value and double the step, which is a block's largest magnitude over ``levels``;
             an entry's error is below one step (below half of it under ``nearest``).
         entropy: ``zstd`` packs each section, by zstd, or Huffman codes or rANS of our own, when that saves over
             half a percent (3 % from 768 KiB on); ``none`` keeps the length a function of masks and schema alone, as

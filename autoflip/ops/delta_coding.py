@@ -22,7 +22,6 @@ __all__ = [
     "crc32",
     "dequantise",
     "largest_scale",
-    "largest_step",
     "merge_planes",
     "quantise",
     "rice_bits",
@@ -58,12 +57,6 @@ def largest_scale(levels: int) -> float:
     return float(scale if fits else np.nextafter(scale, np.float32(0)))
 
 
-@cache
-def largest_step(levels: int) -> float:
-    """Return the largest bf16 up to :func:`largest_scale`: what writers allow."""
-    return float((np.array(largest_scale(levels), np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
-
-
 def words_of(key: Key) -> tuple[int, int, bool]:
     """Return ``key`` as the extension takes it: two words, and whether to round to the nearest."""
     return (0, 0, True) if key is None else (*key, False)
@@ -78,9 +71,7 @@ def quantise(values: Array, levels: int, key: Key) -> tuple[Array, Array]:
         key: two uint32 that the random numbers depend on; None = to the nearest, which is not unbiased.
 
     Returns:
-        ``(n,)`` int8 in [-levels, levels] and ``(ceil(n / 256),)`` float32, a block's largest magnitude over
-        ``levels`` rounded up to bf16: that costs 0.3 % of the step and saves two bytes a block. The error of an entry
-        is below its scale.
+        ``(n,)`` int8 in [-levels, levels] and ``(ceil(n / 256),)`` float32; the error of an entry is below its scale.
 
     Source: unbiased rounding as in Alistarh et al., "QSGD", NeurIPS 2017.
     """
@@ -88,9 +79,9 @@ def quantise(values: Array, levels: int, key: Key) -> tuple[Array, Array]:
     if ext := cpp():
         codes, scales = np.empty(len(values), np.int8), np.empty(-(-len(values) // BLOCK), np.float32)
         places = (codes.ctypes.data, scales.ctypes.data, torch.get_num_threads())
-        ext.delta_quantise(values.ctypes.data, len(values), levels, largest_step(levels), *words_of(key), *places)
+        ext.delta_quantise(values.ctypes.data, len(values), levels, largest_scale(levels), *words_of(key), *places)
         return codes, scales
-    return reference.delta_quantise(values, levels, largest_step(levels), key)
+    return reference.delta_quantise(values, levels, largest_scale(levels), key)
 
 
 def dequantise(codes: Array, scales: Array) -> Array:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoflip.ops import backend
 from autoflip.ops.delta import Pack
-from autoflip.ops.delta_coding import BLOCK, Key, largest_step, words_of
+from autoflip.ops.delta_coding import BLOCK, Key, largest_scale, words_of
 
 __all__ = ["Located", "code", "expand", "locate"]
 
@@ -91,7 +91,7 @@ def code(
         return words, none, True
     codes = torch.empty(len(values), dtype=torch.int8, device=x.device)
     scales = x.new_empty(-(-len(values) // BLOCK))
-    _run(server, "quantise", values, levels, largest_step(levels), words_of(key), codes, scales)
+    _run(server, "quantise", values, levels, largest_scale(levels), words_of(key), codes, scales)
     return codes, scales, True
 
 

@@ -115,7 +115,7 @@ def code(
 
 def _rules(kind: int, key: coding.Key, levels: int | None) -> tuple[int, float, int, int, bool]:
     most = levels or LEVELS.get(kind, 0)
-    return (most, coding.largest_step(most) if most else 0.0, *coding.words_of(key))
+    return (most, coding.largest_scale(most) if most else 0.0, *coding.words_of(key))
 
 
 def code_nonzero(x: Tensor, kind: int, key: coding.Key, levels: int | None = None) -> tuple[Coded, Pack, bool]:

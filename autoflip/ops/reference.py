@@ -73,13 +73,12 @@ def delta_round_bf16(values: np.ndarray, key: tuple[int, int] | None) -> np.ndar
 def delta_quantise(
     values: np.ndarray, levels: int, largest: float, key: tuple[int, int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``codes = floor(x / scale) + (u < frac)`` per block of 256, ``scale = max |x| / levels`` up to bf16."""
+    """``codes = floor(x / scale) + (u < frac)`` per block of 256, ``scale = clip(max |x| / levels, tiny, largest)``."""
     blocks = -(-len(values) // 256)
     x = np.zeros((blocks, 256), np.float32)
     x.reshape(-1)[: len(values)] = values
     amax = np.abs(x).max(1)
-    bits = np.maximum(amax / np.float32(levels), np.finfo(np.float32).tiny).view(np.uint32)
-    clipped = np.minimum((bits + np.uint32(0xFFFF) & np.uint32(0xFFFF0000)).view(np.float32), np.float32(largest))
+    clipped = np.clip(amax / np.float32(levels), np.finfo(np.float32).tiny, np.float32(largest))
     scales = np.where(amax > 0, clipped, np.float32(0))
     inverse = np.where(amax > 0, np.float32(1) / clipped, np.float32(0))
     y = (x * inverse[:, None]).reshape(-1)[: len(values)]

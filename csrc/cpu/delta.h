@@ -49,8 +49,8 @@ struct DeltaKernels {
   // out[kept] += weight * values (product rounded first)
   void (*expand_add)(const float* values, const uint64_t* words, int64_t n, int64_t kept, float weight,
                      float* out);
-  // blocks of 256: scale = max|x| / levels up to bf16, FLT_MIN to largest, codes = floor(x / scale) +
-  // (u < frac); `first` is the rank of values[0], a multiple of 256
+  // blocks of 256: scale = clip(max|x| / levels, FLT_MIN, largest), codes = floor(x / scale) + (u < frac);
+  // `first` is the rank of values[0], a multiple of 256
   void (*quantise)(const float* values, int64_t n, int levels, float largest, DeltaKey key, int64_t first,
                    int8_t* codes, float* scales);
   void (*dequantise)(const int8_t* codes, const float* scales, int64_t n, float* values);

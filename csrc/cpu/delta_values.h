@@ -29,9 +29,7 @@ void quantise_block(const float* x, int size, int levels, float largest, DeltaKe
   if (top) {
     scale = float_of(uint32_t(top)) / float(levels);
     const float tiny = 1.17549435e-38f;
-    scale = scale < tiny ? tiny : scale;
-    scale = float_of((bits_of(scale) + 0xFFFFu) & 0xFFFF0000u);
-    scale = scale > largest ? largest : scale;
+    scale = scale < tiny ? tiny : scale > largest ? largest : scale;
     inverse = 1.0f / scale;
   }
   *scale_out = scale;

@@ -71,8 +71,7 @@ __global__ void delta_quantise_kernel(const float* x, int64_t n, float levels, f
   for (int step = 16; step; step /= 2) top = max(top, __shfl_xor_sync(~0u, top, step));
   float scale = 0, inverse = 0;
   if (top) {
-    scale = fmaxf(__fdiv_rn(__uint_as_float(top), levels), 1.17549435e-38f);
-    scale = fminf(__uint_as_float((__float_as_uint(scale) + 0xFFFFu) & 0xFFFF0000u), largest);
+    scale = fminf(fmaxf(__fdiv_rn(__uint_as_float(top), levels), 1.17549435e-38f), largest);
     inverse = __fdiv_rn(1.0f, scale);
   }
   if (lane == 0) scales[block] = scale;
