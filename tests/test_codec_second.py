@@ -125,6 +125,7 @@ def section(data, parts=1, companion=None):
     """The raw bytes of a section; `parts` says how many pieces stage 2 holds."""
     entropy, stored = data.byte(), data.take(data.varint())
     if entropy == 4:
+        assert companion is not None
         return lanes(stored, companion)
     if entropy != 2:
         return unpack(entropy, stored)
@@ -273,9 +274,8 @@ def read_frame(blob, masks=None, schema=None, base=None):
             flat = np.frombuffer(section(data), np.uint8)
         else:
             sizes = [count if codec_number == 2 else -(-count // 2) for count in counts]
-            raw = np.frombuffer(
-                section(data, len(mine), [min(i, 127) for i, n in enumerate(sizes) for _ in range(n)]), np.uint8
-            )
+            beside = [min(i, 127) for i, n in enumerate(sizes) for _ in range(n)]
+            raw = np.frombuffer(section(data, companion=beside), np.uint8)
             if codec_number == 3:
                 pieces, at = [], 0
                 for count in counts:

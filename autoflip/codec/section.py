@@ -40,9 +40,7 @@ __all__ = [
 
 ENTROPIES = ("zstd", "none")  # what a writer may be asked for
 _APART = 2  # the entropy stage of parts that have their own; those of parts are packing's
-# bytes of codes to which tensors share one stream, and what has to be promised beyond: each tensor's codes apart take
-# as long again as all in one piece
-_SHORT, _PROMISE = 1 << 15, 0.99
+_SHORT = 1 << 15  # bytes of codes to which their tensors are tried as companions
 
 
 class _Kept(threading.local):
@@ -85,29 +83,19 @@ def code_section(parts: Sequence[np.ndarray], entropy: str, level: int, key: int
     """Return the codes of tensors, one array of bytes each, as one section.
 
     A table for all codes fits no tensor well whose codes are spread unlike the others' (36 % of the MLP's second
-    matrix are zeros, 2 % of its first). Little is also tried with tables that neighbouring tensors share where that
-    takes less, for half a millisecond; more with each tensor apart, zstd at its service too, where our own coder's
-    estimates, a fifth of the time, speak for it.
+    matrix are zeros, 2 % of its first): little is also tried with tables that neighbouring tensors share where that
+    takes less, for half a millisecond. Of more, the byte before tells more than the tensor.
     """
     size = sum(map(len, parts))
     whole = section([part.data for part in parts], entropy, level, key=key)
-    if entropy != "zstd" or len(parts) < 2 or size > SMALL:
+    if entropy != "zstd" or len(parts) < 2 or size > _SHORT:
         return whole
-    other = whole
-    if size > _SHORT:
-        if _unlike(parts, key):
-            other = _apart([section([part.data], entropy, level, key=key) for part in parts])
-    else:
-        beside, head = numbers([len(part) for part in parts]), varint(size)
-        coded = ans.encode_below(np.concatenate(parts), key, sum(map(length, whole)), beside)[1]
-        if coded is not None:
-            other = [bytes([BESIDE]) + varint(len(head) + length(coded)) + head, coded]
-    return min(whole, other, key=lambda out: sum(map(length, out)))
-
-
-def _unlike(parts: Sequence[np.ndarray], key: int) -> bool:
-    together, *apart = (ans.encode_below(part, key, 0)[0] for part in (np.concatenate(parts), *parts))
-    return together is not None and sum(bytes or 0 for bytes in apart) < _PROMISE * together
+    beside, head = numbers([len(part) for part in parts]), varint(size)
+    coded = ans.encode_below(np.concatenate(parts), key, sum(map(length, whole)), beside)[1]
+    if coded is None or not pays(len(head) + len(coded), size):
+        return whole
+    numbered: list[Buffer] = [bytes([BESIDE]) + varint(len(head) + len(coded)) + head, coded]
+    return min(whole, numbered, key=lambda out: sum(map(length, out)))
 
 
 def numbers(sizes: Sequence[int]) -> np.ndarray:

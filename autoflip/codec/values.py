@@ -159,9 +159,8 @@ def check(part: Coded) -> None:
 def _read_quantised(reader: Reader, kind: int, counts: list[int]) -> list[Coded]:
     sizes = counts if kind == INT8 else [-(-count // 2) for count in counts]
     blocks = [-(-count // codes.BLOCK) for count in counts]
-    raw = read_section(reader, [(size, size) for size in sizes], lambda: numbers(sizes))
-    held = [np.frombuffer(part, np.uint8) for part in raw]
-    parts = held if len(held) == len(sizes) else _cut(held[0], sizes)
+    (raw,) = read_section(reader, [(sum(sizes), sum(sizes))], lambda: numbers(sizes))
+    parts = _cut(np.frombuffer(raw, np.uint8), sizes)
     scales = codes.merge_planes(np.concatenate(read_planes(reader, sum(blocks), 4)).data, np.dtype("<f4"))
     each = _cut(scales, blocks)
     return [Coded(kind, n, (part,), scale) for n, part, scale in zip(counts, parts, each, strict=True)]

@@ -42,13 +42,6 @@ def _by_huffman(tensors):
         return codec.encode(tensors, values="int8")
 
 
-def _apart(tensors):
-    """Return an int8 frame whose tensors are packed apart, as those of larger frames are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(section, "_SHORT", 0)
-        return codec.encode(tensors, values="int8")
-
-
 def _golden(name):
     return (Path(__file__).parents[1] / "golden" / f"{name}.afd").read_bytes()
 
@@ -79,7 +72,7 @@ FRAMES = {
     **{f"walk {v}": (codec.encode(WALK, values=v), codec.decode) for v in ("fp32", "bf16", "int8")},
     "literals": (_by_huffman(STEEP), codec.decode),
     "numbered": (codec.encode(UNLIKE, values="int8"), codec.decode),
-    "apart": (_apart(UNLIKE), codec.decode),
+    "numbered int4": (codec.encode(UNLIKE, values="int4"), codec.decode),
     "columns": (codec.encode(STRIPES, values="int4"), codec.decode),
     "comb": (codec.encode(COMB, values="int8"), codec.decode),
     "patch": (codec.encode_patch(DELTA, BASE, masks=MASKS), partial(codec.decode_patch, base=BASE, masks=MASKS)),
