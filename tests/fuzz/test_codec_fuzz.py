@@ -72,7 +72,7 @@ FRAMES = {
     **{f"walk {v}": (codec.encode(WALK, values=v), codec.decode) for v in ("fp32", "bf16", "int8")},
     "literals": (_by_huffman(STEEP), codec.decode),
     "numbered": (codec.encode(UNLIKE, values="int8"), codec.decode),
-    "numbered int4": (codec.encode(UNLIKE, values="int4"), codec.decode),
+    "numbered int4": (_golden("v21_numbered_int4"), codec.decode),
     "columns": (codec.encode(STRIPES, values="int4"), codec.decode),
     "comb": (codec.encode(COMB, values="int8"), codec.decode),
     "patch": (codec.encode_patch(DELTA, BASE, masks=MASKS), partial(codec.decode_patch, base=BASE, masks=MASKS)),
