@@ -3,8 +3,9 @@
     AUTOFLIP_DATA=DIR python bench/codec_bytes.py [--cases mlp cnn resnet] [--out bench/results/codec-bytes.json]
 
 Equal precision: the others get what our frame decodes to, as float32, as bfloat16 words, or as int8 codes with their
-scales (vectors as bfloat16 words, as our int8 frames hold them). "explicit" frames tell the reader which entries they
-hold; "shared" ones are read by one who holds the mask, and are compared with packers of x[mask] too.
+scales (vectors as bfloat16 words, as our int8 frames hold them), of 127 levels and of 40. "explicit" frames tell the
+reader which entries they hold; "shared" ones are read by one who holds the mask, and are compared with packers of
+x[mask] too.
 """
 
 import argparse
@@ -25,8 +26,15 @@ from autoflip.codec.values import rounding_key
 from autoflip.ops import delta as ops
 from autoflip.ops import delta_coding
 
+VALUES = {  # name -> arguments of encode
+    "fp32": {"values": "fp32"},
+    "bf16": {"values": "bf16"},
+    "int8": {"values": "int8"},
+    "int8, 40 levels": {"values": "int8", "levels": 40},
+}
 
-def as_sent(delta, masks, values):
+
+def as_sent(delta, masks, values, levels=None):
     """Return the dense arrays at the precision of ``values``, exactly those that our frame decodes to."""
     out = {}
     for i, (name, tensor) in enumerate(delta.items()):
@@ -40,7 +48,7 @@ def as_sent(delta, masks, values):
         elif values == "bf16" or tensor.dim() < 2:
             coded, scales = delta_coding.round_bf16(kept, key), None
         else:
-            coded, scales = delta_coding.quantise(kept, 127, key)
+            coded, scales = delta_coding.quantise(kept, levels or 127, key)
         dense = np.zeros(tensor.numel(), coded.dtype)
         dense[slice(None) if mask is None else ops.bits(mask).numpy()] = coded
         out[name] = dense.reshape(tensor.shape)
@@ -68,21 +76,21 @@ def index_bytes(shaped):
     return sum(map(len, sections)), sum(entropy_bytes(p.numel, p.kept) for p in packs), entropy_bytes(numel, kept)
 
 
-def compare(delta, masks, values):
-    """Return bytes: ours explicit and shared, and every peer's."""
+def compare(delta, masks, way):
+    """Return bytes: ours explicit and shared, and every peer's, of values that ``way`` (of VALUES) makes."""
     schema = codec.Schema.of(delta)
-    arrays = as_sent(delta, masks, values)
+    arrays = as_sent(delta, masks, **way)
     sparse = {n: t if masks is None or n not in masks else t * masks[n] for n, t in delta.items()}
-    out = {"ours": {"explicit": len(codec.encode(sparse, values=values, schema=schema))}}
+    out = {"ours": {"explicit": len(codec.encode(sparse, **way, schema=schema))}}
     # zstd-19 takes seconds for a megabyte that does not pack: it is asked about the small model only
     levels = [v for v in codec_peers.LEVELS if v < 19 or schema.dense_bytes < 1 << 20]
-    out["ours, level 19"] = {"explicit": len(codec.encode(sparse, values=values, schema=schema, level=19))}
+    out["ours, level 19"] = {"explicit": len(codec.encode(sparse, **way, schema=schema, level=19))}
     out["explicit"] = {n: len(f(arrays)) for n, f in codec_peers.explicit(levels).items()}
     if masks is not None:
-        out["ours"]["shared"] = len(codec.encode(delta, masks=masks, values=values, schema=schema))
+        out["ours"]["shared"] = len(codec.encode(delta, masks=masks, **way, schema=schema))
         packed = kept_only(arrays, masks)
         out["shared"] = {n: len(f(packed)) for n, f in codec_peers.known_mask(levels).items()}
-        small = codec.encode(delta, masks=masks, values=values, schema=schema, level=19)
+        small = codec.encode(delta, masks=masks, **way, schema=schema, level=19)
         out["ours, level 19"]["shared"] = len(small)
     return out
 
@@ -97,10 +105,8 @@ def case(name, density):
     row["zeros_among_kept"] = 1 - sum(int(t.count_nonzero()) for t in delta.values()) / kept
     row["pickle"] = len(pickle.dumps(dense, protocol=5))
     row["accuracy"] = example.accuracy
-    row["values"] = {v: compare(delta, masks, v) for v in ("fp32", "bf16", "int8")}
-    row["int8, 63 levels"], row["int8, 40 levels"] = (
-        len(codec.encode(delta, masks=masks, values="int8", levels=levels, schema=schema)) for levels in (63, 40)
-    )
+    row["values"] = {v: compare(delta, masks, way) for v, way in VALUES.items()}
+    row["int8, 63 levels"] = len(codec.encode(delta, masks=masks, values="int8", levels=63, schema=schema))
     row["int4"] = len(codec.encode(delta, masks=masks, values="int4", schema=schema))
     row["downlink"] = len(codec.encode_patch(example.new, example.old, masks=masks, schema=schema))
     # what frames cost beyond values and index: fixed lengths show it
@@ -119,7 +125,7 @@ def top(name, share):
     ours, per_tensor, flat = index_bytes(shaped)
     row = {"entries": sum(t.numel() for t in delta.values()), "kept": sum(p.kept for p, _ in shaped)}
     row["index"] = {"ours": ours, "entropy_per_tensor": per_tensor, "entropy_flat": flat}
-    row["values"] = {v: compare(delta, None, v) for v in ("fp32", "bf16", "int8")}
+    row["values"] = {v: compare(delta, None, way) for v, way in VALUES.items()}
     return row
 
 
@@ -130,7 +136,7 @@ def marks(row):
     if shared["int8"]:
         out["int8 B/kept"] = shared["int8"] / kept, 0.82
         for levels in (63, 40):
-            size = row[f"int8, {levels} levels"]
+            size = row["int8, 63 levels"] if levels == 63 else shared["int8, 40 levels"]
             out[f"int8, {levels} levels, B/kept"] = size / kept, 0.82
             out[f"int8, {levels} levels, below pickle"] = row["pickle"] / size, None
         out["bf16 B/kept"] = shared["bf16"] / kept, 1.5

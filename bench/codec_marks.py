@@ -44,9 +44,9 @@ def bytes_table(content: dict) -> list[str]:
         return f"{size / row['kept']:.2f} B ({row['pickle'] / size:.0f}x)"
 
     names = {
-        "int8": "int8",
-        "int8, 63 levels": "int8, 63 levels for 127",
-        "int8, 40 levels": "int8, 40 levels for 127",
+        "int8": "int8, 127 levels",
+        "int8, 63 levels": "int8, 63 levels",
+        "int8, 40 levels": "int8, 40 levels",
         "int4": "int4",
         "bf16": "bf16",
         "fp32": "float32, lossless",
@@ -95,7 +95,9 @@ def peers_table(content: dict) -> list[str]:
                 found = [v[way][peer] / v["ours"][way] for v in values if peer in v[way]]
                 cells.append(" / ".join(f"{f:.2f}" for f in found))
             rows.append([peer, *cells])
-    return _table(["times our bytes: float32 / bf16 / int8", *(MODELS[c] for c in cases)], rows)
+    first = next(iter(cases.values()))["0.1"]["values"]
+    names = " / ".join({"fp32": "float32", "int8, 40 levels": "int8 of 40 levels"}.get(v, v) for v in first)
+    return _table([f"times our bytes: {names}", *(MODELS[c] for c in cases)], rows)
 
 
 def speed_table(content: dict) -> list[str]:

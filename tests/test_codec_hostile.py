@@ -193,6 +193,15 @@ def golden_stripes():
     return torch.where((i % 100 * 37 % 101 < 10) & (noise < 20), noise / 8, 0.0)
 
 
+def golden_unlike():
+    """Two matrices of steps of 1/128: one of every magnitude up to 1, one of little else than zeros and a 1."""
+    i = torch.arange(2 * 64 * 64).view(2, 64, 64)
+    noise = i * 2654435761 % 2**32
+    noise = (noise ^ noise >> 15) * 2246822519 % 2**32 >> 12 & 255
+    steps = torch.where(i[0] % 64 == 0, 128, noise - 128)
+    return {"wide": steps[0] / 128, "steep": torch.where(i[0] % 64 == 0, 128, (noise[1] - 128) // 110) / 128}
+
+
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 def test_golden_frames_decode_for_ever(path):
     update, masks = golden_update()
@@ -208,6 +217,11 @@ def test_golden_frames_decode_for_ever(path):
     elif name == "columns":
         assert codec.inspect(blob)["tensors"][0]["coding"] == "varint, by columns"
         assert torch.equal(codec.decode(blob)["w"], golden_stripes())
+    elif name.startswith("numbered"):
+        assert codec.inspect(blob)["sections"][-2]["entropy"] == "lanes by tensor"  # before the scales
+        got, step = codec.decode(blob), 1 / {"int8": 127, "int4": 7}[name.partition("_")[2]]
+        for tensor, want in golden_unlike().items():  # to the nearest, and float32's rounding of codes times scale
+            torch.testing.assert_close(got[tensor], want, rtol=0, atol=0.5 * step * (1 + 1e-6))
     elif name.startswith("lanes"):
         stages = [s["entropy"] for s in codec.inspect(blob)["sections"]]
         assert ("parts apart" if name.endswith(("fp32", "bf16")) else "lanes") in stages
@@ -234,4 +248,4 @@ def test_golden_frames_decode_for_ever(path):
 
 
 def test_golden_frames_are_there():
-    assert len(GOLDEN) == 9 + 14 + 17 + 20
+    assert len(GOLDEN) == 9 + 14 + 17 + 20 + 22

@@ -121,9 +121,12 @@ def unpack(entropy, stored):
     return lanes(stored) if entropy == 3 else stored
 
 
-def section(data, parts=1):
+def section(data, parts=1, companion=None):
     """The raw bytes of a section; `parts` says how many pieces stage 2 holds."""
     entropy, stored = data.byte(), data.take(data.varint())
+    if entropy == 4:
+        assert companion is not None
+        return lanes(stored, companion)
     if entropy != 2:
         return unpack(entropy, stored)
     inner = Bytes(stored)
@@ -270,7 +273,9 @@ def read_frame(blob, masks=None, schema=None, base=None):
             counts = [r[6] * np.dtype(INTEGERS[r[1]]).itemsize for _, r in mine]
             flat = np.frombuffer(section(data), np.uint8)
         else:
-            raw = np.frombuffer(section(data), np.uint8)
+            sizes = [count if codec_number == 2 else -(-count // 2) for count in counts]
+            beside = [min(i, 127) for i, n in enumerate(sizes) for _ in range(n)]
+            raw = np.frombuffer(section(data, companion=beside), np.uint8)
             if codec_number == 3:
                 pieces, at = [], 0
                 for count in counts:
@@ -381,6 +386,7 @@ def test_todays_frames_mean_the_same_to_both(values, density, entropy, shared):
         "count": torch.tensor(12),
         "flags": torch.tensor([True, False, True]),
         "c": torch.randn(250, 160, generator=g).cumsum(1) * 0.01,  # neighbours are alike
+        "d": torch.randn(50, 90, generator=g) ** 9,  # nearly all codes are 0
     }
     for name in ("a", "c"):
         delta[name] *= torch.rand(delta[name].shape, generator=g) < density

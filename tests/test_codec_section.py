@@ -8,7 +8,7 @@ import zstandard
 
 from autoflip.codec import packing
 from autoflip.codec.reader import DecodeError, Reader, varint
-from autoflip.codec.section import plane_section, read_planes, read_section, section
+from autoflip.codec.section import code_section, numbers, plane_section, read_planes, read_section, section
 from autoflip.ops.delta import cpp
 from autoflip.ops.entropy import PLAIN, SIGNED
 
@@ -72,6 +72,41 @@ def test_small_parts_are_packed_together_where_that_is_smaller():
     assert len(b"".join(section(alike, "zstd", apart=True))) < 0.9 * sum(
         len(b"".join(section([part], "zstd"))) for part in alike
     )
+
+
+def spread(n, deviation, seed=0):
+    """Return ``n`` int8 codes as bytes."""
+    codes = np.random.default_rng(seed).normal(0, deviation, n).round().clip(-127, 127)
+    return codes.astype(np.int8).view(np.uint8)
+
+
+@pytest.mark.skipif(cpp() is None, reason="our own coder's estimates need the extension")
+@pytest.mark.parametrize("n", [1000, 20_000])
+def test_codes_of_tensors_that_are_unlike_have_tables_of_their_own(n):
+    unlike, alike = [spread(n, 1), spread(n, 40)], [spread(n, 20), spread(n, 20, seed=1)]
+    for parts, stage in ((unlike, 4 if n <= 1 << 14 else 3), (alike, 3)):
+        blob = b"".join(code_section(parts, "zstd", 1, SIGNED))
+        assert blob[0] == stage
+        whole = b"".join(section([part.data for part in parts], "zstd", key=SIGNED))
+        assert blob == whole if stage == 3 else len(blob) < 0.97 * len(whole)
+        reader, held = Reader(blob, "test"), lambda: numbers([n, n])
+        assert bytes(read_section(reader, [(2 * n, 2 * n)], held)[0]) == b"".join(part.tobytes() for part in parts)
+        reader.finish()
+        with pytest.raises(DecodeError):  # not so many
+            read_section(Reader(blob, "test"), [(3 * n, 3 * n)], lambda: numbers([n, n, n]))
+        if stage == 4:
+            with pytest.raises(DecodeError, match="stage 4"):  # there is nothing beside the parts of others
+                read_section(Reader(blob, "test"), [(2 * n, 2 * n)])
+            wrong = Reader(blob, "test"), [(2 * n, 2 * n)], lambda: numbers([n - 1, n + 1])
+            with pytest.raises(DecodeError, match="entropy-coded part"):
+                read_section(*wrong)
+    assert b"".join(code_section(unlike, "none", 1, SIGNED))[0] == 0
+    assert b"".join(code_section(unlike[:1], "zstd", 1, SIGNED))[0] == 3
+
+
+def test_codes_of_the_128th_tensor_and_later_have_one_number():
+    assert numbers([2, 0, 1]).tolist() == [0, 0, 2]
+    assert numbers([1] * 200).tolist() == [*range(127), *[127] * 73]
 
 
 @pytest.mark.parametrize("n", SIZES)

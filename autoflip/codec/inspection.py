@@ -11,7 +11,7 @@ from autoflip.codec.schema import NUMPY, Limits, Schema
 
 __all__ = ["inspect"]
 
-_STAGES = ("none", "zstd", "parts apart", "lanes")
+_STAGES = ("none", "zstd", "parts apart", "lanes", "lanes by tensor")
 
 
 def inspect(

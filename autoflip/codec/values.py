@@ -12,7 +12,16 @@ import numpy as np
 from autoflip.codec import arguments
 from autoflip.codec.packing import Buffer
 from autoflip.codec.reader import DecodeError, Reader
-from autoflip.codec.section import PLAIN, SIGNED, plane_section, read_planes, read_section, section
+from autoflip.codec.section import (
+    PLAIN,
+    SIGNED,
+    code_section,
+    numbers,
+    plane_section,
+    read_planes,
+    read_section,
+    section,
+)
 from autoflip.ops import delta_coding as codes
 from autoflip.ops import delta_stream as streams
 from autoflip.ops.delta_stream import BF16, FP32, INT4, INT8, LEVELS, Coded
@@ -89,7 +98,7 @@ def write_values(coded: Sequence[Stream], entropy: str, level: int = 1) -> list[
             out += plane_section(planes, entropy, level)
         else:
             key = SIGNED if kind == INT8 else PLAIN
-            out += section([c.streams[0].data for c in mine], entropy, level, key=key)
+            out += code_section([c.streams[0] for c in mine], entropy, level, key)
             scales = np.frombuffer(codes.split_planes(np.concatenate([c.scales for c in mine])), np.uint8)
             minor = sum(c.count for c in mine) >= _MANY
             out += plane_section([*scales.reshape(4, -1)], entropy, level, minor=minor)
@@ -150,7 +159,7 @@ def check(part: Coded) -> None:
 def _read_quantised(reader: Reader, kind: int, counts: list[int]) -> list[Coded]:
     sizes = counts if kind == INT8 else [-(-count // 2) for count in counts]
     blocks = [-(-count // codes.BLOCK) for count in counts]
-    (raw,) = read_section(reader, [(sum(sizes), sum(sizes))])
+    (raw,) = read_section(reader, [(sum(sizes), sum(sizes))], lambda: numbers(sizes))
     parts = _cut(np.frombuffer(raw, np.uint8), sizes)
     scales = codes.merge_planes(np.concatenate(read_planes(reader, sum(blocks), 4)).data, np.dtype("<f4"))
     each = _cut(scales, blocks)

@@ -27,6 +27,7 @@ WALK = {"w": torch.randn(48, 64, generator=_G).cumsum(1) * 0.01}  # neighbours a
 COMB = {"w": torch.zeros(64, 256).index_fill_(1, torch.arange(0, 256, 40), 1.25)}
 STRIPES = {"w": (torch.rand(90, 100, generator=_G) < 0.6) * (torch.rand(100, generator=_G) < 0.1) * 1.5}
 STEEP = {"w": torch.randn(48, 96, generator=_G) ** 9}
+UNLIKE = {"wide": torch.rand(50, 40, generator=_G) - 0.5, "steep": STEEP["w"][:20]}
 
 
 def _by_huffman(tensors):
@@ -70,6 +71,8 @@ FRAMES = {
     "explicit": (codec.encode(SPARSE, entropy="none"), codec.decode),
     **{f"walk {v}": (codec.encode(WALK, values=v), codec.decode) for v in ("fp32", "bf16", "int8")},
     "literals": (_by_huffman(STEEP), codec.decode),
+    "numbered": (codec.encode(UNLIKE, values="int8"), codec.decode),
+    "numbered int4": (_golden("v21_numbered_int4"), codec.decode),
     "columns": (codec.encode(STRIPES, values="int4"), codec.decode),
     "comb": (codec.encode(COMB, values="int8"), codec.decode),
     "patch": (codec.encode_patch(DELTA, BASE, masks=MASKS), partial(codec.decode_patch, base=BASE, masks=MASKS)),

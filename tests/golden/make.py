@@ -1,7 +1,7 @@
-"""Write the golden frames of format version 2.0; run once per version, never to make a test green.
+"""Write the golden frames of format version 2.1; run once per version, never to make a test green.
 
 Version 1.0 wrote the v1_ files, without those named ranks, 1.1 the v11_ ones, 1.2 the v12_ ones and added those named
-lanes; 2.0 has a shorter header, lanes of one, and columns.
+lanes; 2.0 (v20_) had a shorter header, lanes of one, and columns; 2.1 has codes of numbered tensors.
 """
 
 import sys
@@ -13,7 +13,7 @@ from autoflip import MaskSet, codec
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from test_codec_hostile import golden_stripes, golden_update, golden_walk  # noqa: E402
+from test_codec_hostile import golden_stripes, golden_unlike, golden_update, golden_walk  # noqa: E402
 
 update, masks = golden_update()
 frames = {f"shared_{v}": codec.encode(update, masks=masks, values=v, seed=1) for v in ("fp32", "bf16", "int8", "int4")}
@@ -33,6 +33,8 @@ frames["lanes_long"] = codec.encode(golden_walk(40_000), values="int8", seed=1)
 frames["lanes_middle"] = codec.encode(golden_walk(20_000), values="int8", seed=1)
 frames["columns"] = codec.encode({"w": golden_stripes()}, values="fp32")
 frames["shared_levels"] = codec.encode(update, masks=masks, values="int8", levels=40, seed=1)
+for v in ("int8", "int4"):
+    frames[f"numbered_{v}"] = codec.encode(golden_unlike(), values=v, rounding="nearest")
 for name, blob in frames.items():
-    with open(HERE / f"v20_{name}.afd", "xb") as file:
+    with open(HERE / f"v21_{name}.afd", "xb") as file:
         file.write(blob)
