@@ -1,8 +1,11 @@
 """Flower: the strategy and the mod by hand, on real Flower messages; no SuperLink, no simulation engine."""
 
+import importlib
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -569,3 +572,24 @@ def test_damaged_memory_is_no_memory():
         assert Memory.load(context) is None, name
     context.state[RECORD] = flwr.ConfigRecord(whole)
     assert Memory.load(context) is not None
+
+
+@needs_flower
+@pytest.mark.parametrize("method", ["autoflip", "fedavg"])
+def test_the_example_app_runs(method, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "examples" / "flower_app"))
+    client, server = (importlib.import_module(f"{side}_app") for side in ("client", "server"))
+    nodes = Nodes(client.app)
+    for context in nodes.contexts.values():
+        context.node_config["num-partitions"] = 2
+    server.app(nodes, flwr.Context(1, 1, {}, flwr.RecordDict(), {"method": method, "rounds": 3}))
+    line = capsys.readouterr().out.splitlines()[-1]
+    accuracy, up, down = re.fullmatch(rf"{method}: accuracy (\S+), (\S+) bytes up, (\S+) bytes down", line).groups()
+    up, down = (int(number.replace(",", "")) for number in (up, down))
+    assert float(accuracy) > 0.8
+    dense = 3 * 2 * sum(p.numel() * 4 for p in client.Net().parameters())
+    if method == "autoflip":  # the exploration round is most of three
+        assert up < dense / 25
+        assert down < dense / 8
+    else:
+        assert dense < up == down < 1.01 * dense

@@ -22,7 +22,7 @@ App = Callable[[FlowerMessage, Context], FlowerMessage]
 
 
 def mod(message: FlowerMessage, context: Context, call_next: App) -> FlowerMessage:
-    """Stand between Flower and an app: ``ClientApp(mods=[flower.mod])``.
+    """Stand between Flower and an app: ``ClientApp(mods=[flower.mod])``, before other mods, which then see arrays.
 
     The app gets an ordinary ArrayRecord under the name that the strategy was given ("arrays") and returns one, with a
     metric that counts its training examples ("num-examples"). What it returns is sent as the coded difference to what
@@ -44,7 +44,8 @@ def mod(message: FlowerMessage, context: Context, call_next: App) -> FlowerMessa
     held = memory.view if memory is not None and envelope.base != NO_VIEW else None
     terms = Terms.read(letter) if "schema" in letter else memory.terms if memory is not None else None
     if terms is None or envelope.base != (held.id if held is not None else NO_VIEW):
-        return _reply(message, Message(RESYNC, envelope.round, envelope.client), {})
+        lost = ConfigRecord({"payload": Message(RESYNC, envelope.round, envelope.client).pack()})
+        return FlowerMessage(RecordDict({RECORD: lost}), reply_to=message)
     view = receive(envelope, held, terms.locate, terms.downlink)
     known = memory is not None and memory.terms.schema == terms.schema
     memory = Memory(terms, view, memory.residual if memory is not None and known else None)
@@ -75,11 +76,6 @@ def masks(context: Context) -> MaskSet:
     """
     memory = Memory.load(context)
     return MaskSet({}) if memory is None or memory.view.masks is None else memory.view.masks
-
-
-def _reply(message: FlowerMessage, envelope: Message, others: dict[str, Any]) -> FlowerMessage:
-    content = RecordDict({**others, RECORD: ConfigRecord({"payload": envelope.pack()})})
-    return FlowerMessage(content, reply_to=message)
 
 
 def _delta(content: RecordDict, start: dict[str, Tensor], terms: Terms) -> dict[str, Tensor]:

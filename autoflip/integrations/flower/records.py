@@ -8,7 +8,7 @@ an ArrayRecord: that one holds neither bfloat16 nor masked tensors, and costs ab
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -150,7 +150,3 @@ class Memory:
         except (codec.DecodeError, KeyError, TypeError):
             return None
         return cls(terms, view, residual)
-
-    def after(self, view: View) -> Memory:
-        """Return it with another view."""
-        return replace(self, view=view)
