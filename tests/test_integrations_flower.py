@@ -344,7 +344,30 @@ def flipped(at):
     return bend
 
 
+def wild(change):
+    def bend(reply):
+        old = Envelope.unpack(reply.content[RECORD]["payload"])
+        delta = {name: torch.full_like(v, change) for name, v in Net().state_dict().items()}
+        schema = codec.Schema.of(delta)  # without masks: what a stranger would send
+        frames = (codec.encode(delta, values="fp32", schema=schema, base_id=old.view),)
+        return altered(frames=frames)(reply)
+
+    return bend
+
+
+def wild_inside(reply):
+    """Under the right masks, as far as a client can make it."""
+    old = Envelope.unpack(reply.content[RECORD]["payload"])
+    delta = {name: torch.full_like(v, 3e38) for name, v in Net().state_dict().items()}
+    schema = codec.Schema.of(delta)
+    frames = (codec.encode(delta, masks=LAST.masks, values="fp32", schema=schema, base_id=old.view),)
+    return altered(frames=frames)(reply)
+
+
+LAST = None  # the strategy that is being lied to
 HOSTILE = {
+    "under no masks": wild(1.0),
+    "beyond all bounds": wild_inside,
     "no bytes": lambda reply: bent(reply, b""),
     "text": lambda reply: bent(reply, "hello"),
     "garbage": lambda reply: bent(reply, bytes(range(256)) * 9),
@@ -372,7 +395,7 @@ def swapped(reply):
 
 @needs_flower
 @pytest.mark.parametrize("what", HOSTILE)
-def test_a_bad_reply_costs_its_own_update_only(what):
+def test_a_bad_reply_costs_its_own_update_only(what, monkeypatch):
     honest = 10**12 + 1
 
     def bend(node, number, reply):
@@ -381,6 +404,7 @@ def test_a_bad_reply_costs_its_own_update_only(what):
 
     nodes = Nodes(make_app([flower.mod]), bend=bend)
     strategy = flower.AutoFlip(Net(), density=0.5)
+    monkeypatch.setattr(sys.modules[__name__], "LAST", strategy)
     result = run(strategy, nodes, rounds=3)
     assert [(r, n) for r, n, _ in strategy.rejected] == [(2, 10**12), (3, 10**12)]
     assert result.evaluate_metrics_clientapp[3]["accuracy"] > 0.6

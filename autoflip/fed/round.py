@@ -18,7 +18,7 @@ from autoflip.fed.strategies import Strategy
 
 __all__ = ["Round"]
 
-_ABSURD = 1e12
+_ABSURD = 1e12  # the square of more would drown all guidance
 
 
 class Round:
@@ -30,6 +30,7 @@ class Round:
         locate: masks -> coordinates of what travels under them.
         seed: of the stochastic rounding.
         slow: clients that get the narrow model.
+        cap: an update that moves an entry by more is refused; None: nothing is, but while guidance gathers (1e12).
         current: ids of views that were made from exactly ``state.params``: who holds one is sent nothing more.
     """
 
@@ -41,6 +42,7 @@ class Round:
         *,
         seed: int = 0,
         slow: Collection[int] = (),
+        cap: float | None = None,
         current: Collection[bytes] = (),
     ) -> None:
         self.strategy, self.state, self.locate = strategy, state, locate
@@ -49,7 +51,7 @@ class Round:
         self.aggregator = Aggregator(locate)
         self.sums = Sums(state.params) if strategy.may_prune(state) else None
         self.holders: dict[int, View] = {}
-        self._seed, self._slow, self._current = seed, slow, current
+        self._seed, self._slow, self._cap, self._current = seed, slow, cap, current
         self._schema = locate(None).schema
         self._sent: dict[tuple[bytes, bool], tuple[View, tuple[bytes, ...]]] = {}
         self._offered: dict[int, tuple[View, View | None]] = {}
@@ -115,7 +117,7 @@ class Round:
         if len(message.frames) != trained + probed:
             raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {trained + probed}")
         weight, masks = float(message.examples), view.masks
-        if self.sums is None:
+        if self.sums is None and self._cap is None:  # added as it is decoded
             self.aggregator.add(message.frames[0], weight, masks)
             return
         at = self.locate(masks)
@@ -126,11 +128,13 @@ class Round:
         if probed:
             probe = codec.decode(message.frames[-1], schema=self._schema)
             powers = {name: p**self.ask.power for name, p in probe.items()}
+        cap = _ABSURD if self._cap is None else self._cap
         for name, t in (*delta.items(), *(powers or {}).items()):
-            if t.numel() and float(t.abs().max()) > _ABSURD:  # its square would drown all guidance
-                raise codec.DecodeError(f"the update moves {name!r} by more than {_ABSURD:g}")
+            if t.numel() and float(t.abs().max()) > cap:
+                raise codec.DecodeError(f"the update moves {name!r} by more than {cap:g}")
         self.aggregator.add_decoded(delta, weight, masks)
-        self.sums.add(at.expand(delta), weight, powers)
+        if self.sums is not None:
+            self.sums.add(at.expand(delta), weight, powers)
 
     def finish(self) -> ServerState:
         """Return the state after the round: new parameters, guidance and masks, and who holds what."""

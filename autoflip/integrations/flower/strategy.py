@@ -50,6 +50,7 @@ class AutoFlip(FedAvg):
         settings: further ``section.key=value`` of ``fed.Config``: sections prune, explore, server and wire,
             ``fed.seed`` and ``fed.quorum`` count here.
         max_examples: a reply that claims more training examples is refused.
+        max_change: so is an update that moves any entry by more.
         fedavg: arguments of Flower's FedAvg: ``fraction_train``, ``min_train_nodes``, ``arrayrecord_key``, ...
 
     Attributes:
@@ -74,6 +75,7 @@ class AutoFlip(FedAvg):
         feedback: bool = False,
         settings: Iterable[str] = (),
         max_examples: int = 10**6,
+        max_change: float = 1e6,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
@@ -91,7 +93,7 @@ class AutoFlip(FedAvg):
                 "not make; choose fisher, deviation or magnitude"
             )
         self.method = METHODS["autoflip"](self.config, model, example)
-        self.feedback, self.max_examples = feedback, max_examples
+        self.feedback, self.max_examples, self.max_change = feedback, max_examples, max_change
         self.bytes_up = self.bytes_down = 0
         self.rejected: list[tuple[int, int, str]] = []
         self._model = model
@@ -220,7 +222,7 @@ class AutoFlip(FedAvg):
         assert terms is not None
         if average:
             state, seed = replace(state, params=state.served), seed + 1  # other random rounding than in training
-        self._round = Round(self.method, state, terms.locate, seed=seed, current=self._current)
+        self._round = Round(self.method, state, terms.locate, seed=seed, cap=self.max_change, current=self._current)
         self._counted = self.bytes_up, self.bytes_down
         offered = []
         for message in messages:
