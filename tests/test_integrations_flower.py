@@ -415,6 +415,18 @@ def test_a_bad_reply_costs_its_own_update_only(what, monkeypatch):
 
 
 @needs_flower
+def test_after_a_bad_reply_a_client_is_back_in_the_next_round():
+    def bend(node, number, reply):
+        return HOSTILE["truncated"](reply) if node == 10**12 and number in (3, 4) else reply
+
+    strategy = flower.AutoFlip(Net(), fraction_evaluate=0.0)
+    result = run(strategy, Nodes(make_app([flower.mod]), bend=bend), rounds=4)
+    assert [(r, n) for r, n, _ in strategy.rejected] == [(2, 10**12)]
+    down = [result.train_metrics_clientapp[r]["bytes-down"] for r in (3, 4)]
+    assert down[0] > 1.5 * down[1]  # whoever may or may not hold the last model is sent all of the next
+
+
+@needs_flower
 def test_refused_by_all_leaves_the_model_as_it_was():
     def bend(node, number, reply):
         return HOSTILE["garbage"](reply) if RECORD in reply.content and number > 4 else reply
