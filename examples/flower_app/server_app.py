@@ -1,9 +1,18 @@
 """The server: AutoFLIP in FedAvg's place, or FedAvg itself to compare with.
 
-Here and on every node: pip install autoflip[flower] scikit-learn, then
+Here and on every node: pip install autoflip[flower]. README's figures come from a SuperLink, two SuperNodes and
 
-    flwr run examples/flower_app local --stream
-    flwr run examples/flower_app local --stream --run-config 'method="fedavg"'
+    flower-superlink --insecure
+    flower-supernode --insecure --superlink 127.0.0.1:8000 --port 9094 --node-config "partition-id=0 num-partitions=2"
+    flower-supernode --insecure --superlink 127.0.0.1:8000 --port 9095 --node-config "partition-id=1 num-partitions=2"
+    flwr run examples/flower_app here --stream
+    flwr run examples/flower_app here --stream --run-config 'method="fedavg"'
+
+with this in $FLWR_HOME/config.toml (~/.flwr without it):
+
+    [superlink.here]
+    address = "127.0.0.1:8000"
+    insecure = true
 """
 
 import torch
