@@ -73,11 +73,15 @@ def receive(message: Message, held: View | None, locate: Locate, kind: str) -> V
     Raises:
         DecodeError: the frames are damaged, or do not lead to the view that the message names.
     """
-    if message.kind not in (TRAIN, EXPLORE) or not 1 <= len(message.frames) <= 2:
+    if message.kind not in (TRAIN, EXPLORE) or len(message.frames) > 2:
         raise codec.DecodeError(
             f"client {message.client}: kind {message.kind} with {len(message.frames)} frames; a server sends "
             "TRAIN or EXPLORE with [masks and] parameters"
         )
+    if not message.frames:  # nothing has changed
+        if held is None or held.id != message.view:
+            raise codec.DecodeError(f"client {message.client}: no frames, and what is held is not the view they name")
+        return held
     masks = held.masks if held is not None else None
     if len(message.frames) == 2:
         masks = codec.decode_masks(message.frames[0], masks, schema=locate(None).schema)

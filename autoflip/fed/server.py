@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from autoflip import codec
-from autoflip.explore import Sums
-from autoflip.fed import downlink
-from autoflip.fed.aggregate import Aggregator
 from autoflip.fed.config import Config
 from autoflip.fed.ledger import ClientRecord, Record
-from autoflip.fed.message import EXPLORE, NO_VIEW, RESYNC, TRAIN, UPDATE, Message
+from autoflip.fed.message import RESYNC
+from autoflip.fed.round import Round
 from autoflip.fed.seeding import sample
-from autoflip.fed.state import Average, ServerState, View
-from autoflip.fed.strategies import Ask, Strategy
-from autoflip.fed.transport import Reply, Transport
+from autoflip.fed.state import ServerState
+from autoflip.fed.strategies import Strategy
+from autoflip.fed.transport import Transport
 from autoflip.fed.workshop import Workshop
 from autoflip.masks import MaskSet
 
 __all__ = ["RoundError", "Server"]
-
-
-_ABSURD = 1e12
 
 
 class RoundError(RuntimeError):
@@ -67,8 +61,9 @@ class Server:
         ask = self.strategy.ask(state.round)
         called = sample(cfg.seed, state.round, cfg.clients, ask.fraction)
         start, cpu = time.perf_counter(), time.process_time()
-        work = _Round(self, state, ask)
-        clients = [work.call(client) for client in called]
+        work = Round(self.strategy, state, self.workshop.locate, seed=cfg.seed, slow=self.slow)
+        calls = [self._call(work, client) for client in called]
+        clients, client_wall = [record for record, _ in calls], sum(wall for _, wall in calls)
         accepted = [c for c in clients if c.error is None]
         if len(accepted) < max(1, cfg.quorum * len(called)):
             reasons = "; ".join(f"client {c.client}: {c.error}" for c in clients if c.error)
@@ -78,7 +73,7 @@ class Server:
             )
         after = work.finish()
         client_seconds = sum(c.seconds for c in clients)
-        server_seconds = time.perf_counter() - start - work.client_wall
+        server_seconds = time.perf_counter() - start - client_wall
         cpu = time.process_time() - cpu
         start = time.perf_counter()
         last = after.round == cfg.rounds
@@ -105,6 +100,44 @@ class Server:
         )
         return after, record
 
+    def _call(self, work: Round, client: int) -> tuple[ClientRecord, float]:
+        """Let one client's update in; return what it cost, and the wall seconds that the transport took."""
+        replies, wall = [], 0.0
+
+        def exchange(whole: bool) -> str | None:
+            nonlocal wall
+            payload = work.offer(client, whole=whole)
+            start = time.perf_counter()
+            replies.append(self.transport.exchange(client, payload))
+            wall += time.perf_counter() - start
+            return replies[-1].error
+
+        error = exchange(whole=False)
+        examples, loss = 0, None
+        try:
+            if error is None:
+                message = work.take(client, replies[-1].payload, self.examples[client])
+                if message.kind == RESYNC:  # the client lost its base: send everything
+                    error = exchange(whole=True)
+                    if error is None:
+                        message = work.take(client, replies[-1].payload, self.examples[client])
+            if error is None:
+                examples, loss = message.examples, message.loss
+        except codec.DecodeError as fault:
+            error = str(fault)
+        record = ClientRecord(
+            client=client,
+            bytes_up=sum(r.cost.bytes_up for r in replies),
+            bytes_down=sum(r.cost.bytes_down for r in replies),
+            seconds=sum(r.cost.seconds for r in replies),
+            flops=sum(r.cost.flops for r in replies),
+            examples=examples,
+            loss=loss,
+            error=error,
+            cpu_seconds=sum(r.cpu_seconds for r in replies),
+        )
+        return record, wall
+
     def _kept(self, masks: MaskSet | None) -> dict:
         full = {n: p for n, p in self.workshop.full.named_parameters() if p.ndim >= 2}
         layers = {
@@ -117,121 +150,3 @@ class Server:
             "channels": sum(small[n].shape[0] for n in full) / max(1, sum(p.shape[0] for p in full.values())),
             "layers": layers,
         }
-
-
-class _Round:
-    """What one round gathers before it is known whether it counts."""
-
-    def __init__(self, server: Server, state: ServerState, ask: Ask) -> None:
-        self.server, self.state, self.ask = server, state, ask
-        self.kind = EXPLORE if ask.phase == "exploration" else TRAIN
-        self.aggregator = Aggregator(server.workshop.locate)
-        sums = server.strategy.may_prune(state)
-        self.sums = Sums(state.params) if sums else None
-        self.holders: dict[int, View] = {}
-        self.client_wall = 0.0
-        self._sent: dict[tuple[bytes, bool], tuple[View, tuple[bytes, ...]]] = {}
-
-    def call(self, client: int) -> ClientRecord:
-        """Exchange payloads with one client, take its update in, and write down what it cost."""
-        held = self.state.views.get(self.state.held.get(client, b""))
-        view, reply = self._exchange(client, held)
-        replies = [reply]
-        examples, loss, error = 0, None, replies[0].error
-        try:
-            if error is None:
-                message = Message.unpack(replies[0].payload)
-                if message.kind == RESYNC and held is not None:  # the client lost its base: send everything
-                    view, reply = self._exchange(client, None)
-                    replies.append(reply)
-                    error = reply.error
-                    if error is None:
-                        message = Message.unpack(replies[1].payload)
-            if error is None:
-                self._accept(client, message, view)
-                examples, loss = message.examples, message.loss
-                self.holders[client] = view
-        except codec.DecodeError as fault:
-            error = str(fault)
-        return ClientRecord(
-            client=client,
-            bytes_up=sum(r.cost.bytes_up for r in replies),
-            bytes_down=sum(r.cost.bytes_down for r in replies),
-            seconds=sum(r.cost.seconds for r in replies),
-            flops=sum(r.cost.flops for r in replies),
-            examples=examples,
-            loss=loss,
-            error=error,
-            cpu_seconds=sum(r.cpu_seconds for r in replies),
-        )
-
-    def _exchange(self, client: int, held: View | None) -> tuple[View, Reply]:
-        state, server = self.state, self.server
-        base = held.id if held is not None else NO_VIEW
-        slow = client in server.slow and state.narrow is not None
-        if (base, slow) not in self._sent:
-            kind, keys = server.strategy.downlink, {"seed": server.config.fed.seed, "round_number": state.round}
-            masks = state.narrow if slow else state.masks
-            self._sent[base, slow] = downlink.send(state.params, masks, held, kind, server.workshop.locate, **keys)
-        view, frames = self._sent[base, slow]
-        message = Message(self.kind, state.round, client, frames, view.id, base)
-        start = time.perf_counter()
-        reply = self.server.transport.exchange(client, message.pack())
-        self.client_wall += time.perf_counter() - start
-        return view, reply
-
-    def _accept(self, client: int, message: Message, view: View) -> None:
-        if message.kind != UPDATE or message.client != client or message.round != self.state.round:
-            raise codec.DecodeError(
-                f"an answer of kind {message.kind} from client {message.client} for round {message.round}; "
-                f"wanted an update of client {client} for round {self.state.round}"
-            )
-        if message.view != view.id:
-            raise codec.DecodeError("the update was made from another view than this round's broadcast")
-        if not 1 <= message.examples <= self.server.examples[client]:
-            raise codec.DecodeError(
-                f"the update claims {message.examples} examples; the client registered {self.server.examples[client]}"
-            )
-        trained, probed = bool(self.ask.epochs), bool(self.ask.probe)
-        if len(message.frames) != trained + probed:
-            raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {trained + probed}")
-        weight, masks = float(message.examples), view.masks
-        if self.sums is None:
-            self.aggregator.add(message.frames[0], weight, masks)
-            return
-        at = self.server.workshop.locate(masks)
-        delta = {name: torch.zeros(shape) for name, shape in at.schema.shapes.items()}
-        if trained:
-            delta = codec.decode(message.frames[0], masks=at.inside, schema=at.schema)
-        powers = None
-        if probed:
-            probe = codec.decode(message.frames[-1], schema=self.server.schema)
-            powers = {name: p**self.ask.power for name, p in probe.items()}
-        for name, t in (*delta.items(), *(powers or {}).items()):
-            if t.numel() and float(t.abs().max()) > _ABSURD:  # its square would drown all guidance
-                raise codec.DecodeError(f"the update moves {name!r} by more than {_ABSURD:g}")
-        self.aggregator.add_decoded(delta, weight, masks)
-        self.sums.add(at.expand(delta), weight, powers)
-
-    def finish(self) -> ServerState:
-        """Return the state after the round: new parameters, guidance and masks, and who holds what."""
-        state, strategy = self.state, self.server.strategy
-        params, memory = strategy.step(state, self.aggregator.mean())
-        guidance = strategy.guidance(state, params, self.sums) if self.sums is not None else state.guidance
-        masks = strategy.masks(ServerState(params, state.masks, state.round, guidance=guidance))
-        narrow, average = state.narrow, state.average
-        if masks is not None and masks is not state.masks:
-            average = None  # what was averaged is another model
-            params = strategy.settle(params, masks)
-            narrow = strategy.narrow(masks, guidance) if self.server.slow else None
-        held, views = dict(state.held), dict(state.views)
-        if strategy.stateful:
-            held.update({client: view.id for client, view in self.holders.items()})
-            views.update({view.id: view for view in self.holders.values()})
-            views = {name: view for name, view in views.items() if name in set(held.values())}
-        if strategy.average:
-            average = Average.after(average, params, strategy.average)
-        following = ServerState(
-            params, masks, state.round + 1, views, held, memory=memory, narrow=narrow, average=average
-        )
-        return replace(following, guidance=guidance) if strategy.may_prune(following) else following

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -107,6 +107,19 @@ class ServerState:
     def served(self) -> Params:
         """The parameters to evaluate and to hand out: the average where there is one."""
         return self.params if self.average is None else self.average.params
+
+    def holding(self, holders: Mapping[int, View], lost: Collection[int] = ()) -> ServerState:
+        """Return the state once ``holders`` (client -> view) hold these; views that nobody holds are forgotten.
+
+        Args:
+            holders: client -> the view that it holds now.
+            lost: clients of which nobody knows what they hold.
+        """
+        held = {client: name for client, name in self.held.items() if client not in lost}
+        held |= {client: view.id for client, view in holders.items()}
+        views = {**self.views, **{view.id: view for view in holders.values()}}
+        wanted = set(held.values())
+        return replace(self, held=held, views={name: view for name, view in views.items() if name in wanted})
 
 
 def make_view(params: Params, masks: MaskSet | None, dtype: torch.dtype, inside: MaskSet | None = None) -> View:
