@@ -135,10 +135,9 @@ def marks(row):
     kept, shared = row["kept"], {v: c["ours"].get("shared") for v, c in row["values"].items()}
     if shared["int8"]:
         out["int8 B/kept"] = shared["int8"] / kept, 0.82
-        for levels in (63, 40):
-            size = row["int8, 63 levels"] if levels == 63 else shared["int8, 40 levels"]
-            out[f"int8, {levels} levels, B/kept"] = size / kept, 0.82
-            out[f"int8, {levels} levels, below pickle"] = row["pickle"] / size, None
+        for coarser, size in (("63 levels", row["int8, 63 levels"]), ("40 levels", shared["int8, 40 levels"])):
+            out[f"int8, {coarser}, B/kept"] = size / kept, 0.82
+            out[f"int8, {coarser}, below pickle"] = row["pickle"] / size, None
         out["bf16 B/kept"] = shared["bf16"] / kept, 1.5
         out["int4 B/kept"] = row["int4"] / kept, 0.45
         out["downlink B/kept"] = row["downlink"] / kept, 0.70

@@ -83,15 +83,15 @@ def test_longer_rows_stand_for_the_short_ones_once_each_has_its_seeds(tmp_path):
                 (tmp_path / f"method-{row}-{method}-seed{seed}.json").write_text(json.dumps(content))
 
     write("easy", 10.0, 2)
-    for row in LONGER:
+    for row, name in LONGER.items():
         write(row, 60.0, 2)
-        write(f"{row}-80-rounds", 20.0, marks.SEEDS)
-    (tmp_path / f"method-{LONGER[0]}-80-rounds-fedavg-seed0.json").unlink()
+        write(name, 20.0, marks.SEEDS)
+    (tmp_path / f"method-{name}-fedavg-seed0.json").unlink()
     rows = marks.entries(tmp_path)
     assert set(marks.longer(rows)) == set(marks.short(rows)) == {"easy", *LONGER}
     assert "twice the rounds" not in marks.summary(tmp_path)
-    write(f"{LONGER[0]}-80-rounds", 20.0, marks.SEEDS)
-    assert set(marks.longer(marks.entries(tmp_path))) == {"easy", *(f"{row}-80-rounds" for row in LONGER)}
+    write(name, 20.0, marks.SEEDS)
+    assert set(marks.longer(marks.entries(tmp_path))) == {"easy", *LONGER.values()}
     before, after = marks.summary(tmp_path).split("twice the rounds")
     assert "| FLOPs | 0.600x | 0.100x | 0.600x | 0.250x | 4 |" in before
     assert "| FLOPs | 0.200x | 0.100x | 0.200x | 0.250x | 0 |" in after
@@ -140,10 +140,10 @@ def test_the_longer_rows_are_those_that_the_rule_names():
     classes = {"cifar100": 100, "femnist": 62, "har": 6, "shakespeare": 80}
     near = set()
     for (row, method), runs in table.load(Path(marks.__file__).parents[1] / "results").items():
-        if method != "fedavg" or row.endswith("-rounds"):
+        if method != "fedavg" or row in LONGER.values():
             continue
         final = sum(run["curve"]["accuracy"][-1] for run in runs.values()) / len(runs)
         if final * classes.get(row.split("-")[0], 10) < NEAR_CHANCE:
             near.add(row)
     assert near == set(LONGER)
-    assert all(ROWS[f"{row}-80-rounds"] == [*ROWS[row], "fed.rounds=80"] for row in LONGER)
+    assert all(ROWS[name] == [*ROWS[row], "fed.rounds=80"] for row, name in LONGER.items())

@@ -16,6 +16,7 @@ import layer_marks  # noqa: E402
 import marks  # noqa: E402
 import study  # noqa: E402
 import table  # noqa: E402
+from rows import NEAR_CHANCE  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
@@ -90,9 +91,9 @@ def methods() -> str:
         table.table(results),
         "",
         "20 clients, a quarter a round, 40 rounds, 200 examples a client (HAR 300, digits all), tested every second "
-        "round (images: on 2000 examples). Rows of 80 rounds: those whose dense runs end below 2.5 times chance after "
-        "40, on a machine without AVX-512; seeds still to be run are missing. Seconds: processor time of clients (†: "
-        "of clients, server and the simulation's own counting), on a busy machine. Files: "
+        f"round (images: on 2000 examples). Rows of 80 rounds: those whose dense runs end below {NEAR_CHANCE} times "
+        "chance after 40, on a machine without AVX-512; seeds still to be run are missing. Seconds: processor "
+        "time of clients (†: of clients, server and the simulation's own counting), on a busy machine. Files: "
         "`bench/results/method-*.json`, made by `bench/experiments`.",
     ]
     if of_marks := marks.summary(results):

@@ -18,7 +18,6 @@ MARKS = {
 STDERRS_BELOW = 0.5  # a row may end this many standard errors under dense
 BUDGETS = (0.05, 0.10, 0.15, 0.20)
 SEEDS = 3  # that a longer row needs before it stands for the short one
-_TAIL = "-80-rounds"
 
 
 def entries(folder: Path) -> dict[str, dict]:
@@ -34,16 +33,14 @@ def entries(folder: Path) -> dict[str, dict]:
 
 def short(rows: dict[str, dict]) -> dict[str, dict]:
     """Return the rows as they were set, of 40 rounds each."""
-    return {row: entry for row, entry in rows.items() if not row.endswith(_TAIL)}
+    return {row: entry for row, entry in rows.items() if row not in LONGER.values()}
 
 
 def longer(rows: dict[str, dict]) -> dict[str, dict]:
     """Return the rows with those near chance in their longer version; as they were set while one lacks seeds."""
-    swapped = {row: rows.get(row + _TAIL) for row in LONGER}
-    if any(entry is None or entry["seeds"] < SEEDS for entry in swapped.values()):
+    if any(rows.get(name, {"seeds": 0})["seeds"] < SEEDS for name in LONGER.values()):
         return short(rows)
-    rest = {row: entry for row, entry in short(rows).items() if row not in swapped}
-    return rest | {row + _TAIL: entry for row, entry in swapped.items() if entry is not None}
+    return {row: entry for row, entry in rows.items() if row not in LONGER}
 
 
 def ends_below(entry: dict) -> bool:

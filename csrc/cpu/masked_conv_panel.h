@@ -3,7 +3,7 @@
 #include <cstddef>
 
 #include "cpu/masked_conv.h"
-#include "cpu/masked_matmul_simd.h"
+#include "cpu/masked_matmul_transpose.h"
 
 namespace autoflip {
 namespace {

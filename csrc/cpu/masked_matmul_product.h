@@ -4,7 +4,7 @@
 #pragma once
 #include <cstddef>
 
-#include "cpu/masked_matmul_simd.h"
+#include "cpu/masked_matmul_transpose.h"
 
 namespace autoflip {
 namespace {
