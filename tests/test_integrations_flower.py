@@ -1,6 +1,7 @@
 """Flower: the strategy and the mod by hand, on real Flower messages; no SuperLink, no simulation engine."""
 
 import importlib
+import math
 import random
 import re
 import subprocess
@@ -21,6 +22,7 @@ try:
     from flwr import app as flwr
     from flwr import serverapp
     from flwr.clientapp import ClientApp
+    from flwr.clientapp.mod import LocalDpMod
     from flwr.serverapp import strategy as strategies
 
     from autoflip.integrations import flower
@@ -629,3 +631,53 @@ def test_the_example_app_runs(method, monkeypatch, capsys):
         assert down < dense / 8
     else:
         assert dense < up == down < 1.01 * dense
+
+
+@needs_flower
+@pytest.mark.parametrize("evaluated", [0.0, 1.0])
+def test_a_strategy_around_it_that_changes_arrays_is_an_error(evaluated):
+    ours = flower.AutoFlip(Net(), fraction_evaluate=evaluated)
+    noisy = strategies.DifferentialPrivacyServerSideFixedClipping(ours, 1.0, 1.0, 2)
+    with pytest.raises(ValueError, match="arrays are not those that the last round made.*LocalDpMod"):
+        run(noisy, Nodes(make_app([flower.mod])))
+    assert ours.masks is not None  # round 1 went as always
+
+
+@needs_flower
+def test_arrays_may_be_copied_on_their_way():
+    class Copied(flower.AutoFlip):
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            return flwr.ArrayRecord(arrays.to_torch_state_dict()), metrics
+
+    strategy = Copied(Net())
+    run(strategy, Nodes(make_app([flower.mod])))
+    assert strategy.rejected == []
+
+
+@needs_flower
+def test_local_privacy_clips_and_bends_what_is_sent():
+    lengths, noises = [], []
+    for sensitivity in (0.0, 0.01):
+        mods = [flower.mod, LocalDpMod(clipping_norm=0.01, sensitivity=sensitivity, epsilon=1.0, delta=1e-5)]
+        strategy = flower.AutoFlip(
+            Net(), channels=1, density=1, values="fp32", downlink="fp32", fraction_evaluate=0.0, settings=PLAIN
+        )
+        result = run(strategy, Nodes(make_app(mods)), rounds=1).arrays.to_torch_state_dict()
+        assert strategy.rejected == []
+        moved = torch.cat([(result[name] - value).flatten() for name, value in start().to_torch_state_dict().items()])
+        lengths.append(moved.norm().item())
+        noises.append(moved.std().item())
+    assert lengths[0] <= 0.01 * (1 + 1e-5)  # a mean of two that were clipped; float32
+    # of two nodes' means: sensitivity * sqrt(2 ln(1.25 / delta)) / epsilon over a root of 2 or a bit less, weighted
+    std = 0.01 * (2 * math.log(1.25 / 1e-5)) ** 0.5
+    assert std * 0.65 < noises[1] < std * 0.8
+
+
+@needs_flower
+def test_privacy_in_front_of_the_mod_is_refused():
+    strategy = flower.AutoFlip(Net(), fraction_evaluate=0.0)
+    nodes = Nodes(make_app([LocalDpMod(clipping_norm=1.0, sensitivity=1.0, epsilon=1.0, delta=1e-5), flower.mod]))
+    result = run(strategy, nodes, rounds=1)
+    assert not result.arrays  # nothing went out without noise
+    assert len(strategy.rejected) == 2

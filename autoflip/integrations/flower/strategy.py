@@ -61,6 +61,9 @@ class AutoFlip(FedAvg):
 
     Raises:
         ConfigError: a share is outside (0, 1], or a value is unknown.
+
+    No strategy may stand around it and change arrays, as Flower's central differential privacy does (an error says so
+    after round 1). Local privacy works: ``mods=[flower.mod, LocalDpMod(...)]`` sees and changes whole arrays.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class AutoFlip(FedAvg):
         self.rejected: list[tuple[int, int, str]] = []
         self._model = model
         self._terms: Terms | None = None
+        self._arrays = ArrayRecord()
         self._state: ServerState | None = None
         self._round: Round | None = None
         self._current: set[bytes] = set()
@@ -112,17 +116,15 @@ class AutoFlip(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[FlowerMessage]:
-        """Sample nodes as FedAvg does; each is sent what it lacks. ``arrays`` counts in the first round only."""
-        if server_round == 1 or self._state is None:
-            self._begin(arrays)
+        """Sample nodes as FedAvg does; each is sent what it lacks of ``arrays``, which are those of the last round."""
+        self._take(arrays, first=server_round == 1)
         return self._offer(super().configure_train(server_round, arrays, config, grid), average=False)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[FlowerMessage]:
         """Sample nodes as FedAvg does; each is sent what it lacks of the model that is handed out."""
-        if self._state is None:
-            self._begin(arrays)
+        self._take(arrays, first=False)
         return self._offer(super().configure_evaluate(server_round, arrays, config, grid), average=True)
 
     def aggregate_train(
@@ -153,7 +155,8 @@ class AutoFlip(FedAvg):
             return None, metrics
         self._state = work.finish().holding({}, work.lost)
         self._current = set()
-        return self._terms.arrays_of(self._state.served), metrics
+        self._arrays = self._terms.arrays_of(self._state.served)
+        return self._arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[FlowerMessage]) -> MetricRecord | None:
         """Aggregate the metrics as FedAvg does, without those that are of no use."""
@@ -188,6 +191,18 @@ class AutoFlip(FedAvg):
         _LOG.info("\t├──> Wire: %s up, %s down", cfg.wire.values, cfg.wire.downlink)
         super().summary()
 
+    def _take(self, arrays: ArrayRecord, *, first: bool) -> None:
+        """Begin with these arrays, or see that nobody changed what the last round made."""
+        if first or self._state is None:
+            self._begin(arrays)
+        elif arrays is not self._arrays and _words(arrays) != _words(self._arrays):
+            raise ValueError(
+                "flower.AutoFlip: the arrays are not those that the last round made; whoever changed them (a strategy "
+                "around this one that clips or adds noise?) had no say, since nodes are sent differences to what they "
+                "hold. For differential privacy noise belongs to the nodes: "
+                "ClientApp(mods=[flower.mod, LocalDpMod(...)])"
+            )
+
     def _begin(self, arrays: ArrayRecord) -> None:
         """Take the initial arrays for the state before round 1."""
         found: dict[str, Tensor] = dict(arrays.to_torch_state_dict())
@@ -212,6 +227,7 @@ class AutoFlip(FedAvg):
             seed=self.config.fed.seed,
             feedback=self.feedback,
         )
+        self._arrays = arrays
         self._state = ServerState({name: value.float() for name, value in floats.items()})
         self._current = set()
 
@@ -262,3 +278,7 @@ class AutoFlip(FedAvg):
         metrics["bytes-up"] = self.bytes_up - self._counted[0]
         metrics["bytes-down"] = self.bytes_down - self._counted[1]
         return metrics
+
+
+def _words(arrays: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], bytes]]:
+    return [(name, array.dtype, tuple(array.shape), array.data) for name, array in arrays.items()]
