@@ -224,6 +224,19 @@ def test_random_numbers_are_uniform_and_differ_between_keys():
     assert abs(float((u[1:] * u[:-1]).mean() * 12)) < 5 / 1024
 
 
+def test_a_default_dtype_changes_nothing():
+    x, _, mask = case(300, 0.5)
+    pack = delta.pack(mask)
+    values, _ = delta.gather(x, pack)
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = delta.expand(values, pack)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert whole.dtype is torch.float32
+    assert torch.equal(whole, torch.where(mask, x, 0))
+
+
 def test_ops_say_what_does_not_fit():
     mask = delta.pack(torch.ones(5, dtype=torch.bool))
     with pytest.raises(ValueError, match="mask covers 5"):

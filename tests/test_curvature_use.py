@@ -24,6 +24,17 @@ def test_auto_draws_for_many_classes_and_falls_back_where_gauss_newton_is_zero()
         curvature.hessian_diagonal(model, F.nll_loss, (x, y % 4), method="ggn-mc")
 
 
+@pytest.mark.parametrize("method", ["auto", "ggn-exact", "ggn-mc"])
+def test_cross_entropy_of_one_class_is_flat(method):
+    x = torch.randn(6, 2, 4, 4)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 1))
+    batch = x, torch.zeros(6, dtype=torch.long)
+    found = curvature.hessian_diagonal(model, F.cross_entropy, batch, method=method)
+    assert {n: v.shape for n, v in found.items()} == {n: p.shape for n, p in model.named_parameters()}
+    assert not any(v.any() for v in found.values())
+    assert curvature.hessian_trace(model, F.cross_entropy, batch, method=method).total == 0
+
+
 def test_auto_draws_where_maps_are_not_pooled_and_says_so():
     torch.manual_seed(0)
     batch = torch.randn(2, 1, 6, 6), torch.tensor([0, 1])

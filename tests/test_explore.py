@@ -123,8 +123,12 @@ def test_mistakes_are_named():
         explore.guide(scouts, [1.0, 2.0])
     with pytest.raises(ValueError, match="above 0"):
         explore.guide(scouts, [0.0] * 4)
+    with pytest.raises(ValueError, match="above 0"):
+        explore.guide(scouts, [1.0, 1.0, 1.0, float("inf")])
     with pytest.raises(ValueError, match="epochs=0; wanted a whole number"):
         explore.scout(torch.nn.Linear(4, 3), (torch.zeros(2, 4), torch.zeros(2).long()), F.cross_entropy, epochs=0)
+    with pytest.raises(ValueError, match="batch_size=0; wanted a whole number"):
+        explore.scout(torch.nn.Linear(4, 3), (torch.zeros(2, 4), torch.zeros(2).long()), F.cross_entropy, batch_size=0)
     with pytest.raises(ValueError, match="unknown signal 'x'"):
         explore.guide(scouts, signal="x")
     with pytest.raises(ValueError, match="curvature=True"):

@@ -166,6 +166,21 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not():
     assert not all(torch.equal(first.params[k], other.params[k]) for k in first.params)
 
 
+def test_a_run_leaves_torch_as_it_was_and_does_not_depend_on_it():
+    want = fed.run(_config("fed.rounds=2"))
+    torch.set_num_threads(2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = fed.run(_config("fed.rounds=2"))
+        assert (torch.get_num_threads(), torch.get_default_dtype()) == (2, torch.float64)
+        with pytest.raises(ValueError, match="no data set"):
+            fed.run(_config("data.name=nope"))
+        assert (torch.get_num_threads(), torch.get_default_dtype()) == (2, torch.float64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(v, got.params[k]) for k, v in want.params.items())
+
+
 def test_pruned_weights_stay_zero_and_the_model_is_the_one_that_was_measured():
     result = fed.run(_config("fed.against=none", "prune.density=0.2"))
     assert result.masks is not None

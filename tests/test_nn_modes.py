@@ -89,6 +89,25 @@ def test_traced_model_passes_torchs_own_check():
     torch.testing.assert_close(torch.jit.trace(model, torch.randn(2, 1, 8, 8))(x), model(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_batch_of_any_size_is_exported_and_compiled_after_eager_steps(strict, monkeypatch, tmp_path):
+    monkeypatch.setenv("AUTOFLIP_TRIALS", "on")  # a layer that went by a kernel remembers how
+    monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 32)).eval()
+    sparse.sparsify(model, {n: torch.rand(p.shape) < 0.05 for n, p in model.named_parameters() if p.dim() > 1})
+    x = torch.randn(32, 3, 6, 6)
+    for _ in range(3):
+        model(x).sum().backward()
+    assert "_again" in vars(model[3])
+    for module in (model, model[0], model[3]):
+        given = x if module is not model[3] else x.flatten(1)[:, :96].repeat(1, 3)
+        whole = torch.export.export(module, (given,), dynamic_shapes=({0: torch.export.Dim("n")},), strict=strict)
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+        for n in (5, 32):
+            torch.testing.assert_close(whole.module()(given[:n]), module(given[:n]))
+            torch.testing.assert_close(compiled(given[:n]), module(given[:n]))
+
+
 @pytest.mark.parametrize("channels, kernel", [(8, 3), (1, 3), (8, 1)])  # sizes of 1 leave the layout open
 @pytest.mark.parametrize("first", ["mask", "format"])
 def test_channels_last_is_kept(first, channels, kernel):

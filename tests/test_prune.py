@@ -58,6 +58,26 @@ def test_random_depends_on_the_seed_alone():
         assert abs(mask.float().mean() - 0.3) < 4 * (0.21 / mask.numel()) ** 0.5
 
 
+def test_masks_do_not_depend_on_the_default_dtype():
+    model = image_model()
+    flops = meter.layer_flops(model, torch.zeros(1, 1, 8, 8))
+
+    scores = scores_of(model)
+
+    def made():
+        given = {"flops": flops, "flops_exponent": 0.5, "block": (4, 2)}
+        return prune.random(model, 0.3, seed=1), prune.hybrid(model, scores, 0.1, 0.5, **given)
+
+    want = made()
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            got = made()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert got == want
+
+
 def test_equal_scores_go_to_the_earlier_entry():
     masks = prune.by_scores({"a": torch.zeros(2, 4), "b": torch.zeros(4)}, 0.5)
     assert masks["a"].flatten().tolist() == [True] * 5 + [False] * 3  # b keeps its best entry in any case

@@ -139,6 +139,19 @@ def test_second_derivative_of_the_fast_path(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_default_dtype_changes_nothing(kind):
+    layer, _ = pair(kind, 0.3)
+    x = torch.randn(5, 4, 7)
+    want = flat(layer(x))
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = flat(layer(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_results_may_be_written_before_the_gradient(kind):
     layer, _ = pair(kind, 0.5)
     x = torch.randn(4, 3, 7)

@@ -134,6 +134,73 @@ def test_a_layer_chooses_once_per_batch_size_and_no_counter_sees_it(kept, monkey
         assert Pack(mask).parts(64).path == letters
 
 
+LAYERS = {
+    "linear": (lambda: nn.MaskedLinear(48, 32, dtype=torch.float32), (32, 48)),
+    "conv": (lambda: nn.MaskedConv2d(3, 8, 3, padding=1, dtype=torch.float32), (16, 3, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_function_transforms_and_a_default_device_do_not_reach_a_trial(kept, kind):
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+    layer.set_mask(torch.rand(layer.weight.shape) < 0.05)
+    rows = torch.stack([x, 2 * x])
+    want = torch.stack([layer(row) for row in rows])
+    tried = trials.known()
+    assert tried
+
+    def again(run):
+        trials.forget()
+        kept.unlink()
+        layer.set_mask(layer.weight_mask)  # forgets what it found
+        y = run()
+        assert trials.known().keys() == tried.keys()
+        return y
+
+    torch.testing.assert_close(again(lambda: torch.func.vmap(layer)(rows)), want)
+    weight = layer.weight.detach()
+
+    def loss(w):
+        return torch.func.functional_call(layer, {"weight": w}, (x,)).square().sum()
+
+    slope = again(lambda: torch.func.jacrev(loss)(weight))
+    torch.testing.assert_close(slope, torch.func.grad(loss)(weight))
+    along = again(lambda: torch.func.jvp(loss, (weight,), (weight,)))[1]
+    torch.testing.assert_close(along, (slope * weight).sum())
+    with torch.device("meta"):
+        torch.testing.assert_close(again(lambda: layer(x)), want[0])
+
+
+def test_a_default_dtype_is_not_what_a_trial_multiplies(kept):
+    # in a process of its own: kernels that take bfloat16 for float32 write past its end
+    code = """
+import torch
+from autoflip import nn
+torch.set_default_dtype(torch.bfloat16)
+wide = {"dtype": torch.float32}
+x = torch.randn(16, 12, 16, **wide)
+layers = [
+    (nn.MaskedLinear(16, 32, **wide), x.flatten(0, 1)),
+    (nn.MaskedConv2d(3, 8, 3, **wide), x.view(16, 3, 8, 8)),
+    (nn.MaskedLSTM(16, 32, **wide), x),
+    (nn.MaskedGRU(16, 32, **wide), x),
+]
+for layer, x in layers:
+    masks = {n: torch.rand(p.shape) < 0.05 for n, p in layer.named_parameters() if p.dim() > 1}
+    layer.set_mask(masks if isinstance(layer, torch.nn.RNNBase) else masks["weight"])
+    for _ in range(2):
+        y = layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        assert y.dtype is torch.float32
+        y.sum().backward()
+print("done")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "done"), run.stderr
+    assert len(trials.known()) > 3
+
+
 def test_nothing_is_tried_where_nothing_can_be_gained(kept):
     assert Pack(torch.ones(300, 300, dtype=torch.bool)).parts(64).path == "ddd"
     assert not kept.exists()

@@ -80,7 +80,7 @@ def rows_for(weight: Tensor, draws: int, factors: int, *, again: bool) -> Rows |
     if draws not in budget or len(h) < _LEAST_SAMPLES or effective(h) > _MOST_ALIKE * len(h):
         return None
     most = min(_MOST, 2 * power_from(draws), power_from(factors))
-    return deal(h, budget[draws] * len(h), most, float(torch.rand(())))
+    return deal(h, budget[draws] * len(h), most, float(torch.rand((), dtype=torch.float32)))
 
 
 def power_from(count: int) -> int:

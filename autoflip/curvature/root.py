@@ -209,7 +209,7 @@ def _softmax_root(f: Tensor, dim: int, scale: Tensor) -> Root:
             column.narrow(dim, c, 1).copy_(here.narrow(dim, c, 1))
             yield from _one_position_each(torch.empty_like(p).scatter_(dim, order, column), dim)
 
-    factors = (classes - 1) * (f[0].numel() // classes)
+    factors = max(1, (classes - 1) * (f[0].numel() // classes))  # of one class: one that is zero
     softmax = (f, scale) if f.dim() == 2 else None
     return Root(factors, lambda: ops.softmax_weight(f, scale, dim), draw, columns, softmax)
 

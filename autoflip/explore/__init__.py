@@ -111,10 +111,12 @@ def scout(
             Optimal Brain Damage, LeCun et al. 1990, ranks by it).
 
     Raises:
-        ValueError: the data is empty or the loss is not finite.
+        ValueError: the data is empty, the loss is not finite, or ``epochs`` or ``batch_size`` is below 1.
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"scout: epochs={epochs!r}; wanted a whole number of passes over the data, at least 1")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"scout: batch_size={batch_size!r}; wanted a whole number of examples, at least 1")
     inputs, targets = _tensors(data)
     explorer = copy.deepcopy(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -87,7 +87,7 @@ class Sums:
         Raises:
             ValueError: ``weight`` is not positive, or a tensor is missing or has another shape.
         """
-        if not weight > 0:
+        if not 0 < weight < float("inf"):
             raise ValueError(f"explore: weight {weight!r} of a scout; wanted its number of examples, above 0")
         for name, start in self.start.items():
             if name not in delta or delta[name].shape != start.shape:

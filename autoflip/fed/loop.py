@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,14 @@ def run(config: Config | None = None, *, out: str | Path | None = None, sinks: I
         raise ValueError(
             f"{folder} already holds a run; continue it by `autoflip resume`, remove it, or name another folder"
         )
-    job = _Job(config)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(folder / "config.toml", config.to_toml().encode())
-        checkpoint.save(folder, job.states, 0, config.fingerprint())
-        (folder / "records.jsonl").touch()  # last: only a folder that can be resumed holds a run
-    return job.finish(folder, [], list(sinks))
+    with _torch_set(config.fed.threads):
+        job = _Job(config)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(folder / "config.toml", config.to_toml().encode())
+            checkpoint.save(folder, job.states, 0, config.fingerprint())
+            (folder / "records.jsonl").touch()  # last: only a folder that can be resumed holds a run
+        return job.finish(folder, [], list(sinks))
 
 
 def resume(run_dir: str | Path, *, sinks: Iterable[Sink] = ()) -> Result:
@@ -119,12 +121,26 @@ def resume(run_dir: str | Path, *, sinks: Iterable[Sink] = ()) -> Result:
         )
     checkpoint.write_atomically(path, "".join(lines[:count]).encode())  # what came after is run again
     records = read_records(path)
-    job = _Job(config, states)
-    everything = list(sinks)
-    for record in records:
-        for sink in everything:
-            sink(record)
-    return job.finish(folder, records, everything)
+    with _torch_set(config.fed.threads):
+        job = _Job(config, states)
+        everything = list(sinks)
+        for record in records:
+            for sink in everything:
+                sink(record)
+        return job.finish(folder, records, everything)
+
+
+@contextmanager
+def _torch_set(threads: int) -> Iterator[None]:
+    """Let a run compute on so many threads and in float32, and leave torch as it was."""
+    before, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(threads or before)
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_default_dtype(dtype)
 
 
 def _warm_up(model: nn.Module, name: str, dataset: data.Dataset) -> None:
@@ -156,8 +172,6 @@ def _warm_up(model: nn.Module, name: str, dataset: data.Dataset) -> None:
 
 class _Job:
     def __init__(self, config: Config, states: dict[str, ServerState] | None = None) -> None:
-        if config.fed.threads:
-            torch.set_num_threads(config.fed.threads)
         self.config = config
         self.methods = [config.fed.method] + ([config.fed.against] if config.fed.against != "none" else [])
         self.dataset = data.load(config.data.name, config.data.root or None)

@@ -68,8 +68,8 @@ class MaskedConv2d(Masked, nn.Conv2d):
         went = self.__dict__.get("_again")
         if (
             went is not None
-            and went.threads == _threads()
             and not _compiling()
+            and went.threads == _threads()
             and again(went, input, found, bias, mask)
             and input.is_contiguous()
         ):

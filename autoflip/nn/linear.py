@@ -79,8 +79,8 @@ class MaskedLinear(Masked, nn.Linear):
         known = self.__dict__.get("_again")
         if (
             known is not None
-            and known.threads == _threads()
             and not _compiling()
+            and known.threads == _threads()
             and again(known, input, found, bias, mask)
         ):
             return linear_step(input, weight, bias, known.job)

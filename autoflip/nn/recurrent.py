@@ -149,7 +149,7 @@ class _MaskedRNN(Masked):
 
         def probe() -> _MaskedRNN:
             if not made:
-                shape: dict[str, Any] = {"bias": self.bias, "bidirectional": self.bidirectional}
+                shape: dict[str, Any] = {"bias": self.bias, "bidirectional": self.bidirectional, "dtype": torch.float32}
                 # whoever draws random numbers must not notice the trial
                 with torch.random.fork_rng(devices=()), torch.enable_grad():
                     made["probe"] = type(self)(self.input_size, self.hidden_size, self.num_layers, **shape)
@@ -158,8 +158,8 @@ class _MaskedRNN(Masked):
 
         def step(run: Callable[[_MaskedRNN, Tensor, tuple[Tensor, ...]], Tensor]) -> object:
             layer = probe()
-            x = torch.ones(steps, n, self.input_size, requires_grad=True)
-            zeros = torch.zeros(len(self._suffixes()), n, self.hidden_size)
+            x = torch.ones(steps, n, self.input_size, dtype=torch.float32, requires_grad=True)
+            zeros = x.new_zeros(len(self._suffixes()), n, self.hidden_size)
             with torch.enable_grad():
                 y = run(layer, x, (zeros,) * (2 if self.mode == "LSTM" else 1))
                 return torch.autograd.grad(y.sum(), [x, *layer.parameters()])

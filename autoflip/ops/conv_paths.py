@@ -117,8 +117,8 @@ class Trial:
         """x, dy, a weight whose pruned entries are zero, and what the ops take."""
         g = torch.Generator().manual_seed(0)
         parts = self.parts("sss")
-        x, dy = (torch.randn(sizes[:4], generator=g) for sizes in self.geometry[:2])
-        weight = weights.select(torch.randn(parts.mask.shape, generator=g), parts.mask)
+        x, dy = (torch.randn(sizes[:4], generator=g, dtype=torch.float32) for sizes in self.geometry[:2])
+        weight = weights.select(torch.randn(parts.mask.shape, generator=g, dtype=torch.float32), parts.mask)
         if self.last:
             dy, weight = (t.to(memory_format=torch.channels_last) for t in (dy, weight))
         return x.to(memory_format=torch.channels_last) if self.x_last else x, dy, weight, parts

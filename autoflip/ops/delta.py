@@ -212,7 +212,7 @@ def expand(values: Array, mask: Pack) -> Tensor:
     """``out[mask] = values`` and zero elsewhere: ``(numel,)`` from ``(kept,)``, both float32 on the CPU."""
     _check_values("expand", values, mask)
     if ext := cpp():
-        out = torch.empty(mask.numel)
+        out = torch.empty(mask.numel, dtype=torch.float32)
         places = (values.ctypes.data, mask.words.data_ptr(), mask.offsets.data_ptr())
         ext.delta_expand(*places, mask.numel, out.data_ptr(), torch.get_num_threads())
         return out

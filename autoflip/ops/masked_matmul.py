@@ -58,7 +58,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, ac
     if x.dim() != 2:
         rows = x.reshape(x.shape[:-1].numel(), weight.shape[1])
         return masked_linear(rows, weight, bias, pack, activation).reshape(*x.shape[:-1], weight.shape[0])
-    return steps.linear(x, weight, bias, pack.parts(len(x)), relu=activation == "relu")
+    return steps.linear(x, weight, bias, pack.parts(x.shape[0]), relu=activation == "relu")
 
 
 def linear_job(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, *, relu: bool = False) -> steps.Job | None:

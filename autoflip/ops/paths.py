@@ -189,9 +189,10 @@ def _ways(
     def case() -> tuple[Tensor, Tensor, Tensor, kernels.Parts, Tensor]:
         if not made:
             g = torch.Generator().manual_seed(0)
-            x, dy = torch.randn(n_rows, cols, generator=g), torch.randn(n_rows, rows, generator=g)
-            w = weights.select(torch.randn(rows, cols, generator=g), mask)
-            made["case"] = (x, dy, w, make("sss"), torch.zeros(rows, cols))
+            sizes = (n_rows, cols), (n_rows, rows), (rows, cols)
+            x, dy, w = (torch.randn(size, generator=g, dtype=torch.float32) for size in sizes)
+            w = weights.select(w, mask)
+            made["case"] = (x, dy, w, make("sss"), torch.zeros_like(w))
         return made["case"]  # type: ignore[return-value]
 
     def forward() -> object:

@@ -132,10 +132,10 @@ class _Recurrent(torch.autograd.Function):
         h = weight_hh.shape[1]
         rows = x.reshape(steps * n, -1)
         gates = kernels.linear_kernel(rows, weight_ih, bias_ih, False, *pack.input.cpu_parts(steps * n))
-        states = [torch.empty(steps + 1, n, h) for _ in state]
+        states = [gates.new_empty(steps + 1, n, h) for _ in state]
         for whole, first in zip(states, state, strict=True):
             whole[-1 if reverse else 0] = first
-        extra = states[1] if lstm else torch.empty(steps, n, h)
+        extra = states[1] if lstm else gates.new_empty(steps, n, h)
         parts = pack.step.cpu_parts(n)
         run = CPP.recurrent_lstm_forward if lstm else CPP.recurrent_gru_forward
         run(

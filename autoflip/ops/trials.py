@@ -16,11 +16,13 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autoflip.ops import backend
@@ -102,10 +104,17 @@ def choose(
     if not _chosen:
         _chosen.update(known())
     if _chosen.get(key) not in ways:
-        # a counter of FLOPs must not see the trial, nor autograd
-        with _disable_current_modes(), torch.no_grad(), torch.inference_mode(False):
+        with _unseen():
             _chosen[key] = _remember(key, _fastest(ways, seconds, gain, burst), ways)
     return _chosen[key]
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Hide what is done from counters of FLOPs, autograd, function transforms and a default device."""
+    modes, functions = _disable_current_modes(), torch._C.DisableTorchFunction()
+    with modes, functions, temporarily_clear_interpreter_stack(), torch.no_grad(), torch.inference_mode(False):
+        yield
 
 
 def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, gain: float, burst: float) -> str:

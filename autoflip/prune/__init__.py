@@ -56,7 +56,11 @@ def random(model: nn.Module, density: float = 0.2, seed: int = 0) -> MaskSet:
     """
     generator = torch.Generator().manual_seed(seed)
     return by_scores(
-        {name: torch.rand(w.shape, generator=generator) for name, w in _weights(model, "random").items()}, density
+        {
+            name: torch.rand(w.shape, generator=generator, dtype=torch.float32)
+            for name, w in _weights(model, "random").items()
+        },
+        density,
     )
 
 

@@ -179,8 +179,8 @@ def _pool(s: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     if block == (1, 1):
         return s, torch.ones(0)
     rows, columns = (torch.arange(n) // b for n, b in zip(s.shape, block, strict=True))
-    sums = torch.zeros(int(rows[-1]) + 1, s.shape[1]).index_add_(0, rows, s)
-    sums = torch.zeros(len(sums), int(columns[-1]) + 1).index_add_(1, columns, sums)
+    sums = s.new_zeros(int(rows[-1]) + 1, s.shape[1]).index_add_(0, rows, s)
+    sums = s.new_zeros(len(sums), int(columns[-1]) + 1).index_add_(1, columns, sums)
     sizes = rows.bincount()[:, None] * columns.bincount()
     return sums / sizes, sizes
 
@@ -198,25 +198,26 @@ def _shares(order: Mapping[str, Tensor], value: Tensor, floor: Mapping[str, int]
 
 
 def _unit_scores(groups: Groups, scores: Mapping[str, Tensor]) -> Tensor:
-    total, parts = torch.zeros(len(groups)), torch.zeros(len(groups))
+    # whatever the default dtype: the same cuts on every side
+    total, parts = (torch.zeros(len(groups), dtype=torch.float32) for _ in range(2))
     for axis in groups.axes:
         if axis.tensor in scores:
             s = scores[axis.tensor]
             s = s - s.min().clamp(max=0)
             mean = float(s.mean())
-            slices = s.movedim(axis.dim, 0).flatten(1).mean(1) / mean if mean else torch.ones(len(axis.units))
+            slices = s.movedim(axis.dim, 0).flatten(1).mean(1) / mean if mean else s.new_ones(len(axis.units))
             counts = torch.bincount(axis.units, minlength=len(groups))
-            total += torch.zeros(len(groups)).index_add_(0, axis.units, slices) / counts.clamp(min=1)
+            total += torch.zeros_like(total).index_add_(0, axis.units, slices) / counts.clamp(min=1)
             parts += counts > 0
     return total / parts.clamp(min=1)
 
 
 def _unit_flops(groups: Groups, flops: Mapping[str, float], scores: Mapping[str, Tensor]) -> Tensor:
     """Return ``(units,)``: FLOPs per weight that a unit owns, over the mean of the units that cost anything."""
-    spent, owned = torch.zeros(len(groups)), torch.zeros(len(groups))
+    spent, owned = (torch.zeros(len(groups), dtype=torch.float32) for _ in range(2))
     for axis in groups.axes:
         if axis.tensor in flops and axis.tensor in scores:
-            counts = torch.bincount(axis.units, minlength=len(groups)) / len(axis.units)
+            counts = torch.bincount(axis.units, minlength=len(groups)).to(spent) / len(axis.units)
             spent += counts * flops[axis.tensor]
             owned += counts * scores[axis.tensor].numel()
     each = spent / owned.clamp(min=1)
