@@ -27,6 +27,10 @@ def test_curvature_runs_under_every_wish(wish, monkeypatch):
     monkeypatch.delenv("AUTOFLIP_BACKEND", raising=False)
     want = diagonal()
     monkeypatch.setenv("AUTOFLIP_BACKEND", wish)
+    if wish == "cuda" and not torch.cuda.is_available():
+        with pytest.raises(backend.BackendError, match="AUTOFLIP_BACKEND=cuda, which cannot run here"):
+            diagonal()
+        return
     got = diagonal()
     for name, value in want.items():
         torch.testing.assert_close(got[name], value)
@@ -48,11 +52,29 @@ def test_a_wish_counts_where_there_is_such_a_kernel(wish, op, served, monkeypatc
     monkeypatch.delenv("AUTOFLIP_BACKEND", raising=False)
     best = backend.serve(op, CPU)
     monkeypatch.setenv("AUTOFLIP_BACKEND", wish)
-    if served == "cpp" and backend.unavailable("cpp", "cpu"):
-        with pytest.raises(backend.BackendError, match="cannot serve"):
+    nowhere = wish == "cuda" and not torch.cuda.is_available()
+    if nowhere or (served == "cpp" and backend.unavailable("cpp", "cpu")):
+        with pytest.raises(backend.BackendError, match="cannot run here"):
             backend.serve(op, CPU)
     else:
         assert backend.serve(op, CPU) == (best if served == "auto" else served)
+
+
+def test_a_backend_that_can_run_nowhere_here_stops_every_op(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backend, "extension", lambda name: (None, f"{name} is not built"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend.unavailable.cache_clear()
+    backend._serve.cache_clear()
+    try:
+        for wish, why in (("cuda", "_cuda is not built"), ("cpp", "_C is not built"), ("triton", "triton|CUDA")):
+            monkeypatch.setenv("AUTOFLIP_BACKEND", wish)
+            for op in ("masked_matmul", "squared_matmul", "rademacher", "delta"):
+                with pytest.raises(backend.BackendError, match=f"={wish}, which cannot run here: .*({why})"):
+                    backend.serve(op, CPU)
+    finally:
+        backend.unavailable.cache_clear()
+        backend._serve.cache_clear()
 
 
 def test_a_backend_that_does_not_exist_stops_every_op(monkeypatch):
@@ -74,11 +96,12 @@ def test_info_prints_its_table_under_every_wish(wish, monkeypatch, capsys):
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["wish"] == (wish or "auto")
-    assert bool(facts["wish_error"]) == (wish == "bogus")
+    nowhere = wish == "cuda" and not torch.cuda.is_available()
+    assert bool(facts["wish_error"]) == (wish == "bogus" or nowhere)
     rows = {row["op"]: row for row in facts["kernels"] if row["device"] == "cpu"}
     if wish == "cuda":
         assert rows["masked_matmul"]["backend"] == "-"
-        assert "cuda runs on CUDA tensors only" in rows["masked_matmul"]["why_not"]
+        assert nowhere or "cuda runs on CUDA tensors only" in rows["masked_matmul"]["why_not"]
     if wish == "bogus":
         assert all(row["backend"] == "-" for row in rows.values())
 

@@ -2,8 +2,8 @@
 
 Backends: ``reference`` (torch), ``cpp`` (the CPU extension), ``cuda`` (the CUDA extension), ``triton``.
 The environment variable ``AUTOFLIP_BACKEND`` asks for one of them; unset, empty and ``auto`` leave the choice to
-us. Asking for one that cannot run is an error that says why, except for helper ops (``optional`` in
-:func:`register`) that have no such kernel for that kind of device: those run as ever.
+us. Asking for one that cannot run is an error that says why. One that runs here is no error for helper ops
+(``optional`` in :func:`register`) that have no such kernel for that kind of device: those run as ever.
 """
 
 from __future__ import annotations
@@ -54,9 +54,20 @@ def wish() -> str:
 
 def wish_error() -> str:
     """Return what is wrong with :func:`wish` whatever the op; empty when nothing is."""
-    if wish() in ("auto", *BACKENDS):
+    wished = wish()
+    if wished not in ("auto", *BACKENDS):
+        return f"AUTOFLIP_BACKEND={wished!r}; wanted auto or one of {', '.join(BACKENDS)}"
+    reason = _nowhere(wished)
+    return f"AUTOFLIP_BACKEND={wished}, which cannot run here: {reason}" if reason else ""
+
+
+def _nowhere(backend: str) -> str:
+    """Return why ``backend`` can run on no device here; empty when it can."""
+    if backend not in _HOME or not unavailable(backend, "cpu"):
         return ""
-    return f"AUTOFLIP_BACKEND={wish()!r}; wanted auto or one of {', '.join(BACKENDS)}"
+    if reason := unavailable(backend, _HOME[backend]):
+        return reason
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def _build_note(module: str) -> str:
