@@ -66,6 +66,12 @@ def test_another_mask_schema_or_base_is_refused():
     codec.decode(blob, masks=MASKS, base_id=b"a" * 16)
 
 
+@pytest.mark.parametrize("wrong", [{"max_bytes": -1}, {"max_tensors": 1.5}, {"max_schema_bytes": None}])
+def test_limits_that_nothing_can_meet_are_named(wrong):
+    with pytest.raises(ValueError, match=f"Limits: {next(iter(wrong))}=.*; wanted a whole number, at least 0"):
+        codec.Limits(**wrong)
+
+
 def test_limits_are_arguments():
     blob = codec.encode({"w": torch.zeros(1000, 1000)})
     with pytest.raises(codec.DecodeError, match="Limits.max_bytes"):

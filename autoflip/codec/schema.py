@@ -43,11 +43,20 @@ class Limits:
         max_bytes: bytes, both of the frame and of the dense tensors it decodes to (4 an entry for floats).
         max_tensors: tensors in a schema that travels in the frame.
         max_schema_bytes: bytes of that schema, unpacked.
+
+    Raises:
+        ValueError: one of them is no whole number or below 0.
     """
 
     max_bytes: int = 1 << 30
     max_tensors: int = 1 << 16
     max_schema_bytes: int = 1 << 22
+
+    def __post_init__(self) -> None:
+        """Check them: a limit that nothing can meet would look like bad frames."""
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"Limits: {name}={value!r}; wanted a whole number, at least 0")
 
 
 class Entry(NamedTuple):
