@@ -7,7 +7,7 @@ import torch
 from test_nn_layers import net, random_masks
 from torch import nn
 
-from autoflip import MaskSet
+from autoflip import MaskSet, prune
 from autoflip import nn as sparse
 
 
@@ -130,3 +130,29 @@ def test_channels_last_is_kept(first, channels, kernel):
     y.sum().backward()
     want.sum().backward()
     torch.testing.assert_close(conv.weight.grad, torch.where(mask, plain.weight.grad, 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trials", ["on", "off"])
+def test_many_models_train_at_once_under_vmap(trials, monkeypatch, tmp_path):
+    """torch.func.stack_module_state stacks masks, too: each model keeps its own weights at zero."""
+    monkeypatch.setenv("AUTOFLIP_TRIALS", trials)
+    monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path))
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        parts = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 20), nn.ReLU(), nn.Linear(20, 5)
+        models.append(sparse.sparsify(nn.Sequential(*parts), prune.random(nn.Sequential(*parts), 0.3, seed)))
+    params, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0])
+    x, target = torch.randn(3, 6, 1, 8, 8), torch.randint(5, (3, 6))
+
+    def loss(p, b, x, target):
+        return nn.functional.cross_entropy(torch.func.functional_call(base, (p, b), (x,)), target)
+
+    got = torch.func.vmap(torch.func.grad(loss))(params, buffers, x, target)
+    for k, model in enumerate(models):
+        want = torch.autograd.grad(nn.functional.cross_entropy(model(x[k]), target[k]), list(model.parameters()))
+        for (name, value), one in zip(got.items(), want, strict=True):
+            torch.testing.assert_close(value[k], one)
+            mask = buffers.get(f"{name}_mask")
+            assert mask is None or not value[k][~mask[k]].any()
