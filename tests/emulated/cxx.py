@@ -28,7 +28,7 @@ def arguments(words, simde):
     if not name.endswith(("_avx512.cpp", "_bf16.cpp")):
         return words
     # -O3 would take minutes a file over what SIMDe makes of it
-    kept = ["-O1" if word == "-O3" else word for word in words if "512" not in word or word.endswith((".cpp", ".o"))]
+    kept = ["-O1" if word == "-O3" else word for word in words if not (word.startswith("-m") and "512" in word)]
     bf16 = ["-DEMULATED_BF16"] if name.endswith("_bf16.cpp") else []
     return ["-mavx2", *bf16, "-w", "-Wno-psabi", f"-I{simde}", "-include", str(HERE / "avx512.h"), *kept]
 
