@@ -15,4 +15,4 @@ def rerun(file, isa, *names):
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stdout[-2000:]
+    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
