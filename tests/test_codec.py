@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from autoflip import MaskSet, codec
 from autoflip.codec import packing
+from autoflip.ops.backend import BackendError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -355,6 +356,10 @@ def test_a_wish_for_a_gpu_backend_leaves_frames_alone(served, monkeypatch):
     masks = MaskSet({"w": delta["w"] > 1})
     blob = codec.encode(delta, masks=masks, values="int8")
     monkeypatch.setenv("AUTOFLIP_BACKEND", served)
+    if served == "cuda" and not torch.cuda.is_available():  # triton's interpreter can run here
+        with pytest.raises(BackendError, match="cuda, which cannot run here"):
+            codec.encode(delta, masks=MaskSet(dict(masks)), values="int8")
+        return
     assert codec.encode(delta, masks=MaskSet(dict(masks)), values="int8") == blob
 
 
