@@ -90,7 +90,7 @@ def run(config: Config | None = None, *, out: str | Path | None = None, sinks: I
         raise ValueError(
             f"{folder} already holds a run; continue it by `autoflip resume`, remove it, or name another folder"
         )
-    with _torch_set(config.fed.threads):
+    with _torch_settings(config.fed.threads):
         job = _Job(config)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def resume(run_dir: str | Path, *, sinks: Iterable[Sink] = ()) -> Result:
         )
     checkpoint.write_atomically(path, "".join(lines[:count]).encode())  # what came after is run again
     records = read_records(path)
-    with _torch_set(config.fed.threads):
+    with _torch_settings(config.fed.threads):
         job = _Job(config, states)
         everything = list(sinks)
         for record in records:
@@ -131,7 +131,7 @@ def resume(run_dir: str | Path, *, sinks: Iterable[Sink] = ()) -> Result:
 
 
 @contextmanager
-def _torch_set(threads: int) -> Iterator[None]:
+def _torch_settings(threads: int) -> Iterator[None]:
     """Let a run compute on so many threads and in float32, and leave torch as it was."""
     before, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(threads or before)

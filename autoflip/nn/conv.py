@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Known, Masked, stacked
+from autoflip.nn.masked import Known, Masked, transformed
 from autoflip.ops import (
     ConvPack,
     again,
@@ -78,7 +78,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
             return self._conv_forward(input, weight if mask is None else conv_weight(weight, mask), bias)
         known = self.__dict__.get("_pack")  # asked first: the rest of the way costs a small layer a percent or two
         if known is None or mask is None or known[0] is not mask or known[1] != version_of(mask):
-            if mask is not None and stacked(mask):
+            if mask is not None and transformed(mask):
                 return self._conv_forward(input, self._effective("weight"), bias)
             if mask is None or (self._mask_of("weight") is None and not few_channels(mask)):
                 return self._conv_forward(input, weight, bias)

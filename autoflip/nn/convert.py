@@ -12,7 +12,7 @@ from autoflip.masks import MaskSet
 from autoflip.nn.conv import MaskedConv2d
 from autoflip.nn.embedding import MaskedEmbedding
 from autoflip.nn.linear import MaskedLinear, MaskedSelectingLinear, SelectingLinear
-from autoflip.nn.masked import Masked, rows, stacked
+from autoflip.nn.masked import Masked, rows, transformed
 from autoflip.nn.recurrent import MaskedGRU, MaskedLSTM
 from autoflip.ops import masked_weight, version_of, zero_pruned
 
@@ -227,7 +227,8 @@ class _Seen:
     def written(self) -> bool:
         """Tell whether the parameter or its mask is another one than at the last look, or was written since."""
         mask = self.layer._buffers.get(self.mask_name)
-        if mask is None or stacked(mask):  # also where a part of the model was made dense again
+        # where a part of the model was made dense again, or another tensor stands in (functional_call under vmap)
+        if mask is None or transformed(mask):
             self.mask = None
             return False
         tensor = self.layer._parameters.get(self.name)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Known, Masked, stacked
+from autoflip.nn.masked import Known, Masked, transformed
 from autoflip.ops import Pack, again, linear_job, linear_step, masked_linear, narrow_linear, traced, version_of
 
 _compiling, _threads = torch.compiler.is_compiling, torch.get_num_threads
@@ -87,7 +87,7 @@ class MaskedLinear(Masked, nn.Linear):
         pack = self._pack
         if not torch.compiler.is_compiling():
             if pack is None or pack.mask is not mask or self._packed_version != version_of(mask):
-                if stacked(mask):
+                if transformed(mask):
                     return F.linear(input, self._effective("weight"), bias)
                 self._repack()  # the module moved to another device, or someone wrote into the buffer
                 pack = self._pack

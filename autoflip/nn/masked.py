@@ -12,10 +12,10 @@ from autoflip.ops import channels_last, gradient_hook, looker, masked_weight, ve
 
 _compiling = torch.compiler.is_compiling
 
-__all__ = ["Known", "Masked", "rows", "stacked"]
+__all__ = ["Known", "Masked", "rows", "transformed"]
 
 
-def stacked(mask: Tensor) -> bool:
+def transformed(mask: Tensor) -> bool:
     """Tell whether ``mask`` came through a function transform.
 
     Then it may stand for many models' masks (``torch.func.stack_module_state`` under ``vmap``): none to pack by.
@@ -131,7 +131,7 @@ class Masked(nn.Module):
     def _mask_of(self, name: str) -> Tensor | None:
         """Return the mask of a parameter, None where it keeps everything."""
         mask = self._buffers.get(f"{name}_mask")
-        if mask is None or torch.compiler.is_compiling() or stacked(mask):
+        if mask is None or torch.compiler.is_compiling() or transformed(mask):
             return mask
         whole = self.__dict__.setdefault("_whole", {})
         known = whole.get(name)
@@ -184,8 +184,6 @@ class Masked(nn.Module):
         parameter, mask = getattr(self, name), self._mask_of(name)
         if mask is None:
             return parameter
-        if stacked(mask):
-            return torch.where(mask, parameter, 0.0)
         if channels_last(parameter) and channels_last(mask):  # so that the convolution keeps its fast layout
             return masked_weight(*rows(parameter, mask)).permute(0, 3, 1, 2)
         return masked_weight(parameter, mask)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from autoflip.groups import Groups, find_groups
 from autoflip.masks import MaskSet
+from autoflip.prune.arguments import check_block, check_finite, check_share, layers_named, scores_of
 from autoflip.prune.cuts import choose_inputs, choose_units, cut, cut_inside
 
 __all__ = ["by_scores", "hybrid", "magnitude", "paper", "random", "weights"]
@@ -54,13 +54,9 @@ def random(model: nn.Module, density: float = 0.2, seed: int = 0) -> MaskSet:
 
     Args, returns and errors as in :func:`magnitude`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    g, found = torch.Generator().manual_seed(seed), _weights(model, "random")
     return by_scores(
-        {
-            name: torch.rand(w.shape, generator=generator, dtype=torch.float32)
-            for name, w in _weights(model, "random").items()
-        },
-        density,
+        {name: torch.rand(w.shape, generator=g, dtype=torch.float32) for name, w in found.items()}, density
     )
 
 
@@ -77,8 +73,8 @@ def by_scores(scores: Mapping[str, Tensor], density: float = 0.2) -> MaskSet:
     Raises:
         ValueError: density is outside (0, 1], or a score is not finite.
     """
-    _share("density", density)
-    _finite(scores)
+    check_share("density", density)
+    check_finite(scores)
     cells = {name: s.detach().float().cpu().reshape(1, -1) for name, s in scores.items() if s.numel()}
     kept = cut(cells, round(density * sum(c.numel() for c in cells.values())))
     kept |= {name: torch.ones(s.shape, dtype=torch.bool) for name, s in scores.items() if not s.numel()}
@@ -137,18 +133,18 @@ def hybrid(
         ValueError: shares outside (0, 1], scores that are missing, not finite or of another shape, a block or a
             layer name that does not fit.
     """
-    _share("density", density)
-    _share("channels", channels)
-    _share("inputs", inputs)
+    check_share("density", density)
+    check_share("channels", channels)
+    check_share("inputs", inputs)
     if not isinstance(flops_exponent, Real) or not 0 <= flops_exponent <= 1 or (flops_exponent and not flops):
         raise ValueError(
             f"hybrid: flops_exponent is {flops_exponent!r} and flops names {len(flops or ())} weights; wanted a power "
             "in [0, 1] and, above 0, flops=meter.layer_flops(model, example)"
         )
     covered = _weights(model, "hybrid")
-    scores = _checked(covered, scores)
-    _check_block(block, covered)
-    shielded = _protected(covered, protect)
+    scores = scores_of(covered, scores)
+    check_block(block, covered)
+    shielded = layers_named(covered, protect)
     groups = find_groups(model) if groups is None else groups
     removed = choose_units(groups, scores, channels, _steps(model, groups, round_to), shielded, flops, flops_exponent)
     removed |= choose_inputs(groups, scores, removed, inputs, shielded)
@@ -188,7 +184,7 @@ def paper(deviations: Mapping[str, Tensor], threshold: float = 0.3) -> MaskSet:
     """
     if not isinstance(threshold, Real) or not 0 <= threshold < 1:
         raise ValueError(f"paper: threshold is {threshold!r}, wanted a share in [0, 1); 0.3 prunes 30 % of all entries")
-    _finite(deviations)
+    check_finite(deviations)
     scaled = {}
     for name, tensor in deviations.items():
         values = tensor.detach().double().cpu()
@@ -203,33 +199,6 @@ def paper(deviations: Mapping[str, Tensor], threshold: float = 0.3) -> MaskSet:
     )
 
 
-def _share(name: str, value: Any) -> None:
-    if not isinstance(value, Real) or not 0 < float(value) <= 1:
-        raise ValueError(f"prune: {name} is {value!r}, wanted the kept share, above 0 and at most 1 (1 keeps all)")
-
-
-def _mapping(scores: Any) -> None:
-    if not isinstance(scores, Mapping):
-        raise ValueError(
-            f"prune: scores are a {type(scores).__name__}, wanted a mapping from weight name to float tensor, such "
-            "as {name: w.abs() for name, w in prune.weights(model).items()}"
-        )
-    for name, tensor in scores.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"prune: scores of {name!r} are a {type(tensor).__name__}, wanted a tensor of numbers")
-
-
-def _finite(scores: Mapping[str, Tensor]) -> None:
-    _mapping(scores)
-    for name, tensor in scores.items():
-        if not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(
-                f"prune: scores of {name!r} hold {bad} values that are NaN or infinite; every score must be a "
-                "number. Did an exploring client diverge?"
-            )
-
-
 def _weights(model: nn.Module, what: str) -> dict[str, Tensor]:
     found = weights(model)
     if not found:
@@ -238,46 +207,6 @@ def _weights(model: nn.Module, what: str) -> dict[str, Tensor]:
             "give by_scores() the tensors you mean"
         )
     return found
-
-
-def _checked(covered: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    _mapping(scores)
-    for name, weight in covered.items():
-        if name not in scores:
-            raise ValueError(
-                f"hybrid: there are no scores for {name!r}; every weight needs one. Scores came for "
-                f"{', '.join(list(scores)[:8]) or 'nothing'}. Were they made for another model?"
-            )
-        if scores[name].shape != weight.shape:
-            raise ValueError(
-                f"hybrid: scores of {name!r} have shape {tuple(scores[name].shape)} but the weight has "
-                f"{tuple(weight.shape)}. Did the model get compacted after the scores were made?"
-            )
-    mine = {name: scores[name].detach().float().cpu() for name in covered}
-    _finite(mine)
-    return mine
-
-
-def _check_block(block: tuple[int, int] | None, covered: Mapping[str, Tensor]) -> None:
-    if block is None:
-        return
-    pair = isinstance(block, (tuple, list)) and len(block) == 2
-    if not pair or not all(isinstance(n, int) and n > 0 for n in block):
-        raise ValueError(f"hybrid: block is {block!r}, wanted two positive counts (rows, columns), such as (16, 1)")
-    sizes = [(len(w), w[0].numel()) for w in covered.values()]
-    if not any(block[0] <= rows and block[1] <= columns for rows, columns in sizes):
-        raise ValueError(
-            f"hybrid: a block of {block[0]} rows and {block[1]} columns fits no weight of this model; the largest "
-            f"has {max(sizes, key=lambda size: size[0] * size[1])}. Choose a smaller block"
-        )
-
-
-def _protected(covered: Mapping[str, Tensor], protect: Iterable[str]) -> set[str]:
-    layers = {name.rpartition(".")[0] for name in covered}
-    names = {protect} if isinstance(protect, str) else set(protect)
-    if unknown := sorted(names - layers):
-        raise ValueError(f"hybrid: protect names {unknown[0]!r}, but the layers are {', '.join(sorted(layers))}")
-    return names
 
 
 def _steps(model: nn.Module, groups: Groups, round_to: int | str | None) -> dict[str, tuple[int, int]]:

@@ -117,14 +117,14 @@ class AutoFlip(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[FlowerMessage]:
         """Sample nodes as FedAvg does; each is sent what it lacks of ``arrays``, which are those of the last round."""
-        self._take(arrays, first=server_round == 1)
+        self._begin_or_check(arrays, first=server_round == 1)
         return self._offer(super().configure_train(server_round, arrays, config, grid), average=False)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[FlowerMessage]:
         """Sample nodes as FedAvg does; each is sent what it lacks of the model that is handed out."""
-        self._take(arrays, first=False)
+        self._begin_or_check(arrays, first=False)
         return self._offer(super().configure_evaluate(server_round, arrays, config, grid), average=True)
 
     def aggregate_train(
@@ -191,11 +191,11 @@ class AutoFlip(FedAvg):
         _LOG.info("\t├──> Wire: %s up, %s down", cfg.wire.values, cfg.wire.downlink)
         super().summary()
 
-    def _take(self, arrays: ArrayRecord, *, first: bool) -> None:
+    def _begin_or_check(self, arrays: ArrayRecord, *, first: bool) -> None:
         """Begin with these arrays, or see that nobody changed what the last round made."""
         if first or self._state is None:
             self._begin(arrays)
-        elif arrays is not self._arrays and _words(arrays) != _words(self._arrays):
+        elif arrays is not self._arrays and _contents(arrays) != _contents(self._arrays):
             raise ValueError(
                 "flower.AutoFlip: the arrays are not those that the last round made; whoever changed them (a strategy "
                 "around this one that clips or adds noise?) had no say, since nodes are sent differences to what they "
@@ -280,5 +280,5 @@ class AutoFlip(FedAvg):
         return metrics
 
 
-def _words(arrays: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], bytes]]:
+def _contents(arrays: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], bytes]]:
     return [(name, array.dtype, tuple(array.shape), array.data) for name, array in arrays.items()]
