@@ -13,8 +13,6 @@ namespace {
 
 const MaskedBlocks& kernels() { return pick(masked_blocks_base, masked_blocks_avx2, masked_blocks_avx512); }
 
-int useful_threads(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
-
 Blocks blocks_at(uintptr_t lay, int64_t chunk, int height, int64_t rows, int64_t cols) {
   const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), ceil_div(rows, height), cols, chunk);
   return {orders.lists, rows, height};
@@ -30,8 +28,8 @@ void masked_blocks_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t
                            uintptr_t bias, int64_t n, int64_t rows, int64_t cols, bool relu, uintptr_t y,
                            uintptr_t values, int threads) {
   py::gil_scoped_release release;
-  threads = useful_threads(n * cols, threads);
   const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);
+  threads = threads_for(kept(blocks.lists) * height * n, threads);
   Scratch& scratch = thread_scratch();
   kernels().forward(blocks, at<const float>(weight), at<const float>(x), n, at<const float>(bias), relu,
                     at<float>(y), at<float>(values), scratch.take(kernels().forward_scratch(blocks, n)),
@@ -43,8 +41,8 @@ void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr
                             int64_t chunk, int height, int64_t n, int64_t rows, int64_t cols, uintptr_t dx,
                             uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
-  threads = useful_threads(n * cols, threads);
   const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);
+  threads = threads_for(kept(blocks.lists) * height * n, threads);
   Scratch& scratch = thread_scratch();
   kernels().backward(blocks, at<const float>(weight), at<const float>(values), at<const float>(dy),
                      at<const float>(x), n, at<float>(dx), at<float>(dw), at<float>(db),

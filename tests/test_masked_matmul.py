@@ -75,7 +75,8 @@ def test_sparse_path_equals_float64_reference(N, O, K, density, activation):
 
 
 # several rounds of panels over a weight past the second-level cache whose rows lie a power of two apart; a gradient
-# that goes past every cache, of few rows and of many, in whole lines or not; weights whose kept entries are copied
+# that goes past every cache, of few rows and of many, in whole lines or not; weights whose kept entries are copied, and
+# whose rows are walked in fours
 LARGE = [
     (300, 130, 2112, 0.3),
     (9, 2051, 2052, 0.1),
@@ -85,6 +86,8 @@ LARGE = [
     (40, 515, 2064, 0.1),
     (130, 1027, 1030, 0.1),
     (4, 17, 70001, 0.02),
+    (16, 1030, 1040, 0.3),
+    (40, 1030, 1040, 0.5),
 ]
 
 

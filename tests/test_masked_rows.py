@@ -65,8 +65,9 @@ def check(N, O, K, height, density, activation):
 
 # ragged in blocks, vectors, samples together, chunks of columns and blocks of rows
 SHAPES = [(16, 1), (17, 5), (35, 33), (70, 700), (2 * 128 * 16 + 4, 3)]
-BATCHES = [1, 3, 16, 17, 40, 64, 150]
+BATCHES = [1, 3, 16, 17, 24, 25, 40, 64, 150]
 LARGE = "test_a_large_weight_is_read_where_it_stands_or_copied"
+PAST = "test_a_gradient_past_every_cache_equals_float64_reference"
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -80,7 +81,7 @@ def test_equals_float64_reference(height, density, activation):
 
 @pytest.mark.parametrize("isa", instruction_sets.LEVELS[:-1])
 def test_every_instruction_set_equals_float64_reference(isa):
-    instruction_sets.rerun(__file__, isa, "test_equals_float64_reference", LARGE)
+    instruction_sets.rerun(__file__, isa, "test_equals_float64_reference", LARGE, PAST)
 
 
 def test_result_does_not_depend_on_the_thread_count():
@@ -97,7 +98,7 @@ def test_result_does_not_depend_on_the_thread_count():
 
 @pytest.mark.parametrize("height", [4, 16])
 def test_a_large_weight_is_read_where_it_stands_or_copied(height):
-    # the last one's gradient goes past every cache in whole lines
+    # the last one's gradient goes past every cache in whole lines where vectors have 16 lanes
     cases = ((1035, 700, 0.1, True), (523, 530, 0.02, False), (523, 530, 0.5, None), (1050, 1008, 0.2, True))
     for O, K, density, kept_until_backward in cases:
         parts = block_pack(block_mask(O, K, height, density), height).parts(20)
@@ -106,6 +107,12 @@ def test_a_large_weight_is_read_where_it_stands_or_copied(height):
         assert (_masked_kernels.new_values(parts) is not None) == bool(kept_until_backward)
         for N in (3, 20, 130, 300):
             check(N, O, K, height, density, "relu" if N == 20 else None)
+
+
+@pytest.mark.parametrize("height", [4, 16])
+def test_a_gradient_past_every_cache_equals_float64_reference(height):
+    for K in (2048, 2050):  # in whole lines, and not
+        check(20, 2052, K, height, 0.05, None)
 
 
 def test_only_masks_of_blocks_have_a_letter():

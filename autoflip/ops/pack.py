@@ -127,8 +127,8 @@ class Pack:
         elif letter in kernels.HEIGHTS:
             layout = self._layout(kernels.make_block_layout, chunk, letter)
         elif "s" in path:
-            groups, back = paths.groups(n_rows, self.density), paths.back(n_rows, self.mask.numel(), self.density)
-            layout = self._layout(kernels.make_layout, chunk, groups, back)
+            case = n_rows, self.mask.numel(), self.density
+            layout = self._layout(kernels.make_layout, chunk, paths.groups(*case), paths.back(*case))
         else:
             layout = self.mask.new_empty(0, dtype=torch.uint8)
         nothing = self.mask.new_empty(0, dtype=torch.uint8)

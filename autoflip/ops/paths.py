@@ -72,26 +72,33 @@ def chunk(n_rows: int, density: float, letter: str = "s", entries: int = 0) -> i
     copy goes along rows of a chunk. The three products of 2304x512 to 4096x4096 gained 3 to 19 % at 32 to 128 rows.
     Rows of a huge weight that is read where it stands are met in shorter pieces: 4096x4096 at 16 rows took 5 to 13 %
     less by 256 columns than by 512, densities 0.7 to 0.25; 2048x2048 2 %.
-    24 lanes (AVX2) leave room for more columns than 64: 256 of them took 10 to 20 % less than 128 (Zen 1).
+    24 and 32 lanes (AVX2) leave room for more columns than 64: 256 of them took 10 to 20 % less than 128, and where
+    less than a fifth is kept 512 up to 5 % less than 256 (Zen 1).
     """
-    if _narrow() and letter == "s":
-        return 256 if n_rows > 16 and groups(n_rows, density) else 512
-    if n_rows <= 16 and letter == "s" and entries >= 1 << 22 and groups(n_rows, density):
+    together = groups(n_rows, entries, density)
+    if _narrow() and letter not in kernels.HEIGHTS:
+        return 256 if n_rows > 16 and (together or density >= 0.22) else 512
+    if n_rows <= 16 and letter == "s" and entries >= 1 << 22 and together:
         return 256
     if n_rows <= 16 or density < 0.03:
         return 512
     if letter in kernels.HEIGHTS:
         return 512 if density < 0.12 else 256
     few = 256 if n_rows <= 32 or density < 0.07 else 128
-    copied = entries >= 1 << 20 and not groups(n_rows, density)
+    copied = entries >= 1 << 20 and not together
     return 2 * few if copied and n_rows <= 128 else few
 
 
-def groups(n_rows: int, density: float) -> bool:
+def groups(n_rows: int, entries: int, density: float) -> bool:
     """Return whether rows are walked four at a time, for the columns that they share, instead of one by one.
 
-    Few lanes do too little with a column that is shared to pay for the smaller buckets.
+    Few lanes do too little with a column that is shared to pay for the smaller buckets. With AVX2 rows walked one by
+    one meet 32 lanes, in fours 24, and take less up to density 0.5: 784x200 and 2304x512 at 0.3 0.77 to 0.9 of it from
+    32 rows on. Those of a large weight would be copied first, which few rows pay for dearly (Zen 1).
     """
+    if _narrow():
+        large = entries >= 1 << 20
+        return density >= ((0.25 if large else 0.4) if n_rows <= 16 else 0.45 if large and n_rows <= 32 else 0.6)
     return density >= (0.25 if n_rows <= 32 else 0.15)
 
 
@@ -104,7 +111,7 @@ def back(n_rows: int, entries: int, density: float) -> bool:
     gain by an order of their own at any size: 2304x512 at density 0.1 takes half the time (Zen 1).
     """
     if _narrow():
-        return n_rows > 24 or entries < 1 << 18 or not groups(n_rows, density)
+        return n_rows > 24 or entries < 1 << 18 or not groups(n_rows, entries, density)
     return n_rows > (32 if entries < 1 << 23 else 64) or entries < 1 << 18
 
 

@@ -37,9 +37,8 @@ extern const MaskedBlocks masked_blocks_avx512;
 inline int64_t copied(const Blocks& b) {
   constexpr int64_t kLeast = int64_t(1) << 18;  // entries: 1 MB
   const Lists& l = b.lists;
-  const int64_t all = b.rows * l.cols,
-                kept = b.height * int64_t(l.first[ceil_div(l.rows, l.block) * ceil_div(l.cols, l.chunk)]);
-  return all >= kLeast && kept * 4 < all ? kept : 0;
+  const int64_t all = b.rows * l.cols, held = b.height * kept(l);
+  return all >= kLeast && held * 4 < all ? held : 0;
 }
 
 }  // namespace autoflip

@@ -79,6 +79,15 @@ void tall_gradients(const uint16_t* column, int64_t count, const float* dy, cons
 
 // --- blocks of 4 rows
 
+// Samples in panels: the products' where one holds them all or vectors are long, else those of blocks of 16
+// rows, all of one width, so that nothing is worked out for each
+constexpr int64_t kFlatLanes = kVector == 16 ? kLanes : kTall;
+AF_INLINE bool flat_as_products(int64_t n) { return kVector == 16 || n <= kLanes; }
+AF_INLINE Panel flat_panel(int64_t i, int64_t n) { return kVector == 16 ? panel(i, n) : tall_panel(i, n); }
+AF_INLINE void flat_panels(const float* x, int64_t n, int64_t features, float* out, int threads) {
+  flat_as_products(n) ? to_panels(x, n, features, out, threads) : tall_panels(x, n, features, out, threads);
+}
+
 // to[row][column] = the sums over all samples of dy * x at four columns and R rows from `row` on; V: vectors
 // of samples where one panel holds them all, else 0; in vectors of 8 also where there are longer ones: what
 // does not have to be folded is worth more than what is done at once
@@ -89,7 +98,12 @@ AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row,
   half sums[R][4];
   const auto add = [&](const float* x, const float* d, int64_t width, auto first) AF_LAMBDA {
     half xs[4];
-    unroll<0, 4>([&](auto c) AF_LAMBDA { xs[c.value] = load_half(x + column[c.value] * width); });
+    unroll<0, 4>([&](auto c) AF_LAMBDA {
+      xs[c.value] = load_half(x + column[c.value] * width);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+      asm("" : "+x"(xs[c.value]));  // held, not loaded for each row again
+#endif
+    });
     unroll<0, R>([&](auto r) AF_LAMBDA {
       const half ds = load_half(d + r.value * width);
       unroll<0, 4>([&](auto c) AF_LAMBDA {
@@ -106,14 +120,14 @@ AF_INLINE void flat_sample(const uint16_t* column, const float* dy, int64_t row,
     });
   } else {
     unroll<0, R * 4>([&](auto i) AF_LAMBDA { sums[i.value / 4][i.value % 4] = half{}; });
-    for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
-      const Panel p = panel(i, n);
+    for (int64_t i = 0; i < ceil_div(n, kFlatLanes); ++i) {
+      const Panel p = flat_panel(i, n);
       const float *x = panels + p.begin * cols + col * p.width, *d = dy + p.begin * rows + row * p.width;
-      if (p.width == kLanes)
-        unroll<0, kLanes / kHalf>(
-            [&](auto v) AF_LAMBDA { add(x + v.value * kHalf, d + v.value * kHalf, kLanes, Int<0>{}); });
+      if (p.count > kFlatLanes - kHalf)
+        unroll<0, kFlatLanes / kHalf>(
+            [&](auto v) AF_LAMBDA { add(x + v.value * kHalf, d + v.value * kHalf, kFlatLanes, Int<0>{}); });
       else
-        for (int64_t v = 0; v < p.width; v += kHalf) add(x + v, d + v, p.width, Int<0>{});
+        for (int64_t v = 0; v < p.count; v += kHalf) add(x + v, d + v, p.width, Int<0>{});
     }
   }
   unroll<0, R>([&](auto r) AF_LAMBDA { sum_halves<4>(sums[r.value], true, to + r.value * stride); });

@@ -73,8 +73,7 @@ void block_tile(const Blocks& b, int64_t cell, const float* dy, const float* x, 
   const Lists& l = b.lists;
   const int64_t chunks = ceil_div(l.cols, l.chunk), words = words_of(l.chunk), height = b.height;
   const int64_t block = cell / chunks, col = cell % chunks * l.chunk, cols = least(l.chunk, l.cols - col);
-  // what no cache will hold until it is read again need not pass through one
-  const bool past = b.rows * l.cols >= kPackFrom;
+  const bool past = b.rows * l.cols >= kSpreadPast;
   const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
   const uint16_t* bits = l.bits + cell * l.block * words;
   for (int64_t g = block * l.block; g < least(l.rows, (block + 1) * l.block); ++g, ++count, bits += words) {
@@ -88,7 +87,7 @@ void block_tile(const Blocks& b, int64_t cell, const float* dy, const float* x, 
                 least(height, b.rows - row), past, empty);
     column += *count;
   }
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if (past) _mm_sfence();
 #endif
 }
@@ -115,11 +114,11 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
                      int64_t n, float* dx, float* dw, float* db, float* scratch, int threads) {
   const Lists& l = b.lists;
   const bool tall = b.height == kTall;
-  float *dy_panels = scratch, *dy_blocks = dy_panels + padded(n) * b.rows,
+  float *dy_panels = scratch, *dy_blocks = dy_panels + tall_padded(n) * b.rows,
         *x_panels = dy_blocks + (tall ? n * l.rows * kTall : 0);
   if (db) sum_samples(dy, n, b.rows, db);
-  if (dx || !tall) to_panels(dy, n, b.rows, dy_panels, threads);
   if (dx) {
+    to_panels(dy, n, b.rows, dy_panels, threads);
     const float* copy = copied(b) ? values : nullptr;
     if (copied(b) && !values) {
       float* room = x_panels + tall_padded(n) * l.cols + kMaxChunk * kLanes;
@@ -133,8 +132,13 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
     __builtin_memset(dw, 0, std::size_t(b.rows * l.cols) * sizeof(float));
     return;
   }
-  if (tall) tall_samples(dy, n, b.rows, dy_blocks, threads);
-  (tall ? tall_panels : to_panels)(x, n, l.cols, x_panels, threads);
+  if (tall) {
+    tall_samples(dy, n, b.rows, dy_blocks, threads);
+    tall_panels(x, n, l.cols, x_panels, threads);
+  } else {
+    if (!dx || !flat_as_products(n)) flat_panels(dy, n, b.rows, dy_panels, threads);
+    flat_panels(x, n, l.cols, x_panels, threads);
+  }
   const int64_t cells = ceil_div(l.rows, l.block) * ceil_div(l.cols, l.chunk);
   deal(cells, threads,
        [&](int64_t t) AF_LAMBDA { block_tile(b, t, tall ? dy_blocks : dy_panels, x_panels, n, dw); });

@@ -203,7 +203,7 @@ void gradient(Layout layout, const int32_t* index, int64_t kept, const float* x,
         });
       }
     }
-    for (int64_t i = begin; i < end; ++i) dw[index[i]] = scratch[i];
+    put(scratch + begin, index + begin, end - begin, dw);
   }
 }
 

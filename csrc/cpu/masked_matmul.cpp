@@ -127,7 +127,8 @@ std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int
     }
   // the number of runs tells a reader where the columns begin
   table.push_back(int32_t(runs.size()));
-  std::vector<uint8_t> bytes(table.size() * 4 + runs.size() * 4 + columns.size() * 2);
+  constexpr size_t kAhead = 16;
+  std::vector<uint8_t> bytes(table.size() * 4 + runs.size() * 4 + columns.size() * 2 + kAhead);
   uint8_t* to = bytes.data();
   const auto put = [&to](const void* from, size_t size) {
     if (size) std::memcpy(to, from, size);
@@ -136,7 +137,7 @@ std::vector<uint8_t> masked_matmul_layout(const uint8_t* mask, int64_t rows, int
   put(table.data(), table.size() * 4);
   put(runs.data(), runs.size() * 4);
   put(columns.data(), columns.size() * 2);
-  return bytes;
+  return bytes;  // and zeros: whoever reads columns ahead reads past the last one
 }
 
 Layout masked_matmul_layout_at(const uint8_t* bytes, int64_t rows, int64_t cols, int64_t chunk,

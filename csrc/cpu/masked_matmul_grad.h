@@ -109,7 +109,7 @@ void sample_cell(const Lists& lists, int64_t cell, int64_t rows, const float* dy
     sums += ceil_div(*count, kWide) * kWide;
   }
 }
-constexpr auto kSampleCell = widths([](auto v) { return &sample_cell<decltype(v)::value>; });
+constexpr auto kSampleCell = widths<kAlone>([](auto v) { return &sample_cell<decltype(v)::value>; });
 #if defined(__AVX512F__)
 
 // sample_cell of all samples, each row put past the cache while the next one is computed; dw: the cell's
@@ -133,7 +133,7 @@ void sample_past(const Lists& lists, int64_t cell, int64_t rows, int64_t cols, c
   }
   pending.finish();
 }
-constexpr auto kSamplePast = widths([](auto v) { return &sample_past<decltype(v)::value>; });
+constexpr auto kSamplePast = widths<kAlone>([](auto v) { return &sample_past<decltype(v)::value>; });
 #endif
 
 // dw of one cell, all panels
@@ -143,19 +143,18 @@ void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float*
   const int64_t row = cell / chunks * lists.block, col = cell % chunks * lists.chunk;
   const int64_t rows = lists.rows - row < lists.block ? lists.rows - row : lists.block;
   const int64_t cols = lists.cols - col < lists.chunk ? lists.cols - col : lists.chunk;
-  // what no cache will hold until it is read again need not pass through one
-  const bool past = lists.rows * lists.cols >= kPackFrom;
+  const bool past = lists.rows * lists.cols >= kSpreadPast;
   dw += row * lists.cols + col;
 #if defined(__AVX512F__)
   const bool many = (lists.first[cell + 1] - lists.first[cell]) * 16 > rows * cols;
-  if (past && many && n > 0 && n <= kLanes && whole_lines(dw, cols, lists.cols)) {
-    const int64_t width = panel(0, n).width;
+  if (past && many && n > 0 && n <= kAloneLanes && whole_lines(dw, cols, lists.cols)) {
+    const int64_t width = panel(0, n, kAloneLanes).width;
     kSamplePast.of(width / kVector)(lists, cell, rows, cols, dy + row * width, x + col * width, dw);
     return _mm_sfence();
   }
 #endif
-  for (int64_t i = 0; i < ceil_div(n, kLanes); ++i) {
-    const Panel p = panel(i, n);
+  for (int64_t i = 0; i < ceil_div(n, kAloneLanes); ++i) {
+    const Panel p = panel(i, n, kAloneLanes);
     kSampleCell.of(p.width / kVector)(lists, cell, rows, dy + p.begin * lists.rows + row * p.width,
                                       x + p.begin * lists.cols + col * p.width, i == 0, sums);
   }
@@ -178,7 +177,7 @@ void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float*
     column += *count;
     from += ceil_div(*count, kWide) * kWide;
   }
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if (past) _mm_sfence();
 #endif
 }
@@ -198,19 +197,22 @@ void sum_samples(const float* dy, int64_t n, int64_t rows, float* db) {
 
 // --- a whole step forward and back
 
+// lanes of the panels that the products take; the gradient in w walks rows one by one whatever they do
+AF_INLINE int64_t lanes_of(const Orders& orders) { return orders.groups.rows ? kLanes : kAloneLanes; }
+
 int64_t forward_scratch(const Orders& orders, int64_t n) {
-  return padded(n) * orders.lists.cols + (packs(orders) ? kept(orders) : 0);
+  return padded(n) * orders.lists.cols + (packs(orders) ? kept(orders.lists) : 0);
 }
 // past the end of a row of a narrow chunk the gradient in w looks up columns of another chunk
 int64_t backward_scratch(const Orders& orders, int64_t n) {
-  return padded(n) * (orders.lists.rows + orders.lists.cols) + kMaxChunk * kLanes +
-         (packs(orders) ? 2 * kept(orders) : 0);
+  return padded(n) * (orders.lists.rows + orders.lists.cols) + kMaxChunk * kAloneLanes +
+         (packs(orders) ? 2 * kept(orders.lists) : 0);
 }
 
 void forward(const Orders& orders, const float* w, const float* x, int64_t n, const float* bias, bool relu,
              float* y, float* values, float* scratch, int threads) {
   const Lists& lists = orders.lists;
-  to_panels(x, n, lists.cols, scratch, threads);
+  to_panels(x, n, lists.cols, scratch, threads, lanes_of(orders));
   if (orders.groups.rows)
     return product(orders.groups, {w, lists.cols, 1, false}, scratch, n, bias, relu, y, threads);
   if (!packs(orders)) return product(lists, w, kRows, scratch, n, bias, relu, y, threads);
@@ -235,7 +237,7 @@ void gradient_in_x(const Orders& orders, const float* w, const float* values, co
     values = room;
   }
   if (!back.rows) return product_back(lists, values, kPacked, panels, n, dx, threads);
-  room += kept(orders);
+  room += kept(orders.lists);
   turn_values(back, orders.place, values, room, threads);
   product(back, room, kPacked, panels, n, nullptr, false, dx, threads);
 }
@@ -244,13 +246,15 @@ void backward(const Orders& orders, const float* w, const float* values, const f
               int64_t n, float* dx, float* dw, float* db, float* scratch, int threads) {
   const Lists& lists = orders.lists;
   if (db) sum_samples(dy, n, lists.rows, db);
-  to_panels(dy, n, lists.rows, scratch, threads);
   float* x_panels = scratch + padded(n) * lists.rows;
-  if (dx)
-    gradient_in_x(orders, w, values, scratch, n, dx, x_panels + padded(n) * lists.cols + kMaxChunk * kLanes,
-                  threads);
+  if (dx) {
+    to_panels(dy, n, lists.rows, scratch, threads, lanes_of(orders));
+    gradient_in_x(orders, w, values, scratch, n, dx,
+                  x_panels + padded(n) * lists.cols + kMaxChunk * kAloneLanes, threads);
+  }
   if (!dw) return;
-  to_panels(x, n, lists.cols, x_panels, threads);
+  if (!dx || lanes_of(orders) != kAloneLanes) to_panels(dy, n, lists.rows, scratch, threads, kAloneLanes);
+  to_panels(x, n, lists.cols, x_panels, threads, kAloneLanes);
   const int64_t cells = ceil_div(lists.rows, lists.block) * ceil_div(lists.cols, lists.chunk);
   deal(cells, threads, [&](int64_t t) AF_LAMBDA { sample_tile(lists, t, scratch, x_panels, n, dw); });
 }

@@ -12,9 +12,6 @@ namespace {
 
 constexpr int64_t kPackFrom = int64_t(1) << 20;  // floats of a weight that is not found in the cache: 4 MB
 
-AF_INLINE int64_t kept(const Orders& o) {
-  return o.lists.first[ceil_div(o.lists.rows, o.lists.block) * ceil_div(o.lists.cols, o.lists.chunk)];
-}
 AF_INLINE bool packs(const Orders& o) { return !o.groups.rows && o.lists.rows * o.lists.cols >= kPackFrom; }
 
 // --- the kept weights, copied
@@ -90,14 +87,17 @@ enum { kPacked, kRows, kColumns };  // weights side by side, in a row of the wei
 template <int V, int From>
 void add_lists(const Lists& l, int64_t cell, int64_t rows, const float* w, int64_t stride, const float* x,
                float* sums) {
-  constexpr int kOpen = V >= 4 ? 1 : V >= 2 ? 2 : 4;  // chains of sums: a multiply-add takes 4 cycles
+  constexpr int kSums = V >= 4 ? 1 : V >= 2 ? 2 : 4;  // chains of sums: a multiply-add takes 4 cycles
+  constexpr int kOpen = kEarly ? 4 : kSums;
   const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
+  int64_t early[kOpen];
+  if constexpr (kEarly) unroll<0, kOpen>([&](auto s) AF_LAMBDA { early[s.value] = column[s.value]; });
   for (int64_t r = 0; r < rows; ++r, ++count, sums += V * kVector) {
     const uint16_t* end = column + *count;
-    vec sum[kOpen][V];
+    vec sum[kSums][V];
     unroll<0, V>([&](auto v) AF_LAMBDA {
       sum[0][v.value] = load(sums + v.value * kVector);
-      unroll<1, kOpen>([&](auto s) AF_LAMBDA { sum[s.value][v.value] = vec{}; });
+      unroll<1, kSums>([&](auto s) AF_LAMBDA { sum[s.value][v.value] = vec{}; });
     });
     const auto add = [&](int64_t k, int64_t i, vec(&to)[V]) AF_LAMBDA {
       const float* xk = x + k * (V * kVector);
@@ -106,20 +106,35 @@ void add_lists(const Lists& l, int64_t cell, int64_t rows, const float* w, int64
                        AF_LAMBDA { to[v.value] = fma(b, load(xk + v.value * kVector), to[v.value]); });
     };
     for (; end - column >= kOpen; column += kOpen) {
-      unroll<0, kOpen>([&](auto s) AF_LAMBDA { add(column[s.value], s.value, sum[s.value]); });
+      unroll<0, kOpen>([&](auto s) AF_LAMBDA {
+        if constexpr (kEarly) {  // past the end of a row are the columns of the next one, or of nobody
+          const int64_t k = early[s.value];
+          early[s.value] = column[kOpen + s.value];
+          asm volatile("" : "+r"(early[s.value]));  // here, not where it is used
+          add(k, s.value, sum[s.value % kSums]);
+        } else {
+          add(column[s.value], s.value, sum[s.value]);
+        }
+      });
       if constexpr (From == kPacked) w += kOpen;
     }
     if constexpr (kOpen > 1)
       for (; column != end; ++column) {
-        add(*column, 0, sum[0]);
+        const int64_t k = kEarly ? early[0] : *column;
+        if constexpr (kEarly) {
+          unroll<1, kOpen>([&](auto s) AF_LAMBDA { early[s.value - 1] = early[s.value]; });
+          early[kOpen - 1] = column[kOpen];
+          asm volatile("" : "+r"(early[kOpen - 1]));
+        }
+        add(k, 0, sum[0]);
         if constexpr (From == kPacked) ++w;
       }
     if constexpr (From == kRows) w += l.cols;
     if constexpr (From == kColumns) ++w;
     unroll<0, V>([&](auto v) AF_LAMBDA {
       vec all = sum[0][v.value];
-      if constexpr (kOpen == 2) all = all + sum[1][v.value];
-      if constexpr (kOpen == 4) all = (all + sum[1][v.value]) + (sum[2][v.value] + sum[3][v.value]);
+      if constexpr (kSums == 2) all = all + sum[1][v.value];
+      if constexpr (kSums == 4) all = (all + sum[1][v.value]) + (sum[2][v.value] + sum[3][v.value]);
       store(sums + v.value * kVector, all);
     });
   }
@@ -146,9 +161,10 @@ void scatter_lists(const Lists& l, int64_t cell, int64_t rows, const float* w, c
 }
 
 template <int From>
-constexpr auto kAddListsOf = widths([](auto v) { return &add_lists<decltype(v)::value, From>; });
+constexpr auto kAddListsOf = widths<kAlone>([](auto v) { return &add_lists<decltype(v)::value, From>; });
 template <int From>
-constexpr auto kScatterListsOf = widths([](auto v) { return &scatter_lists<decltype(v)::value, From>; });
+constexpr auto kScatterListsOf =
+    widths<kAlone>([](auto v) { return &scatter_lists<decltype(v)::value, From>; });
 constexpr decltype(kAddListsOf<kPacked>) kAddLists[] = {kAddListsOf<kPacked>, kAddListsOf<kRows>,
                                                         kAddListsOf<kColumns>};
 constexpr decltype(kScatterListsOf<kPacked>) kScatterLists[] = {kScatterListsOf<kPacked>,
@@ -161,25 +177,26 @@ constexpr decltype(kScatterListsOf<kPacked>) kScatterLists[] = {kScatterListsOf<
 void product(const Lists& l, const float* w, int from, const float* panels, int64_t n, const float* bias,
              bool relu, float* out, int threads) {
   const int64_t blocks = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
-  const int64_t count = ceil_div(n, kLanes), round = l.rows * l.cols > kLarge ? kRound : 1;
+  const int64_t count = ceil_div(n, kAloneLanes), round = l.rows * l.cols > kLarge ? kRound : 1;
   deal(ceil_div(count, round) * blocks, threads, [&](int64_t t) AF_LAMBDA {
-    alignas(64) float sums[kRound][kRowBlock * kLanes];
+    alignas(64) float sums[kRound][kRowBlock * kAloneLanes];
     const int64_t first = t / blocks * round, end = least(count, first + round), b = t % blocks;
     const int64_t row = b * l.block, rows = least(l.block, l.rows - row);
-    for (int64_t i = first; i < end; ++i) start_sums(bias, row, rows, panel(i, n).width, sums[i - first]);
+    for (int64_t i = first; i < end; ++i)
+      start_sums(bias, row, rows, panel(i, n, kAloneLanes).width, sums[i - first]);
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t cell = b * chunks + c, col = c * l.chunk;
       const float* here = w + (from == kPacked ? l.first[cell]
                                : from == kRows ? row * l.cols + col
                                                : col * l.rows + row);
       for (int64_t i = first; i < end; ++i) {
-        const Panel p = panel(i, n);
+        const Panel p = panel(i, n, kAloneLanes);
         kAddLists[from].of(p.width / kVector)(l, cell, rows, here, l.rows,
                                               panels + p.begin * l.cols + col * p.width, sums[i - first]);
       }
     }
     for (int64_t i = first; i < end; ++i) {
-      const Panel p = panel(i, n);
+      const Panel p = panel(i, n, kAloneLanes);
       finish_sums(sums[i - first], p, rows, relu, out + p.begin * l.rows + row, l.rows);
     }
   });
@@ -189,9 +206,9 @@ void product(const Lists& l, const float* w, int from, const float* panels, int6
 void product_back(const Lists& l, const float* w, int from, const float* panels, int64_t n, float* dx,
                   int threads) {
   const int64_t blocks = ceil_div(l.rows, l.block), chunks = ceil_div(l.cols, l.chunk);
-  deal(ceil_div(n, kLanes) * chunks, threads, [&](int64_t t) AF_LAMBDA {
-    alignas(64) float sums[kMaxChunk * kLanes];
-    const Panel p = panel(t / chunks, n);
+  deal(ceil_div(n, kAloneLanes) * chunks, threads, [&](int64_t t) AF_LAMBDA {
+    alignas(64) float sums[kMaxChunk * kAloneLanes];
+    const Panel p = panel(t / chunks, n, kAloneLanes);
     const int64_t c = t % chunks;
     const int64_t col = c * l.chunk, cols = least(l.chunk, l.cols - col);
     start_sums(nullptr, 0, cols, p.width, sums);

@@ -50,8 +50,8 @@ void fill_panels(const float* x, int64_t count, int64_t features, float* out, in
 
 AF_INLINE int64_t padded(int64_t n) { return ceil_div(n, kVector) * kVector; }
 
-void to_panels(const float* x, int64_t n, int64_t features, float* out, int threads) {
-  fill_panels(x, ceil_div(n, kLanes), features, out, threads, [n](int64_t i) { return panel(i, n); });
+void to_panels(const float* x, int64_t n, int64_t features, float* out, int threads, int64_t lanes = kLanes) {
+  fill_panels(x, ceil_div(n, lanes), features, out, threads, [=](int64_t i) { return panel(i, n, lanes); });
 }
 
 constexpr int pattern_of(int slot) {

@@ -57,9 +57,22 @@ AF_INLINE void add_runs(Runs& runs, const float* x, float* sums, int64_t stride)
                          AF_LAMBDA { to[r.value][v.value] = fma(b, xs[v.value], to[r.value][v.value]); });
       });
     };
-    for (; end - column >= kSets; column += kSets, w += kSets)
-      unroll<0, kSets>([&](auto s) AF_LAMBDA { add(column[s.value], w + s.value, set[s.value]); });
-    if constexpr (P == 1 && kSets > 1)  // the others have whole fours of columns
+    if constexpr (P == 1 && kEarly) {
+      constexpr int kOpen = 4;
+      int64_t early[kOpen];
+      unroll<0, kOpen>([&](auto s) AF_LAMBDA { early[s.value] = column[s.value]; });
+      for (; end - column >= kOpen; column += kOpen, w += kOpen)
+        unroll<0, kOpen>([&](auto s) AF_LAMBDA {
+          const int64_t k = early[s.value];
+          early[s.value] = column[kOpen + s.value];
+          asm volatile("" : "+r"(early[s.value]));  // here, not where it is used
+          add(k, w + s.value, set[s.value % kSets]);
+        });
+    } else {
+      for (; end - column >= kSets; column += kSets, w += kSets)
+        unroll<0, kSets>([&](auto s) AF_LAMBDA { add(column[s.value], w + s.value, set[s.value]); });
+    }
+    if constexpr (P == 1 && (kEarly || kSets > 1))  // the others have whole fours of columns
       for (; column != end; ++column, ++w) add(*column, w, set[0]);
     w += (kRows - 1) * count;
     unroll<0, kRows * V>([&](auto i) AF_LAMBDA {
@@ -102,8 +115,9 @@ constexpr AddShared* kAddShared[] = {add_shared<1>, add_shared<2>, add_shared<3>
 constexpr AddSingles* kAddSingles[] = {add_singles<1>, add_singles<2>, add_singles<3>, add_singles<4>,
                                        add_singles<5>, add_singles<6>, add_singles<7>, add_singles<8>};
 #else
-constexpr AddShared* kAddShared[] = {add_shared<1>, add_shared<2>};
-constexpr AddSingles* kAddSingles[] = {add_singles<1>, add_singles<2>, add_singles<3>, add_singles<4>};
+constexpr AddShared* kAddShared[] = {add_shared<1>, add_shared<2>, add_shared<3>};
+constexpr AddSingles* kAddSingles[] = {add_singles<1>, add_singles<2>, add_singles<3>,
+                                       add_singles<4>, add_singles<5>, add_singles<6>};
 #endif
 constexpr int kShared = sizeof(kAddShared) / sizeof(*kAddShared);
 constexpr int64_t kPositions = 2 * kShared;  // that a single row's sums take side by side
