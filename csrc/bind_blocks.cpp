@@ -29,7 +29,7 @@ void masked_blocks_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t
                            uintptr_t values, int threads) {
   py::gil_scoped_release release;
   const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);
-  threads = threads_for(kept(blocks.lists) * height * n, threads);
+  threads = threads_of_product(kept(blocks.lists) * height * n, threads);
   Scratch& scratch = thread_scratch();
   kernels().forward(blocks, at<const float>(weight), at<const float>(x), n, at<const float>(bias), relu,
                     at<float>(y), at<float>(values), scratch.take(kernels().forward_scratch(blocks, n)),
@@ -42,7 +42,7 @@ void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr
                             uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
   const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);
-  threads = threads_for(kept(blocks.lists) * height * n, threads);
+  threads = threads_of_product(kept(blocks.lists) * height * n, threads);
   Scratch& scratch = thread_scratch();
   kernels().backward(blocks, at<const float>(weight), at<const float>(values), at<const float>(dy),
                      at<const float>(x), n, at<float>(dx), at<float>(dw), at<float>(db),

@@ -53,7 +53,7 @@ void masked_matmul_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
   const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk);
-  threads = threads_for(kept(orders.lists) * n, threads);
+  threads = threads_of_product(kept(orders.lists) * n, threads);
   Scratch& scratch = thread_scratch();
   k.forward(orders, at<const float>(weight), at<const float>(x), n, at<const float>(bias), relu, at<float>(y),
             at<float>(values), scratch.take(k.forward_scratch(orders, n)), threads);
@@ -66,7 +66,7 @@ void masked_matmul_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr
   py::gil_scoped_release release;
   const MaskedMatmul& k = kernels();
   const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk);
-  threads = threads_for(kept(orders.lists) * n, threads);
+  threads = threads_of_product(kept(orders.lists) * n, threads);
   Scratch& scratch = thread_scratch();
   k.backward(orders, at<const float>(weight), at<const float>(values), at<const float>(dy),
              at<const float>(x), n, at<float>(dx), at<float>(dw), at<float>(db),

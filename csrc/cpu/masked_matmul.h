@@ -22,8 +22,9 @@
 //   uint16 bits[blocks][chunks][rows of a block][words]  the row's mask, 16 to a word; not in lists of
 //   columns int32  place[]                                         of the lists of columns only
 //
-// Panels: activations feature-major, [sample block][feature][lane], a sample is a SIMD lane. Blocks have
-// `lanes` samples, the last one as few vectors as hold the rest, padded with zeros.
+// Panels: activations feature-major, [sample block][feature][lane], a sample is a SIMD lane. Blocks have as
+// many samples as the sums of the rows that are walked together leave registers for (with AVX-512 64 and the
+// last one the rest, else equal shares), in whole vectors, padded with zeros.
 //
 // Sums do not depend on the thread count: no sum is ever cut between threads.
 #pragma once
@@ -115,7 +116,7 @@ inline int64_t kept(const Lists& l) { return l.first[ceil_div(l.rows, l.block) *
 
 // Threads for products of so many multiply-adds: with two 784x200 took 1.14 times as long as with one at 64
 // rows and density 0.05 (half a million), as long at 0.1, 0.8 at 0.2 (Zen 1).
-inline int threads_for(int64_t multiply_adds, int threads) {
+inline int threads_of_product(int64_t multiply_adds, int threads) {
   return multiply_adds < (int64_t(1) << 20) ? 1 : threads;
 }
 

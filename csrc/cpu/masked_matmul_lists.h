@@ -88,10 +88,9 @@ template <int V, int From>
 void add_lists(const Lists& l, int64_t cell, int64_t rows, const float* w, int64_t stride, const float* x,
                float* sums) {
   constexpr int kSums = V >= 4 ? 1 : V >= 2 ? 2 : 4;  // chains of sums: a multiply-add takes 4 cycles
-  constexpr int kOpen = kEarly ? 4 : kSums;
+  constexpr int kOpen = kAheadPays ? 4 : kSums;
   const uint16_t *count = l.counts + cell * l.block, *column = l.columns + l.first[cell];
-  int64_t early[kOpen];
-  if constexpr (kEarly) unroll<0, kOpen>([&](auto s) AF_LAMBDA { early[s.value] = column[s.value]; });
+  Numbers<kOpen, kAheadPays> numbers(column);  // past the end of a row go on with the next one's
   for (int64_t r = 0; r < rows; ++r, ++count, sums += V * kVector) {
     const uint16_t* end = column + *count;
     vec sum[kSums][V];
@@ -106,27 +105,13 @@ void add_lists(const Lists& l, int64_t cell, int64_t rows, const float* w, int64
                        AF_LAMBDA { to[v.value] = fma(b, load(xk + v.value * kVector), to[v.value]); });
     };
     for (; end - column >= kOpen; column += kOpen) {
-      unroll<0, kOpen>([&](auto s) AF_LAMBDA {
-        if constexpr (kEarly) {  // past the end of a row are the columns of the next one, or of nobody
-          const int64_t k = early[s.value];
-          early[s.value] = column[kOpen + s.value];
-          asm volatile("" : "+r"(early[s.value]));  // here, not where it is used
-          add(k, s.value, sum[s.value % kSums]);
-        } else {
-          add(column[s.value], s.value, sum[s.value]);
-        }
-      });
+      unroll<0, kOpen>([&](auto s)
+                           AF_LAMBDA { add(numbers.take(column, s), s.value, sum[s.value % kSums]); });
       if constexpr (From == kPacked) w += kOpen;
     }
     if constexpr (kOpen > 1)
       for (; column != end; ++column) {
-        const int64_t k = kEarly ? early[0] : *column;
-        if constexpr (kEarly) {
-          unroll<1, kOpen>([&](auto s) AF_LAMBDA { early[s.value - 1] = early[s.value]; });
-          early[kOpen - 1] = column[kOpen];
-          asm volatile("" : "+r"(early[kOpen - 1]));
-        }
-        add(k, 0, sum[0]);
+        add(numbers.next(column), 0, sum[0]);
         if constexpr (From == kPacked) ++w;
       }
     if constexpr (From == kRows) w += l.cols;

@@ -35,8 +35,11 @@ AF_INLINE void add_runs(Runs& runs, const float* x, float* sums, int64_t stride)
   constexpr int kRows = popcount(P);
   // a multiply-add takes 4 cycles and two can begin in each: 8 chains of sums must be open
   constexpr int kSets = kRows * V >= 8 ? 1 : kRows * V >= 4 ? 2 : 4;
+  constexpr bool kAhead = P == 1 && kAheadPays;
+  constexpr int kOpen = kAhead ? 4 : kSets;
   const uint16_t* column = runs.column;
   const float* w = runs.value;
+  Numbers<kOpen, kAhead> numbers(column);
   for (; runs.run != runs.end; ++runs.run) {
     const int64_t row = *runs.run & 0xffff, count = *runs.run >> 16;
     const uint16_t* end = column + count;
@@ -57,23 +60,11 @@ AF_INLINE void add_runs(Runs& runs, const float* x, float* sums, int64_t stride)
                          AF_LAMBDA { to[r.value][v.value] = fma(b, xs[v.value], to[r.value][v.value]); });
       });
     };
-    if constexpr (P == 1 && kEarly) {
-      constexpr int kOpen = 4;
-      int64_t early[kOpen];
-      unroll<0, kOpen>([&](auto s) AF_LAMBDA { early[s.value] = column[s.value]; });
-      for (; end - column >= kOpen; column += kOpen, w += kOpen)
-        unroll<0, kOpen>([&](auto s) AF_LAMBDA {
-          const int64_t k = early[s.value];
-          early[s.value] = column[kOpen + s.value];
-          asm volatile("" : "+r"(early[s.value]));  // here, not where it is used
-          add(k, w + s.value, set[s.value % kSets]);
-        });
-    } else {
-      for (; end - column >= kSets; column += kSets, w += kSets)
-        unroll<0, kSets>([&](auto s) AF_LAMBDA { add(column[s.value], w + s.value, set[s.value]); });
-    }
-    if constexpr (P == 1 && (kEarly || kSets > 1))  // the others have whole fours of columns
-      for (; column != end; ++column, ++w) add(*column, w, set[0]);
+    for (; end - column >= kOpen; column += kOpen, w += kOpen)
+      unroll<0, kOpen>([&](auto s)
+                           AF_LAMBDA { add(numbers.take(column, s), w + s.value, set[s.value % kSets]); });
+    if constexpr (P == 1 && kOpen > 1)  // the others have whole fours of columns
+      for (; column != end; ++column, ++w) add(numbers.next(column), w, set[0]);
     w += (kRows - 1) * count;
     unroll<0, kRows * V>([&](auto i) AF_LAMBDA {
       constexpr int r = decltype(i)::value / V, v = decltype(i)::value % V;

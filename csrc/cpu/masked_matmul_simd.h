@@ -128,13 +128,45 @@ AF_INLINE void put(const float* from, const Index* at, int64_t count, float* to)
   for (; j < count; ++j) to[at[j]] = from[j];
 }
 
-// Columns whose numbers are read ahead: what waits for a number to arrive takes up the queue of the loads
-// behind it, and a number takes as long as a column of 4 vectors (Zen 1: 6.3 cycles without, 5.0 with)
-#if defined(__AVX512F__) || !defined(__AVX2__)
-constexpr bool kEarly = false;  // not measured there
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kAheadPays = true;
 #else
-constexpr bool kEarly = true;
+constexpr bool kAheadPays = false;  // not measured there
 #endif
+// The numbers of columns as a list names them, N of them read ahead if so: what waits for a number to arrive
+// takes up the queue of the loads behind it (Zen 1: 6.3 cycles a column of 4 vectors without, 5.0 with).
+// Reads N numbers past the last one.
+template <int N, bool Ahead>
+class Numbers {
+ public:
+  AF_INLINE explicit Numbers(const uint16_t* at) {
+    if constexpr (Ahead) unroll<0, N>([&](auto i) AF_LAMBDA { ahead_[i.value] = at[i.value]; });
+  }
+  // at[I], one of N that are taken in a row
+  template <int I>
+  AF_INLINE int64_t take(const uint16_t* at, Int<I>) {
+    if constexpr (!Ahead) return at[I];
+    const int64_t k = ahead_[I];
+    ahead_[I] = read(at + N + I);
+    return k;
+  }
+  // at[0], one by itself
+  AF_INLINE int64_t next(const uint16_t* at) {
+    if constexpr (!Ahead) return *at;
+    const int64_t k = ahead_[0];
+    unroll<1, N>([&](auto i) AF_LAMBDA { ahead_[i.value - 1] = ahead_[i.value]; });
+    ahead_[N - 1] = read(at + N);
+    return k;
+  }
+
+ private:
+  static AF_INLINE int64_t read(const uint16_t* at) {
+    int64_t number = *at;
+    asm volatile("" : "+r"(number));  // here, not where it is used; of a member it would be kept in memory
+    return number;
+  }
+  int64_t ahead_[N];
+};
 
 struct Panel {
   int64_t begin, count, width;  // samples; width is count rounded up to whole vectors
