@@ -38,8 +38,10 @@ which-python: setup
 run: setup
 	$(PY) -m autoflip run --out "$(OUT)" $(ARGS)
 
+# one worker a core, as far as the plugin is there
+WORKERS = $$($(INTERPRETER) -c 'import xdist' 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist worksteal)
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
 
 lint:
 	@sh tools/setup.sh lint

@@ -1,10 +1,25 @@
-"""Run tests again on each instruction set: AUTOFLIP_CPU is read once per process."""
+"""Run tests again on the instruction sets below this process's own: AUTOFLIP_CPU is read once per process."""
 
 import os
 import subprocess
 import sys
 
-LEVELS = ("base", "avx2", "avx512")  # a CPU without one of them runs the best that it has
+import pytest
+
+from autoflip.ops import backend
+
+_ALL = ("base", "avx2", "avx512")
+
+
+def _levels():
+    module, _ = backend.extension("_C")
+    own = _ALL.index(module.isa()) if module is not None else len(_ALL)
+    for i, isa in enumerate(_ALL):
+        why = f"{isa} is what this file's other tests run on here" if i == own else f"no {isa} in this process"
+        yield pytest.param(isa, marks=pytest.mark.skip(reason=why) if i >= own else ())
+
+
+LEVELS = tuple(_levels())
 
 
 def rerun(file, isa, *names):

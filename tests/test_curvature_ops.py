@@ -1,10 +1,6 @@
 """Kernels of the Gauss-Newton diagonal against float64, at every instruction set."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import instruction_sets
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from autoflip import ops
 from autoflip.ops import backend, reference
 
-ROOT = Path(__file__).resolve().parents[1]
 EPS = torch.finfo(torch.float32).eps
 # Q, N, O, C, H, W, kernel, stride, padding, dilation, groups
 CONVS = [
@@ -134,21 +129,16 @@ def test_squared_matmul_equals_float64_reference(shape, density):
     check_dense(shape, density)
 
 
-@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
-def test_each_instruction_set(level):
-    code = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from autoflip import _C; from tests import test_curvature_ops as t\n"
-        f"assert _C.isa() in ('base', {level!r}, 'avx2')\n"
-        "for shape in t.CONVS:\n"
-        "    for density in (1.0, 0.2, 0.02): t.check_conv(shape, density), t.check_pooled(shape, density)\n"
-        "for shape in t.DENSE:\n"
-        "    for density in (0.0, 0.2, 0.6): t.check_dense(shape, density)\n"
-        "t.test_signs_do_not_depend_on_who_draws_them()\n"
+@pytest.mark.parametrize("isa", instruction_sets.LEVELS)
+def test_each_instruction_set(isa):
+    names = (
+        "test_conv_squares_equals_float64_reference",
+        "test_pooled_ops_equal_float64_reference",
+        "test_sequence_squares_equals_float64_reference",
+        "test_squared_matmul_equals_float64_reference",
+        "test_signs_do_not_depend_on_who_draws_them",
     )
-    env = {**os.environ, "AUTOFLIP_CPU": level}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    instruction_sets.rerun(__file__, isa, *names)
 
 
 def test_threads_do_not_change_a_bit():
