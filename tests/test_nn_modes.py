@@ -9,6 +9,7 @@ from torch import nn
 
 from autoflip import MaskSet, prune
 from autoflip import nn as sparse
+from autoflip.nn.linear import select
 
 
 def test_clean_parameters_are_not_written():
@@ -156,3 +157,49 @@ def test_many_models_train_at_once_under_vmap(trials, monkeypatch, tmp_path):
             torch.testing.assert_close(value[k], one)
             mask = buffers.get(f"{name}_mask")
             assert mask is None or not value[k][~mask[k]].any()
+
+
+@pytest.mark.parametrize("looked", [False, True])  # before and after eager steps, which leave shortcuts behind
+def test_fx_writes_a_masked_layer_down_as_one_node(looked):
+    model = net()
+    sparse.sparsify(model, random_masks(model))
+    x = torch.randn(5, 1, 8, 8)
+    for _ in range(3 if looked else 0):
+        model(x).sum().backward()
+    traced = torch.fx.symbolic_trace(model)
+    named = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    assert named == {"conv", "norm", "fc", "rnn", "gru", "out"}
+    assert {type(traced.get_submodule(name)) for name in ("conv", "fc", "rnn")} == {
+        sparse.MaskedConv2d, sparse.MaskedLinear, sparse.MaskedLSTM,
+    }  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for _ in range(2):  # the graph's layers are the model's own
+        optimizer.zero_grad()
+        traced(x).square().sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
+    for layer in (model.conv, model.fc, model.rnn, model.gru, model.out):
+        for name, mask in layer.masks().items():
+            assert not layer.state_dict()[name][~mask].any(), name
+
+
+def test_fx_writes_embeddings_and_selecting_layers_down_as_one_node():
+    last, kept = nn.Linear(6, 6), torch.tensor([0, 2, 3])
+    last.weight = nn.Parameter(last.weight[:, kept].detach())
+    select(last, kept)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.ReLU(), last)
+    sparse.sparsify(model, random_masks(model))
+    words = torch.randint(0, 9, (4, 7))
+    want = model(words)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 3
+    assert torch.equal(traced(words), want)
+
+
+def test_a_bare_masked_layer_tells_fx_what_to_trace_instead():
+    layer = sparse.MaskedLinear(4, 3)
+    layer.set_mask(torch.rand(3, 4) < 0.5)
+    with pytest.raises(ValueError, match=r"trace torch\.nn\.Sequential\(layer\) instead"):
+        torch.fx.symbolic_trace(layer)
+    x = torch.randn(2, 4)
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Known, Masked, transformed
+from autoflip.nn.masked import Known, Masked, Proxy, transformed
 from autoflip.ops import (
     ConvPack,
     again,
@@ -59,6 +59,8 @@ class MaskedConv2d(Masked, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input`` with the kept weights plus the bias."""
+        if isinstance(input, Proxy):
+            return self._as_a_node(input, input)
         mask = self._buffers.get("weight_mask")
         # past nn.Module.__getattr__, a microsecond a step; a parametrized layer has no such parameter
         found, bias = self._parameters.get("weight"), self._parameters.get("bias")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Masked
+from autoflip.nn.masked import Masked, Proxy
 from autoflip.ops import masked_weight
 
 __all__ = ["MaskedEmbedding"]
@@ -41,6 +41,8 @@ class MaskedEmbedding(Masked, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the kept entries of the rows that ``input`` names, zeros at the others."""
+        if isinstance(input, Proxy):
+            return self._as_a_node(input, input)
         mask = self._mask_of("weight")
         if mask is None:
             return super().forward(input)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Known, Masked, transformed
+from autoflip.nn.masked import Known, Masked, Proxy, transformed
 from autoflip.ops import Pack, again, linear_job, linear_step, masked_linear, narrow_linear, traced, version_of
 
 _compiling, _threads = torch.compiler.is_compiling, torch.get_num_threads
@@ -70,6 +70,8 @@ class MaskedLinear(Masked, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ (weight * mask).T + bias``."""
+        if isinstance(input, Proxy):
+            return self._as_a_node(input, input)
         mask = self._buffers.get("weight_mask")
         # past nn.Module.__getattr__, a microsecond a step; a parametrized layer has no such parameter
         found = self._parameters.get("weight")
@@ -128,6 +130,8 @@ class _Selecting(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what the layer makes of ``input[..., inputs]``."""
+        if isinstance(input, Proxy) and isinstance(self, Masked):
+            return self._as_a_node(input, input)
         return super().forward(input.index_select(-1, self.inputs))  # type: ignore[misc]
 
 

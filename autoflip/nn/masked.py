@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from autoflip.ops import channels_last, gradient_hook, looker, masked_weight, version_of, zero_pruned
 
 _compiling = torch.compiler.is_compiling
 
-__all__ = ["Known", "Masked", "rows", "transformed"]
+__all__ = ["Known", "Masked", "Proxy", "rows", "transformed"]
 
 
 def transformed(mask: Tensor) -> bool:
@@ -172,6 +173,17 @@ class Masked(nn.Module):
             and known[3] == input.shape
             and known[4](weight)
         )
+
+    def _as_a_node(self, proxy: Proxy, *args: Any, **kwargs: Any) -> Any:
+        """Return what torch.fx writes down of a call with ``args``: this layer as one node, as torch's own are."""
+        tracer: Any = proxy.tracer
+        name = tracer.path_of_module(self)
+        if not name:
+            raise ValueError(
+                f"{type(self).__name__}: torch.fx always looks into the module that it is given, and here it finds "
+                "kernels; trace torch.nn.Sequential(layer) instead"
+            )
+        return tracer.create_proxy("call_module", name, args, kwargs)
 
     def _unhook(self) -> None:
         self.__dict__.pop("_still", None)

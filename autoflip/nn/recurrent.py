@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Masked
+from autoflip.nn.masked import Masked, Proxy
 from autoflip.ops import RecurrentPack, masked_recurrent, paths, recurrent_here, trials, version_of
 
 __all__ = ["MaskedGRU", "MaskedLSTM"]
@@ -63,6 +63,9 @@ class _MaskedRNN(Masked):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer on the kept weights; arguments and results are torch's."""
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, Proxy):
+                return self._as_a_node(given, *args, **kwargs)
         if all(self._mask_of(name) is None for name in self._flat_weights_names):
             return super().forward(*args, **kwargs)
         return self._sparse(*args, **kwargs) or self._dense(*args, **kwargs)
