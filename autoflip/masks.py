@@ -148,9 +148,16 @@ class MaskSet(Mapping[str, Tensor]):
         """Raise ValueError unless every mask names one of ``tensors`` and has its shape."""
         for name, mask in self._masks.items():
             if name not in tensors:
+                why = "Were the masks made for another model?"
+                if f"{name}_orig" in tensors:
+                    module, _, short = name.rpartition(".")
+                    why = (
+                        "torch.nn.utils.prune has taken it apart; call torch.nn.utils.prune.remove("
+                        f"model.get_submodule({module!r}), {short!r}) first"
+                    )
                 raise ValueError(
                     f"MaskSet: there is no tensor {name!r} in this model; it has {', '.join(list(tensors)[:8])}"
-                    f"{', ...' if len(tensors) > 8 else ''}. Were the masks made for another model?"
+                    f"{', ...' if len(tensors) > 8 else ''}. {why}"
                 )
             if tensors[name].shape != mask.shape:
                 raise ValueError(

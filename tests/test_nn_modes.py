@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_nn_layers import net, random_masks
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torchs
 
-from autoflip import MaskSet, prune
+from autoflip import MaskSet, compact, prune
 from autoflip import nn as sparse
 from autoflip.nn.linear import select
 
@@ -203,3 +206,46 @@ def test_a_bare_masked_layer_tells_fx_what_to_trace_instead():
         torch.fx.symbolic_trace(layer)
     x = torch.randn(2, 4)
     assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_own_pruning_cannot_take_a_mask_s_place(masked):
+    layer = sparse.MaskedLinear(6, 5)
+    if masked:
+        layer.set_mask(torch.rand(5, 6) < 0.5)
+    before, mask = layer.weight, layer.masks().get("weight")
+    with pytest.raises(ValueError, match="a mask of torch.nn.utils.prune would take its place. Prune with set_mask"):
+        torchs.l1_unstructured(layer, "weight", 0.3)
+    assert layer.weight is before
+    assert layer.masks().get("weight") is mask
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, None])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_bias_may_be_computed_from_other_tensors(kind, density):
+    layer = sparse.MaskedLinear(6, 5) if kind == "linear" else sparse.MaskedConv2d(6, 5, 3)
+    x, by_hand = (torch.randn(2, 6), F.linear) if kind == "linear" else (torch.randn(16, 6, 5, 5), F.conv2d)
+    if density is not None:
+        layer.set_mask(torch.rand(layer.weight.shape) < density)
+    layer(x)  # leaves shortcuts behind
+    parametrize.register_parametrization(layer, "bias", nn.Tanh())
+    for _ in range(3):
+        y = layer(x)
+        torch.testing.assert_close(y, by_hand(x, layer.weight, layer.bias))
+        assert torch.autograd.grad(y.sum(), layer.parametrizations.bias.original)[0].all()
+
+
+def test_what_torchs_own_pruning_has_taken_apart_is_named():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    torchs.l1_unstructured(model[0], "weight", 0.3)
+    kept = model[0].weight != 0
+    with pytest.raises(ValueError, match=r"prune\.remove\(model\.get_submodule\('0'\), 'weight'\) first"):
+        sparse.sparsify(model, {"0.weight": kept})
+    with pytest.raises(ValueError, match=r"compact: 0\.weight is computed from other tensors"):
+        compact(model)
+    torchs.remove(model.get_submodule("0"), "weight")
+    x = torch.randn(3, 6)
+    want = model(x)
+    sparse.sparsify(model, {"0.weight": kept})
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(compact(model)(x), want)

@@ -42,7 +42,8 @@ def compact(
         (:class:`Plan`) mapping ``state_dict()`` names and coordinates to those of ``model`` and back.
 
     Raises:
-        ValueError: the masks do not fit the model, or the small model does not run on ``example_inputs``.
+        ValueError: the masks do not fit the model, a layer computes its weight from other tensors, or the small model
+            does not run on ``example_inputs``.
     """
     from autoflip.nn.convert import densify, masks_of  # here: the package imports this module first
 
@@ -55,7 +56,7 @@ def compact(
         if int(dead[units].sum()) < len(units) / 4:
             dead[units] = False
     removed = groups.level(dead)
-    small = densify(copy.deepcopy(model))
+    small = densify(_copy(model))
     small.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, tensor in small.state_dict(keep_vars=True).items():
@@ -111,6 +112,18 @@ def _dead(groups: Groups, masks: MaskSet, tensors: dict[str, Any]) -> Tensor:
                 alive[units] = True
         if int(alive.sum()) == before:
             return (~alive | zero) & groups.removable
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:  # torch copies none such, and says so of no layer
+                raise ValueError(
+                    f"compact: {f'{path}.{name}'.lstrip('.')} is computed from other tensors, as by "
+                    "torch.nn.utils.prune or weight_norm; make it a parameter again first, by prune.remove or "
+                    "remove_weight_norm"
+                )
+    return copy.deepcopy(model)
 
 
 def _plan(groups: Groups, removed: Tensor, dead: Tensor, tensors: dict[str, Any]) -> Plan:

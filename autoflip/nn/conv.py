@@ -62,9 +62,10 @@ class MaskedConv2d(Masked, nn.Conv2d):
         if isinstance(input, Proxy):
             return self._as_a_node(input, input)
         mask = self._buffers.get("weight_mask")
-        # past nn.Module.__getattr__, a microsecond a step; a parametrized layer has no such parameter
-        found, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        # past nn.Module.__getattr__, a microsecond a step; what is parametrized is no such parameter
+        found = self._parameters.get("weight")
         weight: Any = self.weight if found is None else found
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401 (asks both)
         if mask is not None and self._stands_still(input, found, mask):
             return self._conv_forward(input, weight, bias)
         went = self.__dict__.get("_again")

@@ -73,9 +73,10 @@ class MaskedLinear(Masked, nn.Linear):
         if isinstance(input, Proxy):
             return self._as_a_node(input, input)
         mask = self._buffers.get("weight_mask")
-        # past nn.Module.__getattr__, a microsecond a step; a parametrized layer has no such parameter
+        # past nn.Module.__getattr__, a microsecond a step; what is parametrized is no such parameter
         found = self._parameters.get("weight")
-        weight, bias = (self.weight, self.bias) if found is None else (found, self._parameters["bias"])
+        weight: Any = self.weight if found is None else found
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401 (asks both)
         if mask is None or self._stands_still(input, found, mask):
             return F.linear(input, weight, bias)
         known = self.__dict__.get("_again")
@@ -104,8 +105,8 @@ class MaskedLinear(Masked, nn.Linear):
                 elif pack.all_dense(input.shape[:-1].numel()):
                     if self._stands(input, weight, mask):
                         return F.linear(input, weight, bias)
-                elif weight is found:
-                    return self._step(input, weight, bias, pack)
+                elif found is not None:
+                    return self._step(input, found, bias, pack)
         assert pack is not None
         if pack.density == 1:
             return F.linear(input, weight, bias)

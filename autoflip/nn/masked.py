@@ -79,6 +79,20 @@ class Masked(nn.Module):
         total = sum(m.numel() for m in masks)
         return sum(int(m.sum()) for m in masks) / total if total else 1.0
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Add a buffer, as torch does; but none in place of a mask, where ``torch.nn.utils.prune`` would keep its own.
+
+        Raises:
+            ValueError: ``name`` is that of one of this layer's masks.
+        """
+        if persistent and name.endswith("_mask") and name[: -len("_mask")] in self._maskable():
+            raise ValueError(
+                f"{type(self).__name__}: {name!r} is where this layer has its own mask, and a mask of "
+                "torch.nn.utils.prune would take its place. Prune with set_mask(layer.weight != 0) and the like; or "
+                "use torch.nn.utils.prune, then prune.remove, before autoflip.sparsify"
+            )
+        super().register_buffer(name, tensor, persistent)
+
     def _maskable(self) -> tuple[str, ...]:
         return ("weight",)
 
