@@ -75,6 +75,12 @@ def test_scout_brings_curvature_when_asked():
     assert set(explore.guide([found], signal="curvature")) == {"weight", "bias"}
 
 
+def test_scouts_and_scores_print_as_a_line_each():
+    scouts = _scouts()
+    assert repr(scouts[1]) == "Scout(1 tensors, 20 examples, loss 0, 0 FLOPs, 0 s)"
+    assert repr(explore.guide(scouts)) == "Scores(1 tensors, 6 entries, by 'fisher')"
+
+
 def test_equal_seeds_explore_alike_dropout_included():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3))

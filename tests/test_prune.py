@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import BUILDERS, TwoCnn, build
 from torch import nn
 
-from autoflip import meter, prune
+from autoflip import explore, meter, prune
 from autoflip.groups import find_groups
 from autoflip.masks import MaskSet
+from autoflip.nn import sparsify
 from autoflip.nn.compact import compact
 
 
@@ -25,6 +27,30 @@ def image_model(width=32):
         nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, 2 * width, 3), nn.BatchNorm2d(2 * width), nn.ReLU(),
         nn.Flatten(), nn.Linear(2 * width * 16, 128), nn.ReLU(), nn.Linear(128, 10)
     )  # fmt: skip
+
+
+class TiedText(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.middle, self.head = nn.Embedding(30, 16), nn.Linear(16, 16), nn.Linear(16, 30, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.middle(self.words(x))))
+
+
+def test_a_shared_weight_has_the_name_that_optimizers_and_scouts_know():
+    model = TiedText()
+    assert list(prune.weights(model)) == ["middle.weight", "words.weight"]
+    x = torch.randint(0, 30, (8, 5))
+    scout = explore.scout(model, [(x, x.flip(1))], loss_fn=lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten()))
+    masks = prune.hybrid(model, explore.guide([scout], signal="deviation"), density=0.5)
+    want = torch.where(masks["words.weight"], model.words.weight, 0).detach()
+    sparsify(model, masks)
+    assert model.head.weight is model.words.weight
+    middle = torch.relu(F.linear(F.embedding(x, want), model.middle.weight, model.middle.bias))
+    torch.testing.assert_close(model(x), F.linear(middle, want))
+    torch.testing.assert_close(compact(model)(x), model(x))
 
 
 def test_weights_are_those_of_layers_that_run():

@@ -59,6 +59,13 @@ class Scout:
     loss: float
     cost: meter.Cost = field(default_factory=meter.Cost)
 
+    def __repr__(self) -> str:
+        also = "" if self.curvature is None else ", with curvature"
+        return (
+            f"Scout({len(self.delta)} tensors{also}, {self.num_examples} examples, loss {self.loss:.4g}, "
+            f"{self.cost.flops:.3g} FLOPs, {self.cost.seconds:.3g} s)"
+        )
+
 
 def guide(scouts: Iterable[Scout], weights: Sequence[float] | None = None, *, signal: str = "fisher") -> Scores:
     """Fuse scouts into scores, from sums only.

@@ -66,6 +66,10 @@ class Scores(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._ranking)
 
+    def __repr__(self) -> str:
+        entries = sum(score.numel() for score in self._ranking.values())
+        return f"Scores({len(self)} tensors, {entries} entries, by {self.signal!r})"
+
 
 class Sums:
     """The server's side: adds scouts up as they land; memory does not grow with their number.

@@ -21,12 +21,14 @@ __all__ = ["by_scores", "hybrid", "magnitude", "paper", "random", "weights"]
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that pruning covers: weights of Linear, convolution and recurrent layers, by name.
 
-    Biases, norms and embeddings are left out; so are tensors inside attention, which never run as layers.
+    Biases, norms and embeddings are left out; so are tensors inside attention, which never run as layers. A weight
+    that several layers share comes once, under the name that ``model.named_parameters()`` has for it.
     """
     inside = {id(m) for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{path}.{name}" if path else name: parameter.detach()
-        for path, module in model.named_modules()
+        names[id(parameter)]: parameter.detach()
+        for module in model.modules()
         if isinstance(module, (nn.Linear, _ConvNd, nn.RNNBase)) and id(module) not in inside
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.ndim >= 2
