@@ -14,6 +14,14 @@ from pathlib import Path
 
 import pytest
 
+try:
+    from hypothesis import settings
+except ImportError:  # most tests do without
+    pass
+else:  # how long an example takes depends on what else the machine does
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
+
 
 def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available() or os.environ.get("AUTOFLIP_REQUIRE_GPU") == "1":

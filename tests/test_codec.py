@@ -56,7 +56,7 @@ def assert_same(got, want):
 
 
 @given(updates(), st.booleans(), st.booleans(), st.sampled_from(["zstd", "none"]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_fp32_frame_returns_what_went_in(update, use_masks, use_schema, entropy):
     tensors, masks = update
     masks = masks if use_masks else None
@@ -70,7 +70,7 @@ WAYS = [("bf16", None), ("int8", None), ("int4", None), ("int8", 40), ("int8", 1
 
 
 @given(updates(), st.booleans(), st.sampled_from(WAYS))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_rounded_frame_is_within_one_step(update, use_masks, way):
     tensors, masks = update
     masks, (values, levels) = masks if use_masks else None, way
@@ -259,7 +259,7 @@ def test_length_without_entropy_stage_depends_on_mask_and_schema_alone():
 
 
 @given(updates(), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_accumulate_adds_the_weighted_update(update, use_masks, dtype):
     tensors, masks = update
     masks = masks if use_masks else None

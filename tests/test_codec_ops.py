@@ -109,7 +109,7 @@ def test_crc_is_zlibs():
 
 
 @given(st.integers(0, 3000), st.floats(0, 1), st.integers(0, 31), st.integers(0, 1 << 30))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_rice_round_trip(n, density, k, seed):
     mask = delta.pack(torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density)
     code = delta_coding.rice_encode(mask, k)
@@ -138,7 +138,7 @@ def test_rice_decode_refuses_bad_streams(served, monkeypatch):
 
 @needs_cpp
 @given(st.binary(max_size=60), st.integers(1, 500), st.integers(0, 60), st.integers(0, 31))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_rice_decoders_agree_on_any_bytes(data, n, kept, k):
     def outcome(call):
         try:
@@ -157,7 +157,7 @@ def test_rice_decoders_agree_on_any_bytes(data, n, kept, k):
 
 
 @given(st.integers(0, 3000), st.floats(0, 1), st.integers(0, 1 << 30), st.sampled_from(["auto", "reference"]))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_varint_round_trip(n, density, seed, served):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTOFLIP_BACKEND", served)

@@ -86,7 +86,7 @@ def mask_pairs(draw):
 
 
 @given(mask_pairs(), st.booleans(), st.booleans(), st.sampled_from(["zstd", "none"]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_masks_return_with_their_fingerprint(pair, relative, use_schema, entropy):
     base, masks = pair if relative else (None, pair[1])
     schema = (

@@ -273,7 +273,7 @@ def test_modes_gradients_and_flags_survive():
     assert not small.fc1.training
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(sorted(BUILDERS)), st.floats(0.01, 1), st.floats(0.01, 1), st.integers(0, 99))
 @example("mlp", 0.0625, 0.5, 67)  # layers of one channel that nothing reads, which read nothing themselves
 def test_any_density_any_channels(name, density, channels, seed):

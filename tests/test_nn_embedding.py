@@ -35,7 +35,7 @@ OPTIONS = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     options=st.sampled_from(OPTIONS), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     shape=st.sampled_from([(0,), (1,), (5,), (4, 7), (2, 3, 2)]), density=st.floats(0, 1), seed=st.integers(0, 99),

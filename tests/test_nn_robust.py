@@ -224,7 +224,7 @@ def test_no_memory_growth():
     assert resident(8000) - before < 2**20
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     groups=st.sampled_from([1, 2, 4]), stride=st.integers(1, 3), dilation=st.integers(1, 2), kernel=st.integers(1, 3),
     padding=st.integers(0, 2), mode=st.sampled_from(["zeros", "reflect"]), density=st.floats(0, 1),
@@ -250,7 +250,7 @@ def test_convolutions_of_any_kind(groups, stride, dilation, kernel, padding, mod
     assert not layer.weight.grad[~mask].any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(0, 9), inputs=st.integers(1, 40), outputs=st.integers(1, 40), density=st.floats(0, 1),
     bias=st.booleans(), seed=st.integers(0, 99),

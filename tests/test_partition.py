@@ -38,7 +38,7 @@ def test_parts_are_disjoint_complete_and_reproducible(kind, clients):
         assert not all(torch.equal(p, q) for p, q in zip(parts, deal(6)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda s: sum(s) > 0),
     clients=st.integers(1, 40),

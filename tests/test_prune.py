@@ -291,7 +291,7 @@ def test_errors_say_what_to_do():
         prune.paper({"w": torch.tensor([torch.nan])})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(BUILDERS)), st.floats(0.005, 1), st.floats(0.01, 1), st.integers(0, 99))
 def test_hybrid_is_deterministic_and_never_above_its_density(name, density, channels, seed):
     model, _ = build(name)
@@ -304,7 +304,7 @@ def test_hybrid_is_deterministic_and_never_above_its_density(name, density, chan
     masks.check(model.state_dict())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.floats(0.01, 1), st.integers(0, 99))
 def test_by_scores_is_a_stable_sort(sizes, density, seed):
     g = torch.Generator().manual_seed(seed)
