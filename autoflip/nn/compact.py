@@ -119,9 +119,9 @@ def _copy(model: nn.Module) -> nn.Module:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not value.is_leaf:  # torch copies none such, and says so of no layer
                 raise ValueError(
-                    f"compact: {f'{path}.{name}'.lstrip('.')} is computed from other tensors, as by "
-                    "torch.nn.utils.prune or weight_norm; make it a parameter again first, by prune.remove or "
-                    "remove_weight_norm"
+                    f"compact: {f'{path}.{name}'.lstrip('.')} is computed from other tensors, and no copy of the "
+                    "model can be made; where torch.nn.utils.prune or weight_norm did it, make it a parameter again "
+                    "first (prune.remove, remove_weight_norm), where a forward pass left it, set it to None"
                 )
     return copy.deepcopy(model)
 
