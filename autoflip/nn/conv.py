@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from autoflip.nn.masked import Known, Masked, Proxy, transformed
+from autoflip.nn.masked import Known, Masked, transformed
 from autoflip.ops import (
     ConvPack,
     again,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from autoflip.nn.masked import Masked, Proxy
+from autoflip.nn.masked import Masked
 from autoflip.ops import masked_weight
 
 __all__ = ["MaskedEmbedding"]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from autoflip.nn.masked import Known, Masked, Proxy, transformed
+from autoflip.nn.masked import Known, Masked, transformed
 from autoflip.ops import Pack, again, linear_job, linear_step, masked_linear, narrow_linear, traced, version_of
 
 _compiling, _threads = torch.compiler.is_compiling, torch.get_num_threads

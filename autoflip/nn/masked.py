@@ -13,7 +13,7 @@ from autoflip.ops import channels_last, gradient_hook, looker, masked_weight, ve
 
 _compiling = torch.compiler.is_compiling
 
-__all__ = ["Known", "Masked", "Proxy", "rows", "transformed"]
+__all__ = ["Known", "Masked", "rows", "transformed"]
 
 
 def transformed(mask: Tensor) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from autoflip.nn.masked import Masked, Proxy
+from autoflip.nn.masked import Masked
 from autoflip.ops import RecurrentPack, masked_recurrent, paths, recurrent_here, trials, version_of
 
 __all__ = ["MaskedGRU", "MaskedLSTM"]
