@@ -46,6 +46,26 @@ def test_seconds_are_the_clients_only_where_all_files_tell_them_apart():
     assert not old["clients_alone"]
 
 
+def test_seconds_of_different_instruction_sets_are_not_compared(tmp_path):
+    def write(method, isa):
+        content = {**_result("row", method, 0, 0.5, 10.0), "tag": "", **({"isa": isa} if isa else {})}
+        (tmp_path / f"method-row-{method}-seed0.json").write_text(json.dumps(content))
+
+    for ours, theirs, comparable in (("AVX2", "AVX2", True), ("AVX2", None, False), ("AVX512", None, True)):
+        write("autoflip", ours)
+        write("fedavg", theirs)
+        entry = marks.entries(tmp_path)["row"]
+        for cost in ("to_target", "whole"):
+            assert (entry[cost]["seconds"] is not None) == comparable
+            assert entry[cost]["flops"] == 1
+        line = next(one for one in table.table(tmp_path).split("\n") if "| autoflip |" in one)
+        assert line.split(" | ")[-1] == ("1.00x |" if comparable else "– |")
+    runs = [{n: _result("row", "m", n, 0.5, cost) for n in (0, 1)} for cost in (10.0, 20.0)]
+    runs[0][1]["isa"] = "AVX2"
+    runs[0][1]["curve"]["client_seconds"] = [500.0, 1000.0]
+    assert table.against(*runs)["to_target"]["seconds"] == table.against(*runs)["whole"]["seconds"] == 0.5
+
+
 def _result(row, method, seed, accuracy, cost):
     spent = {key: [cost / 2, cost] for key in ("flops", "seconds", "client_seconds")}
     spent["bytes"] = [cost / 200, cost / 100] if method == "autoflip" else [0.5, 1.0]
@@ -97,14 +117,24 @@ def test_longer_rows_stand_for_the_short_ones_once_each_has_its_seeds(tmp_path):
     assert "| FLOPs | 0.200x | 0.100x | 0.200x | 0.250x | 0 |" in after
 
 
-def test_a_variant_of_a_variant_is_compared_with_that_variant():
-    def runs(accuracy):
-        costs = {"flops": [1, 2], "bytes": [1, 2]}
-        return {seed: {"curve": {"accuracy": [0.1, accuracy + 0.01 * seed], **costs}} for seed in (0, 1)}
+def _two_runs(accuracy, channels=0.0):
+    curve = {"flops": [1, 2], "bytes": [1, 2]}
+    config = {"prune": {"channels": channels}}
+    return {n: {"config": config, "curve": {"accuracy": [0.1, accuracy + 0.01 * n], **curve}} for n in (0, 1)}
 
-    found = {("row", "autoflip"): runs(0.5), ("row", "autoflip+a"): runs(0.4), ("row", "autoflip+a+b"): runs(0.7)}
+
+def test_a_variant_of_a_variant_is_compared_with_that_variant():
+    found = {("row", f"autoflip{tag}"): _two_runs(a) for tag, a in (("", 0.5), ("+a", 0.4), ("+a+b", 0.7))}
     assert table.paired(found, "autoflip+a")["final"] == pytest.approx((-0.1, 0.0))
     assert table.paired(found, "autoflip+a+b")["final"] == pytest.approx((0.3, 0.0))
+
+
+def test_a_variant_with_the_channels_of_the_wider_model_is_compared_with_that_model():
+    found = {("row", "autoflip"): _two_runs(0.5), ("row", f"autoflip+{table.WIDER}"): _two_runs(0.6, 0.4375)}
+    found |= {("row", "autoflip+a"): _two_runs(0.4), ("row", "autoflip+b"): _two_runs(0.4, 0.4375)}
+    found |= {("row", "autoflip+b+c"): _two_runs(0.7, 0.4375), ("row", "autoflip+d"): _two_runs(0.4, 0.25)}
+    wanted = {table.WIDER: 0.1, "a": -0.1, "b": -0.2, "b+c": 0.3, "d": -0.1}
+    assert {tag: table.paired(found, f"autoflip+{tag}")["final"][0] for tag in wanted} == pytest.approx(wanted)
 
 
 def test_no_marks_without_results(tmp_path):

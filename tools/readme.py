@@ -92,9 +92,9 @@ def methods() -> str:
         "",
         "20 clients, a quarter a round, 40 rounds, 200 examples a client (HAR 300, digits all), tested every second "
         f"round (images: on 2000 examples). Rows of 80 rounds: those whose dense runs end below {NEAR_CHANCE} times "
-        "chance after 40, on a machine without AVX-512. Seconds: processor time of clients (†: of clients, server and "
-        "the simulation's own counting), on a busy machine. Files: `bench/results/method-*.json`, made by "
-        "`bench/experiments`.",
+        "chance after 40. Seconds: processor time of clients (†: of clients, server and the simulation's own counting) "
+        "on a busy machine, with AVX-512 but for ResNet-8; – where a method and dense ran on different ones (`isa` in "
+        "the files). Files: `bench/results/method-*.json`, made by `bench/experiments`.",
     ]
     if of_marks := marks.summary(results):
         lines += [

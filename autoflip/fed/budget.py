@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,11 @@ from autoflip.groups import Groups
 from autoflip.masks import MaskSet
 from autoflip.nn import compact
 
-__all__ = ["channels_within", "cost_of", "usual_share"]
+__all__ = ["USUAL_FLOPS", "channels_within", "cost_of", "usual_shares"]
 
 BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.125}  # per value, block scales included
 _STEPS = 8  # bisection: to 1/256 of the channels
-_QUARTER, _CHANNELS = 0.25, 28
+_QUARTER, _CHANNELS, USUAL_FLOPS = 0.25, (20, 28), 0.18  # see usual_shares
 
 
 def cost_of(
@@ -39,20 +40,31 @@ def cost_of(
     return _step(small, example) / _step(model, example), sent * (BITS[values] + BITS[downlink]) / 64
 
 
-def usual_share(groups: Groups) -> float:
-    """Return the kept share of channels where the user names none: a quarter, more in a narrow model.
+def usual_shares(groups: Groups) -> tuple[float, float]:
+    """Return the least and the most channels that are kept where the user names neither them nor a budget, as shares.
 
-    A quarter of 16 to 64 channels is too little to learn from, so the share is at least what would leave 28 channels
-    of the widest layer (README, "Limits, plainly").
+    A quarter of 16 to 64 channels is too little to learn from. The most is what leaves 28 channels of the widest
+    layer, the least what leaves 20, and a quarter in wider models; between them, what keeps a round within
+    ``USUAL_FLOPS`` of a dense round's FLOPs (README, "Limits, plainly"). The least stays whatever it costs: what
+    cannot be removed may be dear.
     """
     widest = max((len(units) * groups.width(layer) for layer, units in groups.by_layer().items()), default=1)
-    return min(1.0, max(_QUARTER, _CHANNELS / widest))
+    least, most = (min(1.0, max(_QUARTER, channels / widest)) for channels in _CHANNELS)
+    return least, most
 
 
 def _step(model: nn.Module, example: Tensor) -> int:
-    twin = copy.deepcopy(model).train()
+    twin = copy.deepcopy(model).eval()  # BatchNorm takes no batch of one otherwise
     with torch.random.fork_rng(devices=[]):
-        return meter.count_flops(lambda: twin(example).sum().backward())
+        return meter.count_flops(lambda: _total(twin(example)).backward())
+
+
+def _total(output: Any) -> Tensor:
+    """Return the sum of all tensors in a model's output that depend on its weights."""
+    if isinstance(output, Tensor):
+        return output.sum() if output.requires_grad else torch.zeros(())
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return sum((_total(part) for part in parts), torch.zeros(()))
 
 
 def channels_within(cost: Callable[[float], tuple[float, float]], flops: float, bytes: float, most: float) -> float:

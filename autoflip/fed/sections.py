@@ -88,7 +88,7 @@ class Prune:
 
     density: float = 1.0  # kept share of the weights; 1: channels only, what is left is dense
     rival_density: float = 0.15  # the same for random, magnitude, prunefl and ssfl, which remove no channels
-    channels: float = 0.0  # kept share of channels and neurons; 0: by the model's width, see budget.usual_share
+    channels: float = 0.0  # kept share of channels and neurons; 0: by the model, see budget.usual_shares
     flops_exponent: float = -1.0  # power of its FLOPs by which a channel's score is divided; below 0: by the model
     inputs: float = 1.0  # kept share of the model's inputs, where a linear layer reads them; autoflip only
     flops: float = 0.0  # budget: share of a dense round's FLOPs, met by fewer channels; 0: none

@@ -6,7 +6,8 @@
 Each run goes through a folder under runs/experiments, so that a killed one is continued, and ends as
 bench/results/method-ROW-METHOD-seedN.json. One whose configuration is the same is not run again. FLOPs and bytes
 are exact whatever else the machine does; seconds are processor time, of clients alone (``client_seconds``: receive,
-train, send) and of all but the evaluation (``seconds``), and each file says the load under which they were measured.
+train, send) and of all but the evaluation (``seconds``); each file says under which load and with which instruction
+set they were measured, and the table compares those of one instruction set only.
 The table compares the clients' seconds; † marks rows with files that hold only those of all.
 A --tag keeps variants (--set) apart: method-ROW-METHOD+TAG-seedN.json.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import marks
+import torch
 from rows import ALL_METHODS_ON, EVERYWHERE, ROWS, SCALED
 from table import client_seconds, cpu_seconds, same, table, told, variants
 
@@ -58,6 +60,7 @@ def run_one(row: str, method: str, seed: int, root: str, settings: list[str], ta
         "config": told(config),
         "summary": result.summary,
         "load": [round(before, 1), round(os.getloadavg()[0], 1)],
+        "isa": torch.backends.cpu.get_cpu_capability(),
         "curve": {
             "round": curve.rounds,
             "accuracy": [round(a, 5) for a in curve.accuracy],

@@ -13,6 +13,7 @@ from autoflip import fed
 from autoflip.fed.ledger import Record
 
 COSTS = ("flops", "bytes", "seconds", "client_seconds")
+WIDER = "28-channels-at-any-FLOPs"  # tag of prune.channels=0.4375, what ResNet-8 had before a cap on FLOPs
 
 
 def load(folder: Path) -> dict[tuple[str, str], dict[int, dict]]:
@@ -69,8 +70,17 @@ def timed(*runs: Sequence[dict]) -> str:
     return "client_seconds" if all("client_seconds" in curve for curves in runs for curve in curves) else "seconds"
 
 
+def alike(*runs: dict) -> bool:
+    """Tell whether runs had the same instruction set; files that name none had AVX-512."""
+    return len({run.get("isa", "AVX512") for run in runs}) == 1
+
+
 def against(mine: dict[int, dict], dense: dict[int, dict]) -> dict | None:
-    """Return means over the seeds that both have: difference of final accuracy, ratios of cost."""
+    """Return means over the seeds that both have: difference of final accuracy, ratios of cost.
+
+    Seconds are of the seeds that had the same instruction set both times, None where there are none, like every cost
+    to a target that was never reached.
+    """
     seeds = sorted(set(mine) & set(dense))
     if not seeds:
         return None
@@ -80,8 +90,14 @@ def against(mine: dict[int, dict], dense: dict[int, dict]) -> dict | None:
     base = {s: to_target(dense[s]["curve"], final[s][1]) for s in seeds}
     clock = timed([mine[s]["curve"] for s in seeds], [dense[s]["curve"] for s in seeds])
     keys = {"flops": "flops", "bytes": "bytes", "seconds": clock}
+    compared = {name: [s for s in seeds if name != "seconds" or alike(mine[s], dense[s])] for name in keys}
     ratios = {
-        name: [reached[s][key] / base[s][key] for s in seeds if reached[s] and base[s]] for name, key in keys.items()
+        name: [reached[s][key] / base[s][key] for s in compared[name] if reached[s] and base[s]]
+        for name, key in keys.items()
+    }
+    whole = {
+        name: [mine[s]["curve"][key][-1] / dense[s]["curve"][key][-1] for s in compared[name]]
+        for name, key in keys.items()
     }
     return {
         "seeds": len(seeds),
@@ -89,11 +105,8 @@ def against(mine: dict[int, dict], dense: dict[int, dict]) -> dict | None:
         "gap": statistics.mean(gaps),
         "gap_stderr": statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None,
         "reached": sum(r is not None for r in reached.values()),
-        "to_target": {key: statistics.mean(values) if values else None for key, values in ratios.items()},
-        "whole": {
-            name: statistics.mean(mine[s]["curve"][key][-1] / dense[s]["curve"][key][-1] for s in seeds)
-            for name, key in keys.items()
-        },
+        "to_target": {name: statistics.mean(values) if values else None for name, values in ratios.items()},
+        "whole": {name: statistics.mean(values) if values else None for name, values in whole.items()},
         "clients_alone": clock == "client_seconds",
     }
 
@@ -135,7 +148,7 @@ def table(folder: Path, rows: list[str] | None = None) -> str:
 def paired(found: dict[tuple[str, str], dict[int, dict]], name: str) -> dict | None:
     """Return how a variant (``method+tag``) differs from its method over all rows and seeds that both have.
 
-    ``method+tag+other`` is compared with ``method+tag``.
+    ``method+tag+other`` is compared with ``method+tag``, and what keeps the channels of ``method+WIDER`` with that.
 
     Returns:
         None where there are fewer than two pairs; else ``pairs``, and (mean, standard error) of ``final`` and ``last``
@@ -144,7 +157,7 @@ def paired(found: dict[tuple[str, str], dict[int, dict]], name: str) -> dict | N
     """
     columns: dict[str, list[float]] = {"final": [], "last": [], "flops": [], "bytes": []}
     for row, seed in ((row, seed) for (row, other), runs in found.items() if other == name for seed in runs):
-        if (whole := found.get((row, name.rpartition("+")[0]), {}).get(seed)) is None:
+        if (whole := _whole(found, row, name, seed)) is None:
             continue
         mine, theirs = found[row, name][seed]["curve"], whole["curve"]
         last = [statistics.mean(curve["accuracy"][-5:]) for curve in (mine, theirs)]
@@ -156,6 +169,19 @@ def paired(found: dict[tuple[str, str], dict[int, dict]], name: str) -> dict | N
     if pairs < 2:
         return None
     return {"pairs": pairs, **{k: (statistics.mean(v), statistics.stdev(v) / pairs**0.5) for k, v in columns.items()}}
+
+
+def _whole(found: dict[tuple[str, str], dict[int, dict]], row: str, name: str, seed: int) -> dict | None:
+    """Return the run that a variant is compared with, None if there is none."""
+    method = name.rpartition("+")[0]
+    wider = found.get((row, f"{method}+{WIDER}"), {}).get(seed)
+    if wider is not None and not name.endswith(WIDER) and _channels(wider) == _channels(found[row, name][seed]):
+        return wider
+    return found.get((row, method), {}).get(seed)
+
+
+def _channels(run: dict) -> float:
+    return run["config"]["prune"]["channels"]
 
 
 def variants(folder: Path) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autoflip import meter, prune
 from autoflip.explore import Sums, rank
-from autoflip.fed.budget import channels_within, cost_of, usual_share
+from autoflip.fed.budget import USUAL_FLOPS, channels_within, cost_of, usual_shares
 from autoflip.fed.config import Config
 from autoflip.fed.norms import has_norms
 from autoflip.fed.state import Guidance, ServerState
@@ -35,7 +35,8 @@ class AutoFlip(Strategy):
         self.probe = "curvature" if config.explore.signal == "curvature" else ""
         self._groups = find_groups(model)
         self._normalised = has_norms(model)
-        self._share = config.prune.channels or usual_share(self._groups)
+        self._least, most = usual_shares(self._groups)
+        self._share = config.prune.channels or most
         self._flops = meter.layer_flops(model, example) if self.flops_exponent() and example is not None else {}
 
     def ask(self, round_number: int) -> Ask:
@@ -108,9 +109,11 @@ class AutoFlip(Strategy):
         return self._hybrid(state.guidance, self.after(state.round, cfg.density), channels, inputs)
 
     def _channels(self, guidance: Guidance) -> float:
-        """Return the share of channels: as configured, or what the budgets leave."""
+        """Return the share of channels: as configured, or what the budgets leave; by the model, see usual_shares."""
         cfg, wire = self.config.prune, self.config.wire
-        if not (cfg.flops or cfg.bytes) or self.example is None:
+        budget = bool(cfg.flops or cfg.bytes)
+        by_model = not (budget or cfg.channels) and self._least < self._share
+        if not (budget or by_model) or self.example is None:
             return self._share
         example = self.example
 
@@ -118,6 +121,8 @@ class AutoFlip(Strategy):
             masks = self._hybrid(guidance, cfg.density, share, cfg.inputs)
             return cost_of(self.model, masks, example, self._groups, wire.values, wire.downlink)
 
+        if by_model:
+            return max(self._least, channels_within(cost, USUAL_FLOPS, 0.0, self._share))
         return channels_within(cost, cfg.flops, cfg.bytes, self._share)
 
     def narrow(self, masks: MaskSet, guidance: Guidance | None) -> MaskSet | None:

@@ -39,8 +39,8 @@ class AutoFlip(FedAvg):
 
     Args:
         model: whose layers are looked at; its ``state_dict()`` names the initial arrays. Never trained.
-        example: inputs of a small batch, on which a layer's FLOPs are counted; needed for ``prune.flops`` and
-            ``prune.bytes``, and for FLOPs to count in a channel's score.
+        example: inputs of a small batch, on which FLOPs are counted; needed for ``prune.flops`` and ``prune.bytes``,
+            and for FLOPs to count in a channel's score and in how much of a narrow model is kept.
         density: kept share of the weights. This and the next three: None: as ``autoflip run`` has it.
         channels: kept share of channels and neurons.
         values: of an update on its way up: fp32 | bf16 | int8 | int4.
