@@ -91,7 +91,7 @@ class Prune:
     channels: float = 0.0  # kept share of channels and neurons; 0: by the model, see budget.usual_shares
     flops_exponent: float = -1.0  # power of its FLOPs by which a channel's score is divided; below 0: by the model
     inputs: float = 1.0  # kept share of the model's inputs, where a linear layer reads them; autoflip only
-    flops: float = 0.0  # budget: share of a dense round's FLOPs, met by fewer channels; 0: none
+    flops: float = 0.0  # budget: share of a dense round's FLOPs, met by fewer channels; 0: none, but see channels
     bytes: float = 0.0  # the same for bytes, both ways against float32
     round_to: int = 4  # channels of a layer are kept in multiples of this; 0: by its size, see prune.hybrid
     slow_channels: float = 0.1  # the same for slow clients (fed.slow); autoflip only

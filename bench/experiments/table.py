@@ -13,7 +13,7 @@ from autoflip import fed
 from autoflip.fed.ledger import Record
 
 COSTS = ("flops", "bytes", "seconds", "client_seconds")
-WIDER = "28-channels-at-any-FLOPs"  # tag of prune.channels=0.4375, what ResNet-8 had before a cap on FLOPs
+WIDER = "28-channels-at-any-FLOPs"  # tag of prune.channels=0.4375, what ResNet-8 had before a bound on FLOPs
 
 
 def load(folder: Path) -> dict[tuple[str, str], dict[int, dict]]:
@@ -157,7 +157,7 @@ def paired(found: dict[tuple[str, str], dict[int, dict]], name: str) -> dict | N
     """
     columns: dict[str, list[float]] = {"final": [], "last": [], "flops": [], "bytes": []}
     for row, seed in ((row, seed) for (row, other), runs in found.items() if other == name for seed in runs):
-        if (whole := _whole(found, row, name, seed)) is None:
+        if (whole := _base(found, row, name, seed)) is None:
             continue
         mine, theirs = found[row, name][seed]["curve"], whole["curve"]
         last = [statistics.mean(curve["accuracy"][-5:]) for curve in (mine, theirs)]
@@ -171,7 +171,7 @@ def paired(found: dict[tuple[str, str], dict[int, dict]], name: str) -> dict | N
     return {"pairs": pairs, **{k: (statistics.mean(v), statistics.stdev(v) / pairs**0.5) for k, v in columns.items()}}
 
 
-def _whole(found: dict[tuple[str, str], dict[int, dict]], row: str, name: str, seed: int) -> dict | None:
+def _base(found: dict[tuple[str, str], dict[int, dict]], row: str, name: str, seed: int) -> dict | None:
     """Return the run that a variant is compared with, None if there is none."""
     method = name.rpartition("+")[0]
     wider = found.get((row, f"{method}+{WIDER}"), {}).get(seed)

@@ -111,9 +111,10 @@ class AutoFlip(Strategy):
     def _channels(self, guidance: Guidance) -> float:
         """Return the share of channels: as configured, or what the budgets leave; by the model, see usual_shares."""
         cfg, wire = self.config.prune, self.config.wire
-        budget = bool(cfg.flops or cfg.bytes)
-        by_model = not (budget or cfg.channels) and self._least < self._share
-        if not (budget or by_model) or self.example is None:
+        flops, least = cfg.flops, 0.0
+        if not (cfg.channels or cfg.flops or cfg.bytes):
+            flops, least = USUAL_FLOPS, self._least
+        if not (flops or cfg.bytes) or least >= self._share or self.example is None:
             return self._share
         example = self.example
 
@@ -121,9 +122,7 @@ class AutoFlip(Strategy):
             masks = self._hybrid(guidance, cfg.density, share, cfg.inputs)
             return cost_of(self.model, masks, example, self._groups, wire.values, wire.downlink)
 
-        if by_model:
-            return max(self._least, channels_within(cost, USUAL_FLOPS, 0.0, self._share))
-        return channels_within(cost, cfg.flops, cfg.bytes, self._share)
+        return max(least, channels_within(cost, flops, cfg.bytes, self._share))
 
     def narrow(self, masks: MaskSet, guidance: Guidance | None) -> MaskSet | None:
         """The best channels only (as HeteroFL, Diao et al., ICLR 2021, but by guidance, not by position)."""
