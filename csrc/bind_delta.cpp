@@ -189,9 +189,15 @@ bool delta_encode(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offset
   return !bad;
 }
 
-void delta_decode(int kind, std::array<uintptr_t, 4> streams, uintptr_t scales, uintptr_t words,
-                  uintptr_t offsets, int64_t n, uintptr_t out, int threads) {
-  const DeltaCoding c = coding_of(kind, streams, scales);
+int64_t delta_drop_zeros(int kind, uintptr_t codes, int64_t n, uintptr_t words, uintptr_t counts) {
+  return kernels().drop_zeros(kind, at<uint8_t>(codes), n, at<uint64_t>(words), at<uint8_t>(counts));
+}
+
+// starts of so many blocks, or null: then each has 256
+void delta_decode(int kind, std::array<uintptr_t, 4> streams, uintptr_t scales, uintptr_t starts,
+                  int64_t blocks, uintptr_t words, uintptr_t offsets, int64_t n, uintptr_t out, int threads) {
+  DeltaCoding c = coding_of(kind, streams, scales);
+  c.starts = at<int64_t>(starts), c.blocks = blocks;
   const int64_t* ranks = at<int64_t>(offsets);
   const bool nt = n >= kAroundCaches && out % 64 == 0;
   each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t chunk) {
@@ -200,9 +206,11 @@ void delta_decode(int kind, std::array<uintptr_t, 4> streams, uintptr_t scales, 
   });
 }
 
-void delta_decode_add(int kind, std::array<uintptr_t, 4> streams, uintptr_t scales, uintptr_t words,
-                      uintptr_t offsets, int64_t n, float weight, uintptr_t out, int threads) {
-  const DeltaCoding c = coding_of(kind, streams, scales);
+void delta_decode_add(int kind, std::array<uintptr_t, 4> streams, uintptr_t scales, uintptr_t starts,
+                      int64_t blocks, uintptr_t words, uintptr_t offsets, int64_t n, float weight,
+                      uintptr_t out, int threads) {
+  DeltaCoding c = coding_of(kind, streams, scales);
+  c.starts = at<int64_t>(starts), c.blocks = blocks;
   const int64_t* ranks = at<int64_t>(offsets);
   each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t chunk) {
     const uint64_t* w = words ? at<uint64_t>(words) + word : nullptr;
@@ -250,6 +258,7 @@ void bind_delta(py::module_& m) {
   m.def("delta_dequantise", delta_dequantise, free_gil());
   m.def("delta_round_bf16", delta_round_bf16, free_gil());
   m.def("delta_encode", delta_encode, free_gil());
+  m.def("delta_drop_zeros", delta_drop_zeros, free_gil());
   m.def("delta_decode", delta_decode, free_gil());
   m.def("delta_decode_add", delta_decode_add, free_gil());
   m.def("delta_valid", delta_valid, free_gil());

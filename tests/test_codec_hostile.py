@@ -167,6 +167,35 @@ def test_vectors_have_no_columns():
     assert got.flatten().tolist() == [0, 0, 0, 0, 1, 0]  # the fourth of 0, 3, 1, 4, 2, 5
 
 
+def test_codes_without_zeros_hold_to_their_blocks():
+    x = torch.zeros(20, 30)
+    x[:, ::2] = torch.linspace(0.001, 0.05, 300).view(20, 15)  # int4 of 7 levels: 1 a block is the largest
+    x[0, 0] = x[19, 28] = 1
+    schema = codec.Schema.of({"w": x})
+    blob = codec.encode({"w": x}, values="int4", rounding="nearest", entropy="none", schema=schema)
+    assert codec.inspect(blob, schema=schema)["tensors"][0] | {"bytes": 0} == {
+        "name": "w", "shape": [20, 30], "coding": "rice", "values": "int4", "kept": 2, "blocks": 2, "bytes": 0
+    }  # fmt: skip
+    at = head_of(blob)
+    assert blob[at : at + 2] + blob[at + 3 : at + 4] == b"\x36\2\2"  # index and values, kept, blocks; k between
+    assert blob[-3:] == b"\2" + b"\0\0"  # of each block one is left
+    assert codec.decode(blob, schema=schema)["w"].nonzero().tolist() == [[0, 0], [19, 28]]
+
+    def refused(message, **changed):
+        with pytest.raises(codec.DecodeError, match=message):
+            codec.decode(sign(bytes(changed.get(f"_{i - at}", byte) for i, byte in enumerate(blob))), schema=schema)
+
+    refused("do not make up 2 codes", **{f"_{len(blob) - 1 - at}": 1})
+    refused("2 codes of 1 to 256 a block are in 0 blocks", _3=0)
+    refused("2 codes of 1 to 256 a block are in 3 blocks", _3=3)
+    refused("0 codes of 1 to 256 a block are in 2 blocks", _1=0)
+    with pytest.raises(codec.DecodeError, match="has 4 blocks of 600 entries"):
+        codec.decode(sign(blob[: at + 1] + b"\4" + blob[at + 2 : at + 3] + b"\4" + blob[at + 4 :]), schema=schema)
+    for index, message in ((0, "without an index leaves out zeros"), (1, "without an index leaves out zeros")):
+        refused(message, _0=index << 4 | 6)
+    refused("coded as 0x37, which this version does not know", _0=0x37)
+
+
 def test_bool_bytes_above_one_are_refused():
     blob = codec.encode({"f": torch.tensor([True, False])}, entropy="none")
     with pytest.raises(codec.DecodeError, match="no bool"):
@@ -208,6 +237,20 @@ def golden_unlike():
     return {"wide": steps[0] / 128, "steep": torch.where(i[0] % 64 == 0, 128, (noise[1] - 128) // 110) / 128}
 
 
+def golden_shallow():
+    """A sparse matrix of steps of 1/1024, few of them large: rounding to codes makes most of the others zero."""
+    i = torch.arange(60 * 50).view(60, 50)
+    noise = i * 2654435761 % 2**32
+    noise = (noise ^ noise >> 15) * 2246822519 % 2**32 >> 12 & 255
+    steps = torch.where(i % 97 == 0, 1024, (noise - 128) // 16)
+    return {"w": torch.where(i * 37 % 101 < 30, steps, 0) / 1024}
+
+
+def golden_inside():
+    """A mask that keeps most of golden_shallow, and zeros of it."""
+    return MaskSet({"w": torch.arange(60 * 50).view(60, 50) % 5 > 0})
+
+
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 def test_golden_frames_decode_for_ever(path):
     update, masks = golden_update()
@@ -228,6 +271,15 @@ def test_golden_frames_decode_for_ever(path):
         got, step = codec.decode(blob), 1 / {"int8": 127, "int4": 7}[name.partition("_")[2]]
         for tensor, want in golden_unlike().items():  # to the nearest, and float32's rounding of codes times scale
             torch.testing.assert_close(got[tensor], want, rtol=0, atol=0.5 * step * (1 + 1e-6))
+    elif name.startswith("dropped"):
+        assert codec.inspect(blob)["tensors"][0]["blocks"]
+        want, inside = golden_shallow()["w"], golden_inside() if name == "dropped_ranks" else None
+        want = want if inside is None else want * inside["w"]
+        step = 1 / {"int8": 127}.get(name.partition("_")[2], 7)
+        got = codec.decode(blob, masks=inside)["w"]
+        torch.testing.assert_close(got, want, rtol=0, atol=0.5 * step * (1 + 1e-6))
+        if inside is None:  # of the others one block has small ones only
+            assert not got[want.abs() < 0.49 * step].any()
     elif name.startswith("lanes"):
         stages = [s["entropy"] for s in codec.inspect(blob)["sections"]]
         assert ("parts apart" if name.endswith(("fp32", "bf16")) else "lanes") in stages
@@ -254,4 +306,4 @@ def test_golden_frames_decode_for_ever(path):
 
 
 def test_golden_frames_are_there():
-    assert len(GOLDEN) == 9 + 14 + 17 + 20 + 22
+    assert len(GOLDEN) == 9 + 14 + 17 + 20 + 22 + 24

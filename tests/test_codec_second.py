@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from test_codec_hostile import golden_update
+from test_codec_hostile import golden_inside, golden_update
 
 from autoflip import MaskSet, codec
 
@@ -241,13 +241,17 @@ def read_frame(blob, masks=None, schema=None, base=None):
     """Decode a delta or patch frame; masks: name -> flat positions kept; base: name -> uint16 words or bytes."""
     apply, flags, _, schema, data = header(blob, schema)
     masks = masks or {}
-    rows = []
+    rows, blocks, survivors = [], {}, {}
     for name, tensor_kind, shape in schema:
         n = int(np.prod(shape, dtype=np.int64))
         byte = data.byte()
         index, values = byte >> 4, byte & 15
         kept = data.varint() if index else n
         k = data.byte() if index & ~RANKS == RICE else 0
+        blocks[name] = -(-kept // 256)
+        if values in (5, 6):  # int8 and int4 without the codes that are 0
+            values, blocks[name] = values - 3, data.varint()
+            survivors[name] = None
         rows.append((name, tensor_kind, shape, n, index, values, kept, k))
     coded = [r for r in rows if r[4] & ~RANKS >= BITMAP]
     sets = iter(read_sets(data, [(min(i & ~RANKS, VARINT), k, len(masks[name]) if i & RANKS else n, kept)
@@ -287,11 +291,18 @@ def read_frame(blob, masks=None, schema=None, base=None):
             else:
                 codes = raw.view(np.int8)
             scales = planes(float_section(data, 4), 4, "<f4")
+            thinned = [r[0] for _, r in mine if r[0] in survivors]
+            if thinned:
+                left = Bytes(section(data))
+                survivors |= {n: [1 + b for b in left.take(blocks[n])] for n in thinned}
+                assert left.at == len(left.data)
             each, start = [], 0
-            for count in counts:
-                blocks = -(-count // 256)
-                each.append(np.repeat(scales[start : start + blocks], 256)[:count])
-                start += blocks
+            for _, (name, *_, count, _) in mine:
+                sizes = survivors.get(name, 256)
+                each.append(np.repeat(scales[start : start + blocks[name]], sizes)[:count])
+                start += blocks[name]
+                assert len(each[-1]) == count
+                assert name not in survivors or sum(sizes) == count
             flat = codes.astype(np.float32) * np.concatenate(each)
         for (i, _), piece in zip(mine, np.split(flat, np.cumsum(counts)[:-1]), strict=True):
             streams[i] = piece
@@ -368,8 +379,8 @@ def test_golden_frames_mean_the_same_to_both(path):
         words["steps"] = np.array([2 * two, 0, 0, 0, 0, 0, 0, 0], np.uint8)
         same(read_frame(blob, base=words), codec.decode_patch(blob, base))
     else:
-        shared = masks if name.startswith(("shared", "ranks")) else None
-        same(read_frame(blob, flat(masks)), codec.decode(blob, masks=shared))
+        shared = masks if name.startswith(("shared", "ranks")) else golden_inside() if name == "dropped_ranks" else None
+        same(read_frame(blob, flat(shared or masks)), codec.decode(blob, masks=shared))
 
 
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
@@ -393,4 +404,7 @@ def test_todays_frames_mean_the_same_to_both(values, density, entropy, shared):
     delta["c"][:, ::3] = 0
     masks = MaskSet({n: torch.rand(delta[n].shape, generator=g) < 0.3 for n in ("a", "c")}) if shared else None
     blob = codec.encode(delta, masks=masks, values=values, entropy=entropy)
+    tensors = codec.inspect(blob)["tensors"]
+    if values == "int4" and density == 0.4 and not shared:
+        assert {t["name"] for t in tensors if t["blocks"]} == {"a", "c"}  # their zeros are left out
     same(read_frame(blob, flat(masks) if masks else None), codec.decode(blob, masks=masks))

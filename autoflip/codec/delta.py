@@ -155,7 +155,7 @@ def _code(entry: Entry, tensor: Tensor, where: Selection, how: Rounding) -> tupl
             f"encode: {entry.name!r} has {bad} entries of {entry.numel} that are NaN or infinite (in float32); "
             "training diverged: lower the learning rate, or leave this update out"
         )
-    return Coding(where.coding, where.codec, stream.count, where.k), stream
+    return Coding(where.coding, where.codec, stream.count, where.k, stream.blocks), stream
 
 
 def _open(
@@ -169,7 +169,7 @@ def _open(
     rows = layout.read_table(reader, frame, (FP32, BF16, INT8, INT4, INT))
     where = layout.locate(reader, frame, rows, masks)
     wanted = [
-        (row.values, entry.dense_bytes if row.values == INT else row.kept)
+        (row.values, entry.dense_bytes if row.values == INT else row.kept, row.blocks)
         for row, entry in zip(rows, frame.schema.entries, strict=True)
     ]
     streams = values.read_values(reader, wanted)

@@ -10,7 +10,7 @@ from autoflip.ops.delta_coding import crc32
 
 __all__ = ["BASED", "INLINE_SCHEMA", "MASKED", "MASKS", "NO_ID", "Header", "read", "write"]
 
-_MAGIC, _MAJOR, _MINOR = b"AFD1", 2, 1
+_MAGIC, _MAJOR, _MINOR = b"AFD1", 2, 2
 _FIRST = struct.Struct("<4sBBHIBBHII16s16s16sQQII")  # version 1
 _START = struct.Struct("<4sBBBBI16s")  # version 2, before what is there only where it tells something
 _FIRST_CRC, _CRC = _FIRST.size - 4, 8

@@ -32,7 +32,8 @@ def inspect(
         ``mask_id``, ``base_id`` (32 hex digits or None), ``complete`` (no base needed), ``sections`` (stored
         bytes and entropy stage of each) and, except for mask frames, ``tensors``: per tensor ``name``, ``shape``,
         ``coding`` (whole, shared mask, bitmap, rice,
-        varint; "ranks, ..." inside a shared mask), ``values``, ``kept`` and ``bytes`` of its values
+        varint; "ranks, ..." inside a shared mask), ``values``, ``kept``, ``blocks`` (scales of int8 and int4 codes
+        of which those that are 0 were left out; else 0: there is a scale per 256 codes) and ``bytes`` of its values
         before the entropy stage. None stands for what cannot be known without the schema.
 
     Raises:
@@ -67,7 +68,8 @@ def inspect(
             "coding": index.NAMES[row.index],
             "values": values.NAMES[row.values],
             "kept": row.kept if known else None,
-            "bytes": values.value_bytes(row.values, count) if known else None,
+            "blocks": row.blocks,
+            "bytes": values.value_bytes(row.values, count, row.blocks) if known else None,
         })  # fmt: skip
     out["sections"] = []
     while reader.left:

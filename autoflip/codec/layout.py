@@ -17,9 +17,12 @@ from autoflip.codec.schema import Entry, Schema
 from autoflip.masks import MaskSet
 from autoflip.ops import delta as ops
 from autoflip.ops.delta import Pack
+from autoflip.ops.delta_coding import BLOCK
+from autoflip.ops.delta_stream import LEVELS
 
 __all__ = ["Coding", "check_masks", "packs_of", "read_table", "write_table"]
 
+_WITHOUT_ZEROS = 3  # added to INT8 or INT4 where no code is 0 but for a block's only one
 _Held = tuple[dict[str, Pack], dict[str, tuple[int, ...]]]  # masks as bits, and their shapes
 _HELD: WeakKeyDictionary[MaskSet, _Held] = WeakKeyDictionary()
 
@@ -33,12 +36,14 @@ class Coding:
         values: FP32, BF16, INT8, INT4 or INT (:mod:`autoflip.codec.values`).
         kept: entries that travel; -1 when the reader cannot know (whole tensors without a schema).
         k: Rice parameter, 0 elsewhere.
+        blocks: scales of INT8 or INT4 codes without zeros, 0 elsewhere: there is one per 256 codes.
     """
 
     index: int
     values: int
     kept: int
     k: int = 0
+    blocks: int = 0
 
     @property
     def coding(self) -> int:
@@ -82,14 +87,18 @@ def check_masks(masks: MaskSet | None, tensors: Mapping[str, Tensor], what: str)
 
 
 def write_table(rows: list[Coding]) -> bytes:
-    """Per tensor one byte ``index << 4 | values``; then, unless whole, kept as a varint; then k for Rice codes."""
+    """Per tensor one byte ``index << 4 | values``; then, unless whole, kept as a varint; then k for Rice codes, and
+    blocks as a varint for codes without zeros.
+    """
     out = bytearray()
     for row in rows:
-        out.append(row.index << 4 | row.values)
+        out.append(row.index << 4 | (row.values + _WITHOUT_ZEROS if row.blocks else row.values))
         if row.index != WHOLE:
             out += varint(row.kept)
         if row.coding == RICE:
             out.append(row.k)
+        if row.blocks:
+            out += varint(row.blocks)
     return bytes(out)
 
 
@@ -103,6 +112,9 @@ def read_table(reader: Reader, frame: Frame, kinds: tuple[int, ...]) -> list[Cod
 def _row(reader: Reader, entry: Entry | None, kinds: tuple[int, ...]) -> Coding:
     byte = reader.take(1)[0]
     coding, codec = byte >> 4, byte & 15
+    thinned = codec - _WITHOUT_ZEROS in LEVELS
+    if thinned:
+        codec -= _WITHOUT_ZEROS
     if coding not in index.NAMES or codec not in kinds:
         raise DecodeError(f"a tensor is coded as {byte:#04x}, which this version does not know; the frame is damaged")
     if entry is not None and (entry.kind != 0) != (codec == values.INT):
@@ -111,6 +123,8 @@ def _row(reader: Reader, entry: Entry | None, kinds: tuple[int, ...]) -> Coding:
         )
     if codec == values.INT and coding != WHOLE:
         raise DecodeError("an integer tensor does not travel whole; the frame is damaged")
+    if thinned and coding in (WHOLE, SHARED):
+        raise DecodeError("a tensor without an index leaves out zeros; the frame is damaged")
     if coding == WHOLE:
         return Coding(coding, codec, -1 if entry is None else entry.numel)
     kept = reader.varint()
@@ -119,7 +133,10 @@ def _row(reader: Reader, entry: Entry | None, kinds: tuple[int, ...]) -> Coding:
     k = reader.take(1)[0] if coding & ~RANKS == RICE else 0
     if k > 31:
         raise DecodeError(f"Rice parameter {k} is over 31; the frame is damaged")
-    return Coding(coding, codec, kept, k)
+    blocks = reader.varint() if thinned else 0
+    if thinned and not max(1, -(-kept // BLOCK)) <= blocks <= kept:
+        raise DecodeError(f"{kept} codes of 1 to {BLOCK} a block are in {blocks} blocks; the frame is damaged")
+    return Coding(coding, codec, kept, k, blocks)
 
 
 def locate(reader: Reader, frame: Frame, rows: list[Coding], masks: MaskSet | None) -> list[Pack | None]:
@@ -138,6 +155,8 @@ def locate(reader: Reader, frame: Frame, rows: list[Coding], masks: MaskSet | No
         held = packs[entry.name].kept if row.masked else entry.numel
         if row.kept > held or row.index == SHARED and row.kept != held:
             raise DecodeError(f"{entry.name!r}: the mask keeps {held}, the frame says {row.kept}")
+        if row.blocks > -(-held // BLOCK):
+            raise DecodeError(f"{entry.name!r} has {row.blocks} blocks of {held} entries; the frame is damaged")
         if row.index == COLUMNS and not (len(entry.shape) > 1 and entry.numel):
             raise DecodeError(f"{entry.name!r} of shape {entry.shape} is coded by columns; the frame is damaged")
         if row.explicit:

@@ -166,7 +166,7 @@ def decode_patch(
         raise DecodeError("a patch frame holds an explicit index; the frame is damaged")
     where = layout.locate(reader, frame, rows, masks)
     wanted = [
-        (row.values, entry.dense_bytes if row.values == INT else row.kept)
+        (row.values, entry.dense_bytes if row.values == INT else row.kept, 0)
         for row, entry in zip(rows, frame.schema.entries, strict=True)
     ]
     streams = [values.to_words(stream) for stream in values.read_values(reader, wanted)]

@@ -12,17 +12,19 @@ from autoflip.codec.index import RANKS, SHARED, WHOLE
 from autoflip.codec.schema import Entry
 from autoflip.codec.values import BF16, FP32, INT, INT4, INT8
 from autoflip.ops import delta as ops
-from autoflip.ops import delta_stream
+from autoflip.ops import delta_stream, delta_zeros
 from autoflip.ops.delta import Pack
 from autoflip.ops.delta_coding import Key
 from autoflip.ops.delta_stream import LEVELS, Coded
 
 __all__ = ["Rounding", "Selection", "select", "single"]
 
-# share of zeros among the entries of a mask from which naming the others is cheaper than sending the zeros: they
-# cost an entropy coder of codes little, but of floats the low bytes that it leaves as they are; from trials on the MLP
-# and the CNN of bench/real_deltas.py, the one for int4 a guess
-_RANKS_FROM = {FP32: 0.005, BF16: 0.01, INT8: 0.25, INT4: 0.5}
+# share of zeros among the entries of a mask from which naming the others is cheaper than sending the zeros: of floats
+# the low bytes are left as they are by an entropy coder; from trials on the MLP and the CNN of bench/real_deltas.py
+_RANKS_FROM = {FP32: 0.005, BF16: 0.01, INT8: 0.05, INT4: 0.05}
+# share of zeros among codes, and number of them, from which their entries are left out: below, an index and codes of
+# less save no more than a hundredth and the bytes that say where blocks end
+_DROP_FROM, _DROP_LEAST = 0.01, 16
 
 
 class Selection(NamedTuple):
@@ -31,7 +33,7 @@ class Selection(NamedTuple):
     Attributes:
         coding: of the index (:mod:`autoflip.codec.index`).
         codec: of the values.
-        entries: those of the tensor that travel; None = all.
+        entries: those of the tensor that travel, for who codes them; None = all.
         named: what the frame names, entries (turned under COLUMNS) or ranks; None = nothing.
         k: Rice parameter.
         coded: the values, and whether all of the tensor is finite, where the choice took them; None = not yet.
@@ -78,26 +80,42 @@ def select(
     # without an entropy stage lengths must not depend on values
     if entropy == "none" or ops.zero_share(x, mask) < _RANKS_FROM[codec]:
         return shared
-    inner = ops.pack_nonzero(torch.from_numpy(ops.gather(x, mask)[0]))
-    coding, k, size = index.choose(inner, entropy, level)
-    if values.value_bytes(codec, inner.kept) + size >= values.value_bytes(codec, mask.kept):
+    kept, finite = ops.gather(x, mask)
+    if not finite:
         return shared
-    return Selection(RANKS | coding, codec, ops.within(mask, inner), inner, k)
+    stream, ranks, _ = _code_nonzero(torch.from_numpy(kept), how._replace(codec=codec))
+    coding, k, size = index.choose(ranks, entropy, level)
+    if _bytes(stream) + size >= values.value_bytes(codec, mask.kept):
+        return shared
+    return Selection(RANKS | coding, codec, named=ranks, k=k, coded=(stream, True))
 
 
 def _explicit(entry: Entry, x: Tensor, how: Rounding, entropy: str, level: int) -> Selection:
     codec = how.codec
     if _filled(x):  # likely to travel whole: its values are not coded twice
         mask, coded = ops.pack_nonzero(x), None
+        size_of_values = values.value_bytes(codec, mask.kept)
     else:
-        stream, mask, finite = delta_stream.code_nonzero(x, codec, how.key, how.levels_of(codec))
-        coded = stream, finite
+        stream, mask, finite = _code_nonzero(x, how)
+        coded, size_of_values = (stream, finite), _bytes(stream)
         if not finite:
             return Selection(WHOLE, codec, coded=coded)
     coding, k, size, named = index.choose_order(mask, entry.shape, entropy, level)
-    if values.value_bytes(codec, entry.numel) <= values.value_bytes(codec, mask.kept) + size:
+    if values.value_bytes(codec, entry.numel) <= size_of_values + size:
         return Selection(WHOLE, codec)
     return Selection(coding, codec, mask, named, k, coded)
+
+
+def _code_nonzero(x: Tensor, how: Rounding) -> tuple[Coded, Pack, bool]:
+    """Code what is not zero, and leave out again what the code made zero, where those are many."""
+    stream, mask, finite = delta_stream.code_nonzero(x, how.codec, how.key, how.levels_of(how.codec))
+    if finite and delta_zeros.zero_codes(stream) >= max(_DROP_LEAST, _DROP_FROM * stream.count):
+        return *delta_zeros.drop_zeros(stream, mask), True
+    return stream, mask, finite
+
+
+def _bytes(stream: Coded) -> int:
+    return values.value_bytes(stream.kind, stream.count, stream.blocks)
 
 
 def _filled(x: Tensor) -> bool:

@@ -73,14 +73,14 @@ def rounding_key(seed: int, round: int, client: int, tensor: int) -> tuple[int, 
     return low, high
 
 
-def value_bytes(codec: int, count: int) -> int:
-    """Bytes of ``count`` values before the entropy stage, scales included."""
-    scales = 4 * -(-count // codes.BLOCK)
+def value_bytes(codec: int, count: int, blocks: int = 0) -> int:
+    """Bytes of ``count`` values before the entropy stage, scales included; ``blocks`` of codes without zeros."""
+    scales = 5 * blocks or 4 * -(-count // codes.BLOCK)
     return (4 * count, 2 * count, count + scales, -(-count // 2) + scales, count)[codec]
 
 
 def write_values(coded: Sequence[Stream], entropy: str, level: int = 1) -> list[Buffer]:
-    """Gather streams by codec, in the order of the codec numbers; each codec's scales follow its codes.
+    """Gather streams by codec, in the order of the codec numbers; each codec's scales follow its codes, then survivors.
 
     Args:
         coded: one stream a tensor.
@@ -102,6 +102,8 @@ def write_values(coded: Sequence[Stream], entropy: str, level: int = 1) -> list[
             scales = np.frombuffer(codes.split_planes(np.concatenate([c.scales for c in mine])), np.uint8)
             minor = sum(c.count for c in mine) >= _MANY
             out += plane_section([*scales.reshape(4, -1)], entropy, level, minor=minor)
+            survivors: list[Buffer] = [c.survivors.data for c in mine if c.survivors is not None]
+            out += section(survivors, entropy, level) if survivors else []
     integers: list[Buffer] = [c.data for c in coded if not isinstance(c, Coded) and len(c)]
     return [*out, *section(integers, entropy, level)] if integers else out
 
@@ -110,20 +112,20 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def read_values(reader: Reader, wanted: Sequence[tuple[int, int]]) -> list[Stream]:
+def read_values(reader: Reader, wanted: Sequence[tuple[int, int, int]]) -> list[Stream]:
     """Read streams of hostile origin; the sections must have exactly the sizes that ``wanted`` implies.
 
     Args:
         reader: stands at the first value section.
-        wanted: per stream (codec, number of values; number of bytes for INT).
+        wanted: per stream (codec, number of values; number of bytes for INT, blocks of codes without zeros or 0).
 
     Returns:
         One stream each; bf16 words are not yet checked for NaN, all else is valid.
     """
     none = np.empty(0, np.uint8)  # what the others are is read below
-    out: list[Stream] = [none if kind == INT or count else streams.new_streams(kind, 0) for kind, count in wanted]
+    out: list[Stream] = [none if kind == INT or count else streams.new_streams(kind, 0) for kind, count, _ in wanted]
     for kind in range(5):
-        mine = [(i, count) for i, (codec, count) in enumerate(wanted) if codec == kind and count]
+        mine = [(i, count) for i, (codec, count, _) in enumerate(wanted) if codec == kind and count]
         if not mine:
             continue
         counts = [count for _, count in mine]
@@ -135,7 +137,7 @@ def read_values(reader: Reader, wanted: Sequence[tuple[int, int]]) -> list[Strea
             empty = np.empty(0, np.float32)
             parts = [Coded(kind, n, tuple(p[i] for p in planes), empty) for i, n in enumerate(counts)]
         else:
-            parts = [*_read_quantised(reader, kind, counts)]
+            parts = [*_read_quantised(reader, kind, counts, [wanted[i][2] for i, _ in mine])]
         for (i, _), part in zip(mine, parts, strict=True):
             if isinstance(part, Coded) and kind != BF16:
                 check(part)
@@ -156,14 +158,28 @@ def check(part: Coded) -> None:
     )
 
 
-def _read_quantised(reader: Reader, kind: int, counts: list[int]) -> list[Coded]:
+def _read_quantised(reader: Reader, kind: int, counts: list[int], thinned: list[int]) -> list[Coded]:
     sizes = counts if kind == INT8 else [-(-count // 2) for count in counts]
-    blocks = [-(-count // codes.BLOCK) for count in counts]
+    blocks = [n or -(-count // codes.BLOCK) for n, count in zip(thinned, counts, strict=True)]
     (raw,) = read_section(reader, [(sum(sizes), sum(sizes))], lambda: numbers(sizes))
     parts = _cut(np.frombuffer(raw, np.uint8), sizes)
     scales = codes.merge_planes(np.concatenate(read_planes(reader, sum(blocks), 4)).data, np.dtype("<f4"))
     each = _cut(scales, blocks)
-    return [Coded(kind, n, (part,), scale) for n, part, scale in zip(counts, parts, each, strict=True)]
+    left = _read_survivors(reader, counts, thinned)
+    found = zip(counts, parts, each, left, strict=True)
+    return [Coded(kind, n, (part,), scale, survivors) for n, part, scale, survivors in found]
+
+
+def _read_survivors(reader: Reader, counts: list[int], thinned: list[int]) -> list[np.ndarray | None]:
+    if not any(thinned):
+        return [None] * len(counts)
+    (raw,) = read_section(reader, [(sum(thinned), sum(thinned))])
+    out: list[np.ndarray | None] = []
+    for part, blocks, count in zip(_cut(np.frombuffer(raw, np.uint8), thinned), thinned, counts, strict=True):
+        if blocks and int(part.sum(dtype=np.int64)) + blocks != count:
+            raise DecodeError(f"blocks of codes without zeros do not make up {count} codes; the frame is damaged")
+        out.append(part if blocks else None)
+    return out
 
 
 def _cut(array: np.ndarray, sizes: list[int]) -> list[np.ndarray]:

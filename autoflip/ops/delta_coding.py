@@ -21,8 +21,10 @@ __all__ = [
     "Key",
     "crc32",
     "dequantise",
+    "from_nibbles",
     "largest_scale",
     "merge_planes",
+    "nibbles",
     "quantise",
     "rice_bits",
     "rice_decode",
@@ -94,6 +96,20 @@ def dequantise(codes: Array, scales: Array) -> Array:
         ext.delta_dequantise(*places, torch.get_num_threads())
         return out
     return reference.delta_dequantise(codes, scales)
+
+
+def nibbles(codes: Array) -> Array:
+    """Return int8 codes of 4 bits two a byte, the first in the low half, a spare half 0."""
+    even = np.zeros(len(codes) + len(codes) % 2, np.uint8)
+    even[: len(codes)] = codes.view(np.uint8) & 15
+    return even[::2] | even[1::2] << np.uint8(4)
+
+
+def from_nibbles(pairs: Array, count: int) -> Array:
+    """Undo :func:`nibbles`: ``(count,)`` int8."""
+    signed, codes = pairs.view(np.int8), np.empty(2 * len(pairs), np.int8)
+    codes[::2], codes[1::2] = signed << np.int8(4) >> np.int8(4), signed >> np.int8(4)
+    return codes[:count]
 
 
 def round_bf16(values: Array, key: Key) -> Array:

@@ -6,7 +6,7 @@ Floats exist in a cache-sized scratch only; the numbers of the kinds are those o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "accumulate",
     "code",
     "code_nonzero",
+    "codes_of",
     "decode",
     "gpu_server",
     "new_streams",
@@ -48,18 +49,38 @@ class Coded:
         count: values.
         streams: contiguous uint8: for FP32 and BF16 byte planes of ``(count,)``, lowest first; for INT8 the codes
             ``(count,)`` as bytes; for INT4 two codes a byte, the first in the low half.
-        scales: ``(ceil(count / 256),)`` float32 for INT8 and INT4, else empty.
+        scales: float32 for INT8 and INT4, one a block: ``(ceil(count / 256),)``, or as many as ``survivors``; else
+            empty.
+        survivors: ``(blocks,)`` uint8, None = each block has 256 values, the last one the rest; else how many each
+            has, less one (:mod:`autoflip.ops.delta_zeros`).
     """
 
     kind: int
     count: int
     streams: tuple[Array, ...]
     scales: Array
+    survivors: Array | None = None
+
+    @cached_property
+    def starts(self) -> Array | None:
+        """``(blocks + 1,)`` int64: values before each block, last the number of them all; None without survivors."""
+        if self.survivors is None:
+            return None
+        return np.append(0, np.cumsum(self.survivors + np.int64(1)))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of which ``survivors`` tells."""
+        return 0 if self.survivors is None else len(self.survivors)
 
     def places(self, ext: ModuleType) -> tuple[tuple[int, int, int, int], int]:
         """Addresses of the streams and of the scales, as the extension takes them."""
         first, second, third, fourth = (*map(ext.address, self.streams), 0, 0, 0)[:4]
         return (first, second, third, fourth), ext.address(self.scales)
+
+    def held(self, ext: ModuleType) -> tuple[tuple[int, int, int, int], int, int, int]:
+        """As ``places``, and where blocks start and how many there are, as decoding takes them."""
+        return (*self.places(ext), 0 if self.starts is None else ext.address(self.starts), self.blocks)
 
 
 def new_streams(kind: int, count: int) -> Coded:
@@ -153,14 +174,8 @@ def _from_gpu(kind: int, values: Tensor, scales: Tensor, finite: bool) -> tuple[
     if kind in _PLANES:
         planes = np.frombuffer(coding.split_planes(held.view(np.uint16 if kind == BF16 else np.float32)), np.uint8)
         return Coded(kind, len(held), tuple(planes.reshape(_PLANES[kind], len(held))), none), True
-    codes = _nibbles(held) if kind == INT4 else held.view(np.uint8)
+    codes = coding.nibbles(held) if kind == INT4 else held.view(np.uint8)
     return Coded(kind, len(held), (codes,), scales.cpu().numpy()), True
-
-
-def _nibbles(codes: Array) -> Array:
-    even = np.zeros(len(codes) + len(codes) % 2, np.uint8)
-    even[: len(codes)] = codes.view(np.uint8) & 15
-    return even[::2] | even[1::2] << np.uint8(4)
 
 
 def _code_values(values: Array, kind: int, key: coding.Key, levels: int | None) -> Coded:
@@ -176,7 +191,7 @@ def _code_values(values: Array, kind: int, key: coding.Key, levels: int | None) 
         planes = np.frombuffer(coding.split_planes(words), np.uint8).reshape(_PLANES[kind], len(values))
         return Coded(kind, len(values), tuple(planes), none)
     codes, scales = coding.quantise(values, levels or LEVELS[kind], key)
-    packed = _nibbles(codes) if kind == INT4 else codes.view(np.uint8)
+    packed = coding.nibbles(codes) if kind == INT4 else codes.view(np.uint8)
     return Coded(kind, len(values), (packed,), scales)
 
 
@@ -187,11 +202,16 @@ def _values(coded: Coded) -> Array:
             return coding.merge_planes(raw, np.dtype("<f4"))
         words = coding.merge_planes(raw, np.dtype("<u2"))
         return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    codes = coded.streams[0].view(np.int8)
-    if coded.kind == INT4:
-        pairs, codes = codes, np.empty(2 * len(codes), np.int8)
-        codes[::2], codes[1::2] = pairs << np.int8(4) >> np.int8(4), pairs >> np.int8(4)
-    return coding.dequantise(codes[: coded.count], coded.scales)
+    codes = codes_of(coded)
+    if coded.survivors is None:
+        return coding.dequantise(codes, coded.scales)
+    return codes * np.repeat(coded.scales, coded.survivors + np.int64(1))
+
+
+def codes_of(coded: Coded) -> Array:
+    """Return the ``(count,)`` int8 codes of an INT8 or INT4 stream."""
+    codes = coded.streams[0]
+    return coding.from_nibbles(codes, coded.count) if coded.kind == INT4 else codes.view(np.int8)
 
 
 def decode(coded: Coded, mask: Pack | None, out: Tensor | None = None) -> Tensor:
@@ -213,7 +233,7 @@ def decode(coded: Coded, mask: Pack | None, out: Tensor | None = None) -> Tensor
         raise ValueError(f"decode: out is {out.dtype} {tuple(out.shape)}, wanted contiguous float32 of {numel} entries")
     if ext := cpp(out.device):
         where = (0, 0) if mask is None or mask.whole else (mask.words.data_ptr(), mask.offsets.data_ptr())
-        ext.delta_decode(coded.kind, *coded.places(ext), *where, numel, out.data_ptr(), torch.get_num_threads())
+        ext.delta_decode(coded.kind, *coded.held(ext), *where, numel, out.data_ptr(), torch.get_num_threads())
         return out
     values = _values(coded)
     flat = torch.from_numpy(values) if mask is None else expand(values, mask)
@@ -232,12 +252,12 @@ def accumulate(coded: Coded, mask: Pack | None, out: Tensor, weight: float) -> N
     _check(coded, mask)
     if out.dtype is torch.float32 and out.is_contiguous() and (ext := cpp(out.device)):
         where = (0, 0) if mask is None or mask.whole else (mask.words.data_ptr(), mask.offsets.data_ptr())
-        places = (*coded.places(ext), *where, out.numel(), weight, out.data_ptr(), torch.get_num_threads())
+        places = (*coded.held(ext), *where, out.numel(), weight, out.data_ptr(), torch.get_num_threads())
         ext.delta_decode_add(coded.kind, *places)
         return
     server = gpu_server(out.device)
     if server and mask is not None and out.dtype is torch.float32 and out.is_contiguous():
-        if coded.kind == INT8:  # one byte a value crosses to the device, not four
+        if coded.kind == INT8 and coded.survivors is None:  # one byte a value crosses to the device, not four
             values, scales = torch.from_numpy(coded.streams[0].view(np.int8)), torch.from_numpy(coded.scales)
             delta_gpu.expand(values.to(out.device), scales.to(out.device), mask, weight, out, server)
         else:

@@ -29,6 +29,9 @@ struct DeltaCoding {
   int levels;           // int8 and int4, up to 127 and 7; see quantise, as for
   float largest;
   DeltaKey key;
+  const int64_t*
+      starts;      // where drop_zeros was: scale b is for ranks starts[b] to starts[b + 1] - 1, 1 to 256
+  int64_t blocks;  // of them; the last start is the number of values
 };
 
 enum IndexError : int64_t { kShort = -1, kRange = -2, kPadding = -3, kLong = -4 };
@@ -69,6 +72,10 @@ struct DeltaKernels {
                      float* out);
   // values (n <= 256, one block) to the streams at rank `first`
   void (*code_values)(const float* values, int64_t n, int64_t first, const DeltaCoding& coding);
+  // Leaves out the int8 or int4 codes that are 0, in place: words = which of the n ranks stay, counts = how
+  // many of each block of 256 do, less 1; a block of zeros alone keeps its first. Returns how many stay in
+  // all.
+  int64_t (*drop_zeros)(int kind, uint8_t* codes, int64_t n, uint64_t* words, uint8_t* counts);
   // whether streams of hostile origin hold only finite values and codes that encode writes (scales not seen)
   bool (*valid)(const DeltaCoding& coding, int64_t n);
   // byte planes of 2- and 4-byte values: plane b of value i is planes[b * n + i]

@@ -81,12 +81,19 @@ void within(const uint64_t* mask, int64_t num_words, const uint64_t* ranks, int6
       bits = ranks[at] >> shift;
       if (shift && 64 * (at + 1) < num_ranks) bits |= ranks[at + 1] << (64 - shift);
     }
-    first += set_bits(word);
+    const int hits = set_bits(word);
+    first += hits;
 #if defined(__AVX512F__)
     out[w] = _pdep_u64(bits, word);
-#else  // Zen 1 and 2 take pdep apart bit by bit
+#else  // Zen 1 and 2 take pdep apart bit by bit; eight at a time as in positions()
     uint64_t chosen = 0;
-    for (; word; word &= word - 1, bits >>= 1) chosen |= (word & -word) & (0 - (bits & 1));
+    if (!(~bits & ((hits < 64 ? 1ULL << hits : 0) - 1))) chosen = word, word = 0;  // all of them
+    while (word)
+      for (int i = 0; i < 8; ++i, bits >>= 1) {
+        const uint64_t low = word & -word;
+        chosen |= low & (0 - (bits & 1));
+        word ^= low;
+      }
     out[w] = chosen;
 #endif
   }
@@ -191,10 +198,11 @@ void expand_add(const float* values, const uint64_t* words, int64_t n, int64_t k
 namespace autoflip {
 namespace {
 
-constexpr DeltaKernels kTable = {
-    pack,       pack_nonzero, count,  within,    gather,      expand,      expand_add,    quantise,
-    dequantise, round_bf16,   encode, decode,    decode_add,  code_values, valid,         split2,
-    split4,     merge2,       merge4, rice_bits, rice_encode, rice_decode, varint_encode, varint_decode};
+constexpr DeltaKernels kTable = {pack,      pack_nonzero, count,       within,        gather,
+                                 expand,    expand_add,   quantise,    dequantise,    round_bf16,
+                                 encode,    decode,       decode_add,  code_values,   drop_zeros,
+                                 valid,     split2,       split4,      merge2,        merge4,
+                                 rice_bits, rice_encode,  rice_decode, varint_encode, varint_decode};
 
 }  // namespace
 }  // namespace autoflip

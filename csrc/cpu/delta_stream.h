@@ -1,6 +1,8 @@
 // From (x, base) to coded values and back in one pass: floats live in a cache-sized scratch only.
 // Included by delta_impl.h, after gather and expand.
 #pragma once
+#include <algorithm>
+
 #include "cpu/delta_bits.h"
 #include "cpu/delta_values.h"
 #if defined(__AVX512BW__)
@@ -32,6 +34,13 @@ bool take(const float* x, const float* base, int64_t n, float* out) {
 void pack_nibbles(const int8_t* codes, int64_t n, uint8_t* out) {
   for (int64_t i = 0; i < n / 2; ++i) out[i] = uint8_t((codes[2 * i] & 15) | uint8_t(codes[2 * i + 1]) << 4);
   if (n % 2) out[n / 2] = codes[n - 1] & 15;
+}
+
+void unpack_nibbles(const uint8_t* pairs, int64_t n, int8_t* codes) {  // writes one more where n is odd
+  for (int64_t i = 0; i < (n + 1) / 2; ++i) {
+    codes[2 * i] = int8_t(int8_t(pairs[i] << 4) >> 4);
+    codes[2 * i + 1] = int8_t(int8_t(pairs[i]) >> 4);
+  }
 }
 
 // Values of ranks first.. (a multiple of 256 for codes with scales) into their places in the streams.
@@ -114,21 +123,20 @@ void value_planes(const DeltaCoding& c, int64_t first, int64_t n, float* out) {
 // out = values of ranks first..first + n
 void decode_values(const DeltaCoding& c, int64_t first, int64_t n, float* out) {
   if (c.kind == kFp32 || c.kind == kBf16) return value_planes(c, first, n, out);
-  for (int64_t at = first; at < first + n;) {
-    const int64_t size = lesser(kDeltaBlock - at % kDeltaBlock, first + n - at);
-    const float scale = c.scales[at / kDeltaBlock];
+  int64_t block = first / kDeltaBlock;
+  if (c.starts) block = std::upper_bound(c.starts, c.starts + c.blocks, first) - c.starts - 1;
+  for (int64_t at = first; at < first + n; ++block) {
+    const int64_t end = c.starts ? c.starts[block + 1] : (block + 1) * kDeltaBlock;
+    const int64_t size = lesser(end, first + n) - at;
+    const float scale = c.scales[block];
     float* to = out + (at - first);
     if (c.kind == kInt8) {
       const int8_t* codes = reinterpret_cast<const int8_t*>(c.streams[0]) + at;
       for (int64_t i = 0; i < size; ++i) to[i] = float(codes[i]) * scale;
     } else {
       int8_t codes[kDeltaBlock + 2];
-      const uint8_t* pairs = c.streams[0] + at / 2;
       const int64_t odd = at % 2;
-      for (int64_t i = 0; i < (size + odd + 1) / 2; ++i) {
-        codes[2 * i] = int8_t(int8_t(pairs[i] << 4) >> 4);
-        codes[2 * i + 1] = int8_t(int8_t(pairs[i]) >> 4);
-      }
+      unpack_nibbles(c.streams[0] + at / 2, size + odd, codes);
       for (int64_t i = 0; i < size; ++i) to[i] = float(codes[i + odd]) * scale;
     }
     at += size;
@@ -141,7 +149,7 @@ void decode_any(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t 
   Scratch s;
   int64_t start = 0;
 #if defined(__AVX512BW__)
-  if (c.kind == kInt8 && words && expands_bytes()) {
+  if (c.kind == kInt8 && words && !c.starts && expands_bytes()) {
     rank = expand_codes<kAdd>(c, words, n / 64, rank, weight, nt, out);
     start = n / 64 * 64;
   }
@@ -170,6 +178,37 @@ void decode(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t rank
 void decode_add(const DeltaCoding& c, const uint64_t* words, int64_t n, int64_t rank, float weight,
                 float* out) {
   decode_any<true>(c, words, n, rank, weight, false, out);
+}
+
+int64_t drop_zeros(int kind, uint8_t* codes, int64_t n, uint64_t* words, uint8_t* counts) {
+  int64_t kept = 0;
+  for (int64_t first = 0; first < n; first += kDeltaBlock) {
+    const int64_t size = lesser(kDeltaBlock, n - first);
+    int8_t block[kDeltaBlock], left[kDeltaBlock];
+    uint8_t stays[kDeltaBlock];
+    if (kind == kInt8)
+      std::memcpy(block, codes + first, size_t(size));
+    else
+      unpack_nibbles(codes + first / 2, size, block);
+    for (int64_t i = 0; i < size; ++i) stays[i] = block[i] != 0;
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      left[count] = block[i];
+      count += stays[i];
+    }
+    if (!count) stays[0] = 1, left[0] = 0, count = 1;
+    pack(stays, size, words + first / 64);
+    counts[first / kDeltaBlock] = uint8_t(count - 1);
+    if (kind == kInt8) {
+      std::memcpy(codes + kept, left, size_t(count));
+    } else {
+      const int64_t odd = kept % 2;  // the first one fills a byte up
+      if (odd) codes[kept / 2] = uint8_t(codes[kept / 2] | uint8_t(left[0]) << 4);
+      pack_nibbles(left + odd, count - odd, codes + (kept + 1) / 2);
+    }
+    kept += count;
+  }
+  return kept;
 }
 
 // Whether hostile streams hold only what encode writes: finite values, codes within +-levels. Bytes

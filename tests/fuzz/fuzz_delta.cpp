@@ -97,6 +97,31 @@ void decode_index(Input in, bool rice) {
   }
 }
 
+// Codes that are 0 left out: each block keeps one or more, and what is left decodes to the same numbers.
+void without_zeros(const DeltaKernels& t, DeltaCoding c, const uint64_t* words, int64_t n, int64_t kept,
+                   const Exact<float>& want) {
+  const int64_t bytes = c.kind == autoflip::kInt4 ? (kept + 1) / 2 : kept, blocks = (kept + 255) / 256;
+  Exact<uint8_t> codes(bytes), counts(blocks);
+  Exact<uint64_t> every((n + 63) / 64), stays((kept + 63) / 64), entries((n + 63) / 64);
+  std::memcpy(codes.data, c.streams[0], size_t(bytes));
+  const int64_t left = t.drop_zeros(c.kind, codes.data, kept, stays.data, counts.data);
+  Exact<int64_t> starts(blocks + 1);
+  for (int64_t b = 0; b < blocks; ++b) starts.data[b + 1] = starts.data[b] + counts.data[b] + 1;
+  expect(starts.data[blocks] == left && t.count(stays.data, stays.size) == left,
+         "counts are those of what stays");
+  for (int64_t i = 0; i < n; ++i) every.data[i / 64] |= 1ULL << i % 64;
+  t.within(words ? words : every.data, every.size, stays.data, kept, 0, entries.data);
+  Exact<uint8_t> exact(c.kind == autoflip::kInt4 ? (left + 1) / 2 : left);
+  std::memcpy(exact.data, codes.data, size_t(exact.size));
+  c.streams[0] = exact.data, c.starts = starts.data, c.blocks = blocks;
+  expect(t.valid(c, left), "what is left is valid");
+  Exact<float> out(n), sum(n);
+  t.decode(c, entries.data, n, 0, false, out.data);
+  t.decode_add(c, entries.data, n, 0, 1.0f, sum.data);
+  for (int64_t i = 0; i < n; ++i)  // -0 is 0
+    expect(out.data[i] == want.data[i] && sum.data[i] == want.data[i], "the same numbers");
+}
+
 void stream(Input in) {
   const int64_t n = in.number(1000) * (in.number(2) ? 1 : 13);
   const int kind = int(in.number(4));
@@ -146,6 +171,7 @@ void stream(Input in) {
       expect(!bytes || !std::memcmp(to, c.streams[b], size_t(bytes)), "every level writes alike");
     }
     if (t == &autoflip::kDeltaBase) std::memcpy(first_out.data, out.data, size_t(n) * 4);
+    if (kind >= autoflip::kInt8 && kept) without_zeros(*t, c, masked ? w : nullptr, n, kept, out);
     expect(out.same(first_out), "every level reads alike");
     for (int64_t i = 0; i < n; ++i) {
       const bool in_mask = !masked || words.data[i / 64] >> i % 64 & 1;

@@ -27,6 +27,8 @@ WALK = {"w": torch.randn(48, 64, generator=_G).cumsum(1) * 0.01}  # neighbours a
 COMB = {"w": torch.zeros(64, 256).index_fill_(1, torch.arange(0, 256, 40), 1.25)}
 STRIPES = {"w": (torch.rand(90, 100, generator=_G) < 0.6) * (torch.rand(100, generator=_G) < 0.1) * 1.5}
 STEEP = {"w": torch.randn(48, 96, generator=_G) ** 9}
+SHALLOW = {"w": torch.randn(60, 50, generator=_G) ** 5 * (torch.rand(60, 50, generator=_G) < 0.3), "b": DELTA["b"]}
+WIDE = MaskSet({"w": torch.rand(60, 50, generator=_G) < 0.8})
 UNLIKE = {"wide": torch.rand(50, 40, generator=_G) - 0.5, "steep": STEEP["w"][:20]}
 
 
@@ -69,6 +71,12 @@ FRAMES = {
     "nearest": (codec.encode(SPARSE, values="bf16", rounding="nearest", level=19), codec.decode),
     "id-only": (codec.encode(DELTA, masks=MASKS, schema=SCHEMA), partial(codec.decode, masks=MASKS, schema=SCHEMA)),
     "explicit": (codec.encode(SPARSE, entropy="none"), codec.decode),
+    **{
+        f"without zeros, {values}-{entropy}": (codec.encode(SHALLOW, values=values, entropy=entropy), codec.decode)
+        for values in ("int8", "int4")
+        for entropy in ("zstd", "none")
+    },
+    "ranks without zeros": (codec.encode(SHALLOW, masks=WIDE, values="int4"), partial(codec.decode, masks=WIDE)),
     **{f"walk {v}": (codec.encode(WALK, values=v), codec.decode) for v in ("fp32", "bf16", "int8")},
     "literals": (_by_huffman(STEEP), codec.decode),
     "numbered": (codec.encode(UNLIKE, values="int8"), codec.decode),
@@ -136,6 +144,11 @@ def survives(blob, decode):
             continue
         assert sum(t.numel() * t.element_size() for t in got.values()) <= LIMITS.max_bytes
         assert all(bool(torch.isfinite(t).all()) for t in got.values())
+
+
+@pytest.mark.parametrize("name", [name for name in FRAMES if "without zeros" in name])
+def test_frames_without_zeros_are_that(name):
+    assert [t["blocks"] > 0 for t in codec.inspect(FRAMES[name][0])["tensors"]] == [True, False]
 
 
 @pytest.mark.parametrize("name", FRAMES)
