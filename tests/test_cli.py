@@ -271,7 +271,14 @@ def test_info_shows_what_trials_found(capsys, tmp_path, monkeypatch):
     trials.forget()
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    assert all(words in out for words in ("masked_linear 200x784 n64", "1 choices", "dense"))
+    assert all(words in out for words in ("  masked_linear 200x784 n64 forward: dense\n", "1 choices"))
+    assert "more:" not in out
+    for i in range(30):
+        trials.choose(f"masked_linear {i}x784 n64 forward", {"dense": lambda: None})
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("n64 forward: dense\n") == 20
+    assert "  and 11 more: autoflip info --json" in out
 
 
 def test_version_and_help(capsys):

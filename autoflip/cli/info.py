@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["collect", "show"]
 
 _LEVELS = ("base", "avx2", "avx512")
+_SHOWN = 20  # choices of trials; a machine that is used a while remembers thousands
 
 
 def collect() -> dict[str, Any]:
@@ -94,24 +95,8 @@ def show(facts: dict[str, Any]) -> None:
     console.print(grid)
     kept = facts["trials"]
     line("trials", f"{kept['wish']} (AUTOFLIP_TRIALS), {len(kept['choices'])} choices in {kept['file']}")
-    if kept["choices"]:
-        console.print(_choices(kept["choices"]))
-
-
-def _choices(choices: dict[str, str]) -> Any:
-    """Return a table with one line per kind of work and one column per step."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    rows: dict[str, dict[str, str]] = {}
-    for key, choice in choices.items():
-        work, _, step = key.rpartition(" ")
-        rows.setdefault(work, {})[step] = choice
-    steps = sorted({step for row in rows.values() for step in row}, key=lambda s: (s != "forward", s))
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("measured on this machine", *steps):
-        grid.add_column(heading)
-    for work, row in sorted(rows.items()):
-        grid.add_row(Text(work), *(Text(row.get(step, "-")) for step in steps))
-    return grid
+    choices = sorted(kept["choices"].items())
+    for work, choice in choices[:_SHOWN]:
+        console.print(Text(f"  {work}: {choice}"), soft_wrap=True)
+    if len(choices) > _SHOWN:
+        console.print(f"  and {len(choices) - _SHOWN} more: autoflip info --json")
