@@ -89,7 +89,7 @@ PyObject* look(PyObject* capsule, PyObject* weight) {
     look.weight = w;
     look.bytes = bytes;
   }
-  const MaskedMatmul& k = pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512);
+  const MaskedMatmul& k = AUTOFLIP_PICK(masked_matmul);
   std::optional<py::gil_scoped_release> release;
   if (look.entries >= kSerialElements) release.emplace();
   const bool clean = k.is_clean(w, look.mask, look.entries, bytes);
@@ -140,7 +140,7 @@ PyObject* hook(PyObject* capsule, PyObject* g) {
       is(PyObject_CallNoArgs(torch.grad_enabled), Py_False) &&
       is(PyObject_GetAttr(g, names.is_cpu), Py_True) && contiguous(g) && unseen(g)) {
     if (void* data = address(method(g, names.data_ptr))) {
-      const MaskedMatmul& k = pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512);
+      const MaskedMatmul& k = AUTOFLIP_PICK(masked_matmul);
       std::optional<py::gil_scoped_release> release;
       if (job.entries >= kSerialElements) release.emplace();
       k.select(data, job.mask, job.entries, bytes, data, 1);

@@ -1,4 +1,4 @@
-// Addresses in.
+// Masked products of single weights, of blocks of them, and for few samples. Addresses in.
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -7,6 +7,8 @@
 #include "bindings.h"
 #include "common/cpu.h"
 #include "common/scratch.h"
+#include "cpu/masked_blocks.h"
+#include "cpu/masked_few.h"
 #include "cpu/masked_matmul_layout.h"
 #include "masked_calls.h"
 
@@ -15,7 +17,7 @@ namespace py = pybind11;
 namespace autoflip {
 namespace {
 
-const MaskedMatmul& kernels() { return pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512); }
+const MaskedMatmul& kernels() { return AUTOFLIP_PICK(masked_matmul); }
 
 int useful_threads(int64_t elements, int threads) { return elements < kSerialElements ? 1 : threads; }
 
@@ -43,6 +45,35 @@ bool is_clean(uintptr_t w, uintptr_t mask, int64_t n, int bytes) {
 
 bool packs(uintptr_t lay, int64_t rows, int64_t cols, int64_t chunk) {
   return kernels().packs(masked_matmul_orders_at(at<const uint8_t>(lay), rows, cols, chunk));
+}
+
+const MaskedBlocks& block_kernels() { return AUTOFLIP_PICK(masked_blocks); }
+
+Blocks blocks_at(uintptr_t lay, int64_t chunk, int height, int64_t rows, int64_t cols) {
+  const Orders orders = masked_matmul_orders_at(at<const uint8_t>(lay), ceil_div(rows, height), cols, chunk);
+  return {orders.lists, rows, height};
+}
+
+int64_t copied_values(uintptr_t lay, int64_t chunk, int height, int64_t rows, int64_t cols) {
+  return copied(blocks_at(lay, chunk, height, rows, cols));
+}
+
+#if defined(__x86_64__)
+const MaskedFew& few() { return cpu_isa() == Isa::avx512 ? masked_few_avx512 : masked_few_avx2; }
+#else
+const MaskedFew& few() { throw std::logic_error("masked_few: no kernel for this CPU"); }
+#endif
+
+// the samples that share what is read of the weight; 0: there are no kernels for this CPU
+int64_t together() { return cpu_isa() == Isa::base ? 0 : kFewSamples; }
+
+py::bytes few_bits(uintptr_t mask, int64_t rows, int64_t cols) {
+  std::vector<uint8_t> bytes;
+  {
+    py::gil_scoped_release release;
+    bytes = masked_few_bits(at<const uint8_t>(mask), rows, cols);
+  }
+  return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
 }  // namespace
@@ -93,6 +124,47 @@ bool masked_matmul_wanted() {
   return !wish || !*wish || !std::strcmp(wish, "auto") || !std::strcmp(wish, "cpp");
 }
 
+void masked_blocks_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t chunk, int height,
+                           uintptr_t bias, int64_t n, int64_t rows, int64_t cols, bool relu, uintptr_t y,
+                           uintptr_t values, int threads) {
+  py::gil_scoped_release release;
+  const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);
+  threads = threads_of_product(kept(blocks.lists) * height * n, threads);
+  Scratch& scratch = thread_scratch();
+  block_kernels().forward(blocks, at<const float>(weight), at<const float>(x), n, at<const float>(bias), relu,
+                          at<float>(y), at<float>(values),
+                          scratch.take(block_kernels().forward_scratch(blocks, n)), threads);
+  scratch.settle();
+}
+
+void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay,
+                            int64_t chunk, int height, int64_t n, int64_t rows, int64_t cols, uintptr_t dx,
+                            uintptr_t dw, uintptr_t db, int threads) {
+  py::gil_scoped_release release;
+  const Blocks blocks = blocks_at(lay, chunk, height, rows, cols);
+  threads = threads_of_product(kept(blocks.lists) * height * n, threads);
+  Scratch& scratch = thread_scratch();
+  block_kernels().backward(blocks, at<const float>(weight), at<const float>(values), at<const float>(dy),
+                           at<const float>(x), n, at<float>(dx), at<float>(dw), at<float>(db),
+                           scratch.take(block_kernels().backward_scratch(blocks, n)), threads);
+  scratch.settle();
+}
+
+void masked_few_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
+                        uintptr_t bias, bool relu, uintptr_t y, int threads) {
+  py::gil_scoped_release release;
+  few().forward(at<const float>(w), at<const uint16_t>(bits), at<const float>(x), n, rows, cols,
+                at<const float>(bias), relu, at<float>(y), useful_threads(rows * cols, threads));
+}
+
+void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows,
+                         int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
+  py::gil_scoped_release release;
+  few().backward(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), at<const float>(x), n,
+                 rows, cols, at<float>(dx), at<float>(dw), at<float>(db),
+                 useful_threads(rows * cols, threads));
+}
+
 void bind_masked_matmul(py::module_& m) {
   m.def("masked_matmul_wanted", masked_matmul_wanted,
         "whether AUTOFLIP_BACKEND leaves CPU tensors to this extension");
@@ -108,6 +180,23 @@ void bind_masked_matmul(py::module_& m) {
   m.def("masked_matmul_outer", masked_matmul_outer,
         "dw (rows, cols) = where(mask, dy.T @ x, 0), every product computed; False: nothing done, a vendor "
         "is faster");
+  m.def("masked_blocks_values", copied_values,
+        "floats of the copy of the kept weights of these blocks; 0: forward makes none");
+  m.def("masked_blocks_forward", masked_blocks_forward,
+        "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias) for a mask of blocks of `height` rows, whose "
+        "layout is masked_matmul_layout's of the mask of blocks");
+  m.def("masked_blocks_backward", masked_blocks_backward,
+        "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
+        "dy.sum(0)");
+  m.def("masked_few_together", together,
+        "the samples that share what the functions below read of the weight; 0: not for this CPU");
+  m.def("masked_few_bits", few_bits,
+        "a mask (rows, cols), 16 columns to a word, each row from a whole word on");
+  m.def("masked_few_forward", masked_few_forward,
+        "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias), all products computed");
+  m.def("masked_few_backward", masked_few_backward,
+        "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
+        "dy.sum(0); all products computed");
 }
 
 }  // namespace autoflip

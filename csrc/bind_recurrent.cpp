@@ -2,11 +2,17 @@
 //
 // Step s runs at time t = s, or steps - 1 - s where `reverse`; states are (steps + 1, n, h): the state before
 // the step at time t is states[t] forwards and states[t + 1] in reverse.
+#include <pybind11/stl.h>
+
 #include <algorithm>
+#include <array>
+#include <vector>
 
 #include "bindings.h"
 #include "common/cpu.h"
 #include "common/scratch.h"
+#include "cpu/coarse.h"
+#include "cpu/lstm_walk.h"
 #include "cpu/masked_matmul_layout.h"
 #include "cpu/recurrent.h"
 
@@ -15,8 +21,8 @@ namespace py = pybind11;
 namespace autoflip {
 namespace {
 
-const MaskedMatmul& products() { return pick(masked_matmul_base, masked_matmul_avx2, masked_matmul_avx512); }
-const RecurrentCell& cells() { return pick(recurrent_base, recurrent_avx2, recurrent_avx512); }
+const MaskedMatmul& products() { return AUTOFLIP_PICK(masked_matmul); }
+const RecurrentCell& cells() { return AUTOFLIP_PICK(recurrent); }
 
 struct Sequence {
   int64_t steps, n, h, gates;
@@ -118,6 +124,45 @@ void gru_backward(uintptr_t gates, uintptr_t w, uintptr_t lay, int64_t chunk, in
   }
 }
 
+// A dense LSTM layer's steps.
+
+const LstmWalk& walk() { return AUTOFLIP_PICK(lstm_walk); }
+
+using Sizes = std::array<int64_t, 4>;  // steps, samples, hidden, inputs
+
+int threads_for(const LstmShape& s, int threads) {
+  return s.factors * s.samples * s.hidden * 4 < kSerialElements ? 1 : threads;
+}
+
+void dense_lstm_forward(uintptr_t w, uintptr_t bias, uintptr_t h0, uintptr_t gates, uintptr_t states,
+                        uintptr_t y, const Sizes& sizes, int threads) {
+  LstmShape s = {sizes[0], sizes[1], sizes[2], sizes[3], 1};
+  walk().forward(s, cells(), at<float>(w), at<float>(bias), at<float>(h0), at<float>(gates),
+                 at<float>(states), at<float>(y), threads_for(s, threads));
+}
+
+using Addresses = std::vector<uintptr_t>;  // one a factor
+
+template <class T>
+std::vector<T*> pointers(const Addresses& factors) {
+  std::vector<T*> found;
+  for (uintptr_t address : factors) found.push_back(at<T>(address));
+  return found;
+}
+
+void dense_lstm_back(uintptr_t w_hh, uintptr_t w_ih, uintptr_t gates, uintptr_t cells, const Addresses& dy,
+                     int64_t dy_step, int64_t dy_sample, uintptr_t dh, uintptr_t dc, const Addresses& d,
+                     const Addresses& dx, const Sizes& sizes, bool coarse, int threads) {
+  LstmShape s = {sizes[0], sizes[1], sizes[2], sizes[3], static_cast<int64_t>(dy.size())};
+  auto from = pointers<const float>(dy);
+  auto to_d = pointers<void>(d);
+  auto to_dx = pointers<float>(dx);
+  const auto run = coarse ? coarse_bf16.lstm_back : walk().back;
+  run(s, at<float>(w_hh), at<float>(w_ih), at<float>(gates), at<float>(cells),
+      {from.data(), dy_step, dy_sample}, at<float>(dh), at<float>(dc), to_d.data(), to_dx.data(),
+      threads_for(s, threads));
+}
+
 }  // namespace
 
 void bind_recurrent(py::module_& m) {
@@ -132,6 +177,19 @@ void bind_recurrent(py::module_& m) {
         "as recurrent_lstm_forward, with 3 gates; candidates (steps, n, h): what the gradient needs");
   m.def("recurrent_gru_backward", gru_backward,
         "dgates and dback (steps, n, 3 h): of x's and of the state's products; dh (n, h): in and out");
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "multiplies_bf16", [] { return coarse_bf16.lstm_back && multiplies_bf16(); },
+      "whether `coarse` may be asked for");
+  m.def("lstm_forward", dense_lstm_forward,
+        "gates (steps, n, 4 h): x's products in, activated out; cells (steps + 1, n, h): the "
+        "first in",
+        release());
+  m.def(
+      "lstm_back", dense_lstm_back,
+      "each factor's d (steps, n, 4 h), bfloat16 where `coarse`; dh and dc (factors, n, h): in and out; w_ih "
+      "may be 0",
+      release());
 }
 
 }  // namespace autoflip

@@ -25,15 +25,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("address", address, "where the bytes of a contiguous buffer lie");
   autoflip::bind_masked_matmul(m);
   autoflip::bind_hook(m);
-  autoflip::bind_conv_step(m);
   autoflip::bind_step(m);
-  autoflip::bind_few(m);
-  autoflip::bind_blocks(m);
   autoflip::bind_masked_conv(m);
-  autoflip::bind_ans(m);
+  autoflip::bind_codes(m);
   autoflip::bind_delta(m);
-  autoflip::bind_delta_index(m);
   autoflip::bind_hessian(m);
   autoflip::bind_recurrent(m);
-  autoflip::bind_lstm(m);
 }

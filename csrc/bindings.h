@@ -1,4 +1,5 @@
-// One bind function per kernel family, each in its own bind_<family>.cpp.
+// One bind function per kernel family, each in its own bind_<family>.cpp: pybind11 alone takes ten seconds a
+// file.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -6,17 +7,12 @@ namespace autoflip {
 
 void bind_masked_matmul(pybind11::module_& m);
 void bind_hook(pybind11::module_& m);
-void bind_conv_step(pybind11::module_& m);
 void bind_step(pybind11::module_& m);
-void bind_few(pybind11::module_& m);
-void bind_blocks(pybind11::module_& m);
 void bind_masked_conv(pybind11::module_& m);
-void bind_ans(pybind11::module_& m);
+void bind_codes(pybind11::module_& m);
 void bind_delta(pybind11::module_& m);
-void bind_delta_index(pybind11::module_& m);
 void bind_hessian(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);
-void bind_lstm(pybind11::module_& m);
 
 // An address that Python took from tensor.data_ptr().
 template <class T>

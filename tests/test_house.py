@@ -158,3 +158,29 @@ def test_a_planted_break_is_named(tmp_path, path, text, words):
 @pytest.mark.parametrize("path, text", ALLOWED)
 def test_what_is_allowed_passes(tmp_path, path, text):
     assert plant(tmp_path, path, text) == []
+
+
+def portable_part(text):
+    """C++ source as CPUs other than x86-64 see it: without comments and what stands under ``__x86_64__`` alone."""
+    lines, asked = [], []  # of each open condition: whether it is of x86-64, and its other half
+    for line in re.sub(r"//.*", "", text).splitlines():
+        if line.startswith("#if"):
+            asked.append("x86" if "__x86_64__" in line else "")
+        elif line.startswith(("#else", "#elif")):
+            asked[-1] = asked[-1] and "else"
+        elif line.startswith("#endif"):
+            asked.pop()
+        elif "x86" not in asked:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def test_portable_sources_ask_for_no_table_of_an_instruction_set():
+    """An extension that does has an undefined symbol on an ARM device, and cannot be loaded there."""
+    sources = [p for p in (ROOT / "csrc").rglob("*.cpp") if not re.search("_(avx2|avx512|bf16)$", p.stem)]
+    assert len(sources) > 20
+    for path in [*sources, *(ROOT / "csrc").glob("*.h")]:
+        found = re.findall(r"\w+_(?:avx2|avx512)\b|\w+Avx(?:2|512)\b", portable_part(path.read_text()))
+        assert not found, f"{path.relative_to(ROOT)} names {found}: wrap it in __x86_64__, or write AUTOFLIP_PICK"
+    text = "#if defined(__x86_64__)\na_avx2\n#if X\nb\n#endif\n#else\nc\n#endif\nd // e_avx2\n"
+    assert portable_part(text).split() == ["c", "d"]

@@ -37,6 +37,13 @@ const Table& pick(const Table& base, const Table& avx2, const Table& avx512) {
   }
 }
 
+// The table of this CPU out of <family>_base, _avx2 and _avx512; other CPUs than x86-64 have the first alone.
+#if defined(__x86_64__)
+#define AUTOFLIP_PICK(family) pick(family##_base, family##_avx2, family##_avx512)
+#else
+#define AUTOFLIP_PICK(family) family##_base
+#endif
+
 // Below this many elements a parallel region costs more than it brings.
 constexpr int64_t kSerialElements = 32768;
 

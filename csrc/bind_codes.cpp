@@ -1,8 +1,10 @@
-// The codings of a delta's index.
+// The codings of a delta's index, and the entropy coders.
 #include <cstring>
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/ans.h"
+#include "cpu/huffman.h"
 #include "delta_chunks.h"
 
 namespace py = pybind11;
@@ -52,9 +54,27 @@ int64_t delta_varint_decode(uintptr_t data, int64_t bytes, int64_t n, int64_t ke
   return kernels().varint_decode(at<uint8_t>(data), bytes, n, kept, at<uint64_t>(words));
 }
 
+int64_t bound(int64_t n) { return n + n / 2 + kAnsHeader + 64; }
+
+int64_t encode(uintptr_t raw, int64_t n, uintptr_t companion, int key, int64_t limit, uintptr_t out) {
+  return ans_encode(at<uint8_t>(raw), n, at<uint8_t>(companion), key, limit, at<uint8_t>(out));
+}
+
+int64_t decode(uintptr_t data, int64_t bytes, uintptr_t companion, int64_t n, uintptr_t out) {
+  return ans_decode(at<uint8_t>(data), bytes, at<uint8_t>(companion), n, at<uint8_t>(out));
+}
+
+int64_t literals(uintptr_t raw, int64_t n, int64_t limit, int threads, uintptr_t out) {
+  return huffman_encode(at<uint8_t>(raw), n, limit, threads, at<uint8_t>(out));
+}
+
+bool read_literals(uintptr_t data, int64_t bytes, int64_t n, int threads, uintptr_t out) {
+  return huffman_decode(at<uint8_t>(data), bytes, n, threads, at<uint8_t>(out));
+}
+
 }  // namespace
 
-void bind_delta_index(py::module_& m) {
+void bind_codes(py::module_& m) {
   using free_gil = py::call_guard<py::gil_scoped_release>;
   m.def("delta_rice_bits", delta_rice_bits, free_gil());
   m.def("delta_rice_encode", delta_rice_encode, free_gil());
@@ -62,6 +82,13 @@ void bind_delta_index(py::module_& m) {
   m.attr("VARINT_RANGE") = kVarintRange;
   m.def("delta_varint_encode", delta_varint_encode, free_gil());
   m.def("delta_varint_decode", delta_varint_decode, free_gil());
+  m.def("ans_bound", bound);
+  m.def("ans_encode", encode, free_gil());
+  m.def("ans_decode", decode, free_gil());
+  m.attr("HUFFMAN_LEAST") = kHuffmanLeast;
+  m.def("huffman_bound", huffman_bound);
+  m.def("huffman_encode", literals, free_gil());
+  m.def("huffman_decode", read_literals, free_gil());
 }
 
 }  // namespace autoflip
