@@ -193,7 +193,7 @@ def threads(problem: Problem) -> dict:
 def sources() -> str:
     """Return a hash of everything that a figure depends on here: not the delta and Hessian kernels."""
     found = hashlib.sha256()
-    bindings = "csrc/[!d]*.h", "csrc/bind_[!adh]*.cpp", "csrc/bind_hook.cpp"
+    bindings = "csrc/[!d]*.h", "csrc/bind_[!cdh]*.cpp", "csrc/bind_hook.cpp"
     kernels = "csrc/cpu/[!dh]*", "csrc/common/*", "autoflip/ops/[!dh]*.py", "autoflip/nn/[lcm]*.py"
     for pattern in (*bindings, *kernels):
         for path in sorted(ROOT.glob(pattern)):

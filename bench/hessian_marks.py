@@ -1,4 +1,4 @@
-"""What bench/results/hessian-cpu.json says, as README shows it."""
+"""What bench/results/hessian-cpu.json and -avx2.json say, as README shows it."""
 
 import json
 from pathlib import Path
@@ -50,6 +50,12 @@ def table(path: Path = RESULTS) -> list[str]:
         f"{equal['pyhessian_probes']} probes and {equal['pyhessian_seconds']:.1f} s, `{equal['method']}` "
         f"{1000 * equal['seconds']:.0f} ms: {equal['times_faster']:.0f} times less. {machine['cpu']}, "
         f"{machine['threads']} thread, torch {machine['torch']}; medians, interleaved. "
-        "`bench/results/hessian-cpu.json`, made by `bench/bench_hessian.py`.",
+        f"`bench/results/{path.name}`, made by `bench/bench_hessian.py`.",
     ]
     return lines
+
+
+def tables() -> list[str]:
+    """Return the table of the machine with AVX-512, and that of the one without."""
+    without = table(RESULTS.with_name("hessian-cpu-avx2.json"))
+    return [*table(), *(["", "On a machine without AVX-512:", "", *without] if without else [])]

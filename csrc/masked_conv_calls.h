@@ -1,5 +1,5 @@
 // One convolution's sizes and its products by addresses: what Python calls, and the steps of
-// bind_conv_step.cpp.
+// bind_masked_conv.cpp.
 #pragma once
 #include <array>
 #include <cstdint>

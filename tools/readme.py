@@ -191,7 +191,7 @@ def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
     parts = {"results": tables(), "methods": methods(), "layers": layers(), "codec": codec_marks.tables()}
-    parts["curvature"] = "\n".join(hessian_marks.table())
+    parts["curvature"] = "\n".join(hessian_marks.tables())
     new = text
     for marker, part in parts.items():
         new = filled(new, marker, part)

@@ -86,7 +86,7 @@ def make_layout(mask: Tensor, sizes: Sizes, kernel: tuple[int, int, int, int], s
 
 
 def plan(x: Tensor, weight: Tensor, parts: Parts) -> Any:
-    """Return what the extension's own training step takes (csrc/bind_conv_step.cpp) for x of this size.
+    """Return what the extension's own training step takes (csrc/bind_masked_conv.cpp) for x of this size.
 
     None where a step is dense or channels come last.
     """
