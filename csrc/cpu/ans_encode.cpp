@@ -24,7 +24,8 @@ Step step_of(uint32_t start, uint32_t freq) {
 // Writes everything behind the header before `end`; returns where it starts.
 template <int kLanes>
 uint8_t* encode_rows(const uint8_t* raw, int64_t n, const uint8_t* companion, const Step* const* tables,
-                     const uint32_t* packed, const uint32_t* offsets, uint8_t* end) {
+                     [[maybe_unused]] const uint32_t* packed, [[maybe_unused]] const uint32_t* offsets,
+                     uint8_t* end) {
   const int64_t rows = n / kLanes, tail = n % kLanes;
   if (tail) std::memcpy(end -= tail, raw + n - tail, size_t(tail));
   uint32_t x[kLanes];
