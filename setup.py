@@ -112,19 +112,25 @@ class NinjaBuild(build_ext):
         outputs: dict[str, Path] = {}
         for extension in self.extensions:
             objects = []
-            for source in sorted(extension.sources, key=link_order):
-                objects.append(str(work / (source.replace("/", "_") + ".o")))
+            # compiled in the reverse order of linking: widest vectors take longest, and are not to be waited for
+            for source in sorted(extension.sources, key=link_order, reverse=True):
+                objects.insert(0, str(work / (source.replace("/", "_") + ".o")))
                 rule = "cu" if source.endswith(".cu") else "cxx"
-                lines.append(f"build {objects[-1]}: {rule} {ROOT / source}\n isa = {ISA.get(isa(source) or '', '')}")
+                lines.append(f"build {objects[0]}: {rule} {ROOT / source}\n isa = {ISA.get(isa(source) or '', '')}")
             out = Path(self.get_ext_fullpath(extension.name)).resolve()
             out.parent.mkdir(parents=True, exist_ok=True)
             outputs[extension.name] = out
             lines.append(f"build {out}: {'cuso' if extension.name.endswith('_cuda') else 'so'} {' '.join(objects)}")
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
         program = shutil.which("ninja") or f"{ninja.BIN_DIR}/ninja"
+        ninja_run = [program, "--quiet", "-C", str(work)]
         notes = [] if NVCC else [f"_cuda: not built: {NO_NVCC}"]
-        for extension in self.extensions:
-            done = subprocess.run([program, "--quiet", "-C", str(work), str(outputs[extension.name])])
+        # all modules at once, so that no core waits for a module's last file; where one fails, one by one
+        together = subprocess.run([*ninja_run, *map(str, outputs.values())], capture_output=True, text=True)
+        if not together.returncode:
+            print(together.stdout + together.stderr, end="", file=sys.stderr)
+        for extension in self.extensions if together.returncode else ():
+            done = subprocess.run([*ninja_run, str(outputs[extension.name])])
             if done.returncode and not extension.optional:
                 sys.exit(f"autoflip: {extension.name} did not build; the compiler's message is above")
             if done.returncode:
