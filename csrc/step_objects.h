@@ -1,5 +1,5 @@
-// What bind_step.cpp and bind_masked_conv.cpp share: a training step as autograd calls it, and what it asks of
-// Python.
+// What bind_step.cpp and bind_masked_conv.cpp share: a training step as autograd calls it, and what it asks
+// of Python.
 #pragma once
 #include "torch_objects.h"
 
