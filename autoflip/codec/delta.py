@@ -46,8 +46,9 @@ def encode(
 
     A tensor that ``masks`` covers sends its kept entries only: **what lies outside the mask is dropped** and
     decodes to zero. Where many of them are zero (a top-k inside the mask), the others are named by their rank
-    in it. A tensor it does not cover travels whole. Without ``masks`` the nonzero entries travel with
-    an explicit index. Integer and bool tensors travel whole and exactly, whatever ``values`` says.
+    in it. A tensor it does not cover travels whole. Without ``masks`` the nonzero entries travel with an explicit
+    index. Where the frame names entries, those whose int8 or int4 code is zero do not travel either, if they are
+    many. Integer and bool tensors travel whole and exactly, whatever ``values`` says.
 
     Args:
         delta: name -> tensor of any shape and device; float16, bfloat16, float32, float64 (through float32), bool
@@ -168,11 +169,7 @@ def _open(
     reader = Reader(frame.body, "frame")
     rows = layout.read_table(reader, frame, (FP32, BF16, INT8, INT4, INT))
     where = layout.locate(reader, frame, rows, masks)
-    wanted = [
-        (row.values, entry.dense_bytes if row.values == INT else row.kept, row.blocks)
-        for row, entry in zip(rows, frame.schema.entries, strict=True)
-    ]
-    streams = values.read_values(reader, wanted)
+    streams = values.read_values(reader, layout.wanted(rows, frame.schema))
     reader.finish()
     for stream in streams:
         if isinstance(stream, Coded) and stream.kind == BF16:

@@ -20,7 +20,7 @@ from autoflip.ops.delta import Pack
 from autoflip.ops.delta_coding import BLOCK
 from autoflip.ops.delta_stream import LEVELS
 
-__all__ = ["Coding", "check_masks", "packs_of", "read_table", "write_table"]
+__all__ = ["Coding", "check_masks", "locate", "packs_of", "read_table", "wanted", "write_table"]
 
 _WITHOUT_ZEROS = 3  # added to INT8 or INT4 where no code is 0 but for a block's only one
 _Held = tuple[dict[str, Pack], dict[str, tuple[int, ...]]]  # masks as bits, and their shapes
@@ -148,7 +148,7 @@ def locate(reader: Reader, frame: Frame, rows: list[Coding], masks: MaskSet | No
     schema = frame.schema
     assert isinstance(schema, Schema)
     packs = _shared(frame, schema, masks)
-    wanted = []
+    sets = []
     for row, entry in zip(rows, schema.entries, strict=True):
         if row.masked != (entry.name in packs):
             raise DecodeError(f"{entry.name!r} is coded as {index.NAMES[row.index]}; the frame contradicts its mask")
@@ -160,8 +160,8 @@ def locate(reader: Reader, frame: Frame, rows: list[Coding], masks: MaskSet | No
         if row.index == COLUMNS and not (len(entry.shape) > 1 and entry.numel):
             raise DecodeError(f"{entry.name!r} of shape {entry.shape} is coded by columns; the frame is damaged")
         if row.explicit:
-            wanted.append((row.coding, row.k, held, row.kept))
-    explicit = iter(index.read_sets(reader, wanted))
+            sets.append((row.coding, row.k, held, row.kept))
+    explicit = iter(index.read_sets(reader, sets))
     out: list[Pack | None] = []
     for row, entry in zip(rows, schema.entries, strict=True):
         where = packs.get(entry.name)
@@ -172,6 +172,14 @@ def locate(reader: Reader, frame: Frame, rows: list[Coding], masks: MaskSet | No
             where = found if where is None else ops.within(where, found)
         out.append(where)
     return out
+
+
+def wanted(rows: list[Coding], schema: Schema) -> list[tuple[int, int, int]]:
+    """Return what :func:`values.read_values` is to read of each tensor."""
+    return [
+        (row.values, entry.dense_bytes if row.values == values.INT else row.kept, row.blocks)
+        for row, entry in zip(rows, schema.entries, strict=True)
+    ]
 
 
 def _shared(frame: Frame, schema: Schema, masks: MaskSet | None) -> dict[str, Pack]:

@@ -165,11 +165,8 @@ def decode_patch(
     if any(row.index not in (index.WHOLE, SHARED) for row in rows):
         raise DecodeError("a patch frame holds an explicit index; the frame is damaged")
     where = layout.locate(reader, frame, rows, masks)
-    wanted = [
-        (row.values, entry.dense_bytes if row.values == INT else row.kept, 0)
-        for row, entry in zip(rows, frame.schema.entries, strict=True)
-    ]
-    streams = [values.to_words(stream) for stream in values.read_values(reader, wanted)]
+    read = values.read_values(reader, layout.wanted(rows, frame.schema))
+    streams = [values.to_words(stream) for stream in read]
     reader.finish()
     out: dict[str, Tensor] = {}
     for entry, mask, words in zip(frame.schema.entries, where, streams, strict=True):

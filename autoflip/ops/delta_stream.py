@@ -78,7 +78,7 @@ class Coded:
         first, second, third, fourth = (*map(ext.address, self.streams), 0, 0, 0)[:4]
         return (first, second, third, fourth), ext.address(self.scales)
 
-    def held(self, ext: ModuleType) -> tuple[tuple[int, int, int, int], int, int, int]:
+    def places_and_blocks(self, ext: ModuleType) -> tuple[tuple[int, int, int, int], int, int, int]:
         """As ``places``, and where blocks start and how many there are, as decoding takes them."""
         return (*self.places(ext), 0 if self.starts is None else ext.address(self.starts), self.blocks)
 
@@ -233,7 +233,9 @@ def decode(coded: Coded, mask: Pack | None, out: Tensor | None = None) -> Tensor
         raise ValueError(f"decode: out is {out.dtype} {tuple(out.shape)}, wanted contiguous float32 of {numel} entries")
     if ext := cpp(out.device):
         where = (0, 0) if mask is None or mask.whole else (mask.words.data_ptr(), mask.offsets.data_ptr())
-        ext.delta_decode(coded.kind, *coded.held(ext), *where, numel, out.data_ptr(), torch.get_num_threads())
+        ext.delta_decode(
+            coded.kind, *coded.places_and_blocks(ext), *where, numel, out.data_ptr(), torch.get_num_threads()
+        )
         return out
     values = _values(coded)
     flat = torch.from_numpy(values) if mask is None else expand(values, mask)
@@ -252,7 +254,7 @@ def accumulate(coded: Coded, mask: Pack | None, out: Tensor, weight: float) -> N
     _check(coded, mask)
     if out.dtype is torch.float32 and out.is_contiguous() and (ext := cpp(out.device)):
         where = (0, 0) if mask is None or mask.whole else (mask.words.data_ptr(), mask.offsets.data_ptr())
-        places = (*coded.held(ext), *where, out.numel(), weight, out.data_ptr(), torch.get_num_threads())
+        places = (*coded.places_and_blocks(ext), *where, out.numel(), weight, out.data_ptr(), torch.get_num_threads())
         ext.delta_decode_add(coded.kind, *places)
         return
     server = gpu_server(out.device)

@@ -29,9 +29,10 @@ struct DeltaCoding {
   int levels;           // int8 and int4, up to 127 and 7; see quantise, as for
   float largest;
   DeltaKey key;
-  const int64_t*
-      starts;      // where drop_zeros was: scale b is for ranks starts[b] to starts[b + 1] - 1, 1 to 256
-  int64_t blocks;  // of them; the last start is the number of values
+  // After drop_zeros: scale b is for ranks starts[b] to starts[b + 1] - 1, of which there are 1 to 256; null
+  // elsewhere. The last start is the number of values.
+  const int64_t* starts;
+  int64_t blocks;
 };
 
 enum IndexError : int64_t { kShort = -1, kRange = -2, kPadding = -3, kLong = -4 };
