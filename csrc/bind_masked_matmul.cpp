@@ -64,6 +64,9 @@ const MaskedFew& few() { return cpu_isa() == Isa::avx512 ? masked_few_avx512 : m
 const MaskedFew& few() { throw std::logic_error("masked_few: no kernel for this CPU"); }
 #endif
 
+// whether so many samples meet tiles of the weight, not rows of it
+bool by_tiles(int64_t n) { return n > kFewSamples && kernels().every_forward; }
+
 // the samples that share what is read of the weight; 0: there are no kernels for this CPU
 int64_t together() { return cpu_isa() == Isa::base ? 0 : kFewSamples; }
 
@@ -105,15 +108,15 @@ void masked_matmul_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr
   scratch.settle();
 }
 
-bool masked_matmul_outer(uintptr_t dy, uintptr_t x, uintptr_t mask, int64_t n, int64_t rows, int64_t cols,
-                         uintptr_t dw, int threads) {
+bool masked_matmul_outer(uintptr_t dy, uintptr_t x, uintptr_t mask, uintptr_t bits, int64_t n, int64_t rows,
+                         int64_t cols, uintptr_t dw, int threads) {
   const MaskedMatmul& k = kernels();
   if (!k.outer) return false;
   py::gil_scoped_release release;
   threads = useful_threads(n * cols, threads);
   Scratch& scratch = thread_scratch();
-  k.outer(at<const float>(dy), at<const float>(x), at<const uint8_t>(mask), n, rows, cols, at<float>(dw),
-          scratch.take(k.outer_scratch(n, rows)), threads);
+  k.outer(at<const float>(dy), at<const float>(x), {at<const uint8_t>(mask), at<const uint16_t>(bits)}, n,
+          rows, cols, at<float>(dw), scratch.take(k.outer_scratch(n, rows)), threads);
   scratch.settle();
   return true;
 }
@@ -153,6 +156,14 @@ void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr
 void masked_few_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
                         uintptr_t bias, bool relu, uintptr_t y, int threads) {
   py::gil_scoped_release release;
+  if (by_tiles(n)) {
+    const MaskedMatmul& k = kernels();
+    Scratch& scratch = thread_scratch();
+    k.every_forward(at<const float>(w), at<const uint16_t>(bits), at<const float>(x), n, rows, cols,
+                    at<const float>(bias), relu, at<float>(y), scratch.take(k.every_scratch(n, rows, cols)),
+                    threads_of_product(rows * cols * n, threads));
+    return scratch.settle();
+  }
   few().forward(at<const float>(w), at<const uint16_t>(bits), at<const float>(x), n, rows, cols,
                 at<const float>(bias), relu, at<float>(y), useful_threads(rows * cols, threads));
 }
@@ -160,8 +171,26 @@ void masked_few_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int
 void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows,
                          int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
+  if (by_tiles(n)) {
+    const MaskedMatmul& k = kernels();
+    Scratch& scratch = thread_scratch();
+    threads = threads_of_product(rows * cols * n, threads);
+    if (dx)
+      k.every_back(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), n, rows, cols,
+                   at<float>(dx), threads);
+    if (dw)
+      k.outer(at<const float>(dy), at<const float>(x), {nullptr, at<const uint16_t>(bits)}, n, rows, cols,
+              at<float>(dw), scratch.take(k.outer_scratch(n, rows)), threads);
+    if (db) k.sum_samples(at<const float>(dy), n, rows, at<float>(db));
+    return scratch.settle();
+  }
+  // a weight that the cache holds is read strip by strip, and the sums of its columns stay in registers
+  const bool strips = dx && n > 1 && kernels().every_back && rows * cols < kPackFrom;
+  if (strips)
+    kernels().every_back(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), n, rows, cols,
+                         at<float>(dx), useful_threads(rows * cols, threads));
   few().backward(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), at<const float>(x), n,
-                 rows, cols, at<float>(dx), at<float>(dw), at<float>(db),
+                 rows, cols, strips ? nullptr : at<float>(dx), at<float>(dw), at<float>(db),
                  useful_threads(rows * cols, threads));
 }
 
@@ -178,8 +207,9 @@ void bind_masked_matmul(py::module_& m) {
         "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
         "dy.sum(0)");
   m.def("masked_matmul_outer", masked_matmul_outer,
-        "dw (rows, cols) = where(mask, dy.T @ x, 0), every product computed; False: nothing done, a vendor "
-        "is faster");
+        "dw (rows, cols) = where(mask, dy.T @ x, 0), every product computed; takes masked_few_bits' address "
+        "(or "
+        "0) after the mask's; False: nothing done, a vendor is faster");
   m.def("masked_blocks_values", copied_values,
         "floats of the copy of the kept weights of these blocks; 0: forward makes none");
   m.def("masked_blocks_forward", masked_blocks_forward,
@@ -190,6 +220,9 @@ void bind_masked_matmul(py::module_& m) {
         "dy.sum(0)");
   m.def("masked_few_together", together,
         "the samples that share what the functions below read of the weight; 0: not for this CPU");
+  m.def(
+      "masked_few_tiles", [] { return kernels().every_forward != nullptr; },
+      "whether more samples than that meet tiles of the weight");
   m.def("masked_few_bits", few_bits,
         "a mask (rows, cols), 16 columns to a word, each row from a whole word on");
   m.def("masked_few_forward", masked_few_forward,

@@ -9,19 +9,27 @@ namespace py = pybind11;
 namespace autoflip {
 namespace {
 
-// What the steps of one mask share, whose products are all computed by one kind of kernel.
+// What the steps of one mask share. Each of forward, dx and dw walks what is kept or computes every product.
 struct Plan {
   uintptr_t layout;
   int64_t chunk, rows, cols, values;  // values: floats of the copy of the kept weights, 0: none
-  int height;                         // rows of a block; 0: the mask has none; -1: kernels for few samples
-  uintptr_t mask;    // of a weight's gradient whose products are all computed; 0: the layout's
-  py::object owner;  // keeps layout and mask alive
+  int height;                         // rows of a block; 0: the mask has none
+  uintptr_t bits;                     // of the mask, where a product is computed whole; else 0
+  bool every[3];
+  py::object owner;  // keeps layout and bits alive
 };
-constexpr int kFew = -1;
 
 py::object make_plan(uintptr_t layout, int64_t chunk, int64_t rows, int64_t cols, int64_t values, int height,
-                     uintptr_t mask, py::object owner) {
-  return capsule(new Plan{layout, chunk, rows, cols, values, height, mask, owner});
+                     uintptr_t bits, int every, py::object owner) {
+  return capsule(new Plan{layout,
+                          chunk,
+                          rows,
+                          cols,
+                          values,
+                          height,
+                          bits,
+                          {bool(every & 1), bool(every & 2), bool(every & 4)},
+                          owner});
 }
 
 // A job is (relu, parts, what makes the weight's gradient or None, plan or None).
@@ -50,8 +58,8 @@ PyObject* forward_here(const Plan& p, PyObject* ctx, PyObject* x, PyObject* weig
     if (PyTuple_GET_ITEM(needs.ptr(), 0) == Py_True) values = empty(x, p.values, -1);
   }
   const uintptr_t from = place(x), w = place(weight), b = place(bias), to = place(y.ptr());
-  if (p.height == kFew)
-    masked_few_forward(w, p.layout, from, n, p.rows, p.cols, b, false, to, threads());
+  if (p.every[0])
+    masked_few_forward(w, p.bits, from, n, p.rows, p.cols, b, false, to, threads());
   else if (p.height)
     masked_blocks_forward(from, w, p.layout, p.chunk, p.height, b, n, p.rows, p.cols, false, to,
                           place(values.ptr()), threads());
@@ -78,15 +86,17 @@ PyObject* backward_here(const Plan& p, PyObject* ctx, PyObject* dy, PyObject* x,
   const uintptr_t from = place(dy), in = dw.is_none() ? 0 : place(x), w = dx.is_none() ? 0 : place(weight),
                   v = place(values.ptr()), to = place(dx.ptr()), to_w = place(dw.ptr()),
                   to_b = place(db.ptr());
-  if (p.height == kFew)
-    masked_few_backward(w, p.layout, from, in, n, p.rows, p.cols, to, to_w, to_b, threads());
-  else if (p.height)
+  if (p.every[0] && p.every[1] && p.every[2]) {
+    masked_few_backward(w, p.bits, from, in, n, p.rows, p.cols, to, to_w, to_b, threads());
+  } else if (p.height) {
     masked_blocks_backward(from, in, w, v, p.layout, p.chunk, p.height, n, p.rows, p.cols, to, to_w, to_b,
                            threads());
-  else
-    masked_matmul_backward(from, in, w, v, p.layout, p.chunk, n, p.rows, p.cols, to, p.mask ? 0 : to_w, to_b,
-                           threads());
-  if (p.mask && to_w) masked_matmul_outer(from, in, p.mask, n, p.rows, p.cols, to_w, threads());
+  } else {
+    masked_matmul_backward(from, in, w, v, p.layout, p.chunk, n, p.rows, p.cols, p.every[1] ? 0 : to,
+                           p.every[2] ? 0 : to_w, to_b, threads());
+    if (p.every[1] && to) masked_few_backward(w, p.bits, from, 0, n, p.rows, p.cols, to, 0, 0, threads());
+    if (p.every[2] && to_w) masked_matmul_outer(from, in, 0, p.bits, n, p.rows, p.cols, to_w, threads());
+  }
   return PyTuple_Pack(4, dx.ptr(), dw.ptr(), db.ptr(), Py_None);
 }
 
@@ -104,9 +114,9 @@ void bind_step(py::module_& m) {
   m.def(
       "masked_plan", make_plan,
       "what masked_steps' functions need of a mask: its layout, chunk, rows, columns, floats of the copy of "
-      "its kept weights (or 0), rows of its blocks (0: none, -1: the layout is masked_few_bits'), the mask "
-      "where "
-      "masked_matmul_outer makes the weight's gradient (or 0), what keeps both alive");
+      "its kept weights (or 0), rows of its blocks (or 0), masked_few_bits (or 0), which of forward, dx and "
+      "dw "
+      "compute every product by them, what keeps both alive");
   m.def("masked_steps", Step<Here>::make,
         "forward(ctx, x, weight, bias, job) and backward(ctx, dy) of an autograd function, for jobs with a "
         "plan "

@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +25,8 @@ STEPS = ("forward", "dx", "dw")
 HEIGHTS = {"t": 16, "q": 4}  # letter of a path -> rows that keep the same columns; the higher first
 # rows of x that share what the kernels of path "fff" read of a weight; 0: there are no such kernels
 FEW = CPP.masked_few_together() if CPP is not None else 0
+# whether more rows than FEW meet tiles of the weight, as fast as a dense product, instead of going FEW at a time
+TILES = CPP is not None and CPP.masked_few_tiles()
 
 
 _HEIGHT = {3 * letter: height for letter, height in HEIGHTS.items()}  # by path: such a letter stands in all steps
@@ -35,11 +38,11 @@ class Parts(NamedTuple):
     mask: Tensor
     layout: Tensor
     chunk: int
-    live: Tensor
+    live: Tensor  # GPU: live_tiles; CPU: make_bits where a step but not every step is "f", else empty
     kept: int
-    # one letter a step (forward, dx, dw): s = sparse kernel, d = dense product; or "ttt", "qqq": kernels for masks of
-    # blocks of 16 or 4 rows, the layout is that of the blocks then; or "fff": every product computed by the kernels for
-    # few rows, which read the weight through the mask; the layout is the mask in bits then
+    # one letter a step (forward, dx, dw): s = sparse kernel, d = dense product, f = every product computed by kernels
+    # which read the weight through the mask, in bits ("fff": they are the layout); or "ttt", "qqq": kernels for masks
+    # of blocks of 16 or 4 rows, the layout is that of the blocks then
     path: str
 
 
@@ -59,8 +62,7 @@ def make_layout(mask: Tensor, chunk: int, groups: bool, back: bool) -> Tensor:
     ``groups``: rows are walked four at a time, else one by one; ``back``: with an order for dx alone.
     """
     rows, cols = mask.shape
-    layout = CPP.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk, groups, back)
-    return torch.frombuffer(bytearray(layout), dtype=torch.uint8)
+    return _beside(mask, CPP.masked_matmul_layout(mask.data_ptr(), rows, cols, chunk, groups, back))
 
 
 def block_letter(mask: Tensor) -> str:
@@ -79,8 +81,15 @@ def make_block_layout(mask: Tensor, chunk: int, letter: str) -> Tensor:
 
 
 def make_bits(mask: Tensor) -> Tensor:
-    """Return what the kernels for few rows take of a contiguous 2-d CPU mask in the layout's place."""
-    return torch.frombuffer(bytearray(CPP.masked_few_bits(mask.data_ptr(), *mask.shape)), dtype=torch.uint8)
+    """Return a contiguous 2-d CPU mask in bits (uint8): what the kernels that compute every product take of it."""
+    return _beside(mask, CPP.masked_few_bits(mask.data_ptr(), *mask.shape))
+
+
+def _beside(mask: Tensor, content: bytes) -> Tensor:
+    """Return ``content`` as uint8 where ``mask`` is, whatever torch's default device is."""
+    made = mask.new_empty(len(content), dtype=torch.uint8)
+    made.numpy()[:] = np.frombuffer(content, np.uint8)
+    return made
 
 
 def live_tiles(mask: Tensor) -> Tensor:
@@ -168,7 +177,7 @@ def _floats(parts: Parts) -> int:
         if parts.kept < 1 << 13:  # copied again as fast as memory is found for them
             return 0
         return int(CPP.masked_blocks_values(parts.layout.data_ptr(), parts.chunk, height, *parts.mask.shape))
-    if parts.mask.numel() < 1 << 18 or "s" not in parts.path:  # smaller ones are read where they stand
+    if parts.mask.numel() < 1 << 18 or parts.path[:2] != "ss":  # smaller ones are read where they stand
         return 0
     packs = CPP.masked_matmul_packs(parts.layout.data_ptr(), *parts.mask.shape, parts.chunk)
     return parts.kept if packs else 0
@@ -176,14 +185,15 @@ def _floats(parts: Parts) -> int:
 
 def plan(parts: Parts) -> Any:
     """Return what the extension's own training step takes (csrc/bind_step.cpp); None where a step is dense."""
-    # every product of dw computed: vectors have a kernel of their own for it
-    outer = parts.path == "ssd" and CPP is not None and CPP.isa() != "base"
-    if CPP is None or ("d" in parts.path and not outer) or not parts.layout.numel():
+    if CPP is None or "d" in parts.path or not parts.layout.numel():
         return None
-    height = -1 if parts.path == "fff" else _HEIGHT.get(parts.path, 0)
-    sizes = (parts.chunk, *parts.mask.shape, _floats(parts), height)
-    mask = parts.mask.data_ptr() if outer else 0
-    return CPP.masked_plan(parts.layout.data_ptr(), *sizes, mask, (parts.layout, parts.mask))
+    every, bits = sum(1 << i for i, letter in enumerate(parts.path) if letter == "f"), _bits(parts)
+    sizes = (parts.chunk, *parts.mask.shape, _floats(parts), _HEIGHT.get(parts.path, 0))
+    return CPP.masked_plan(parts.layout.data_ptr(), *sizes, bits.data_ptr(), every, (parts.layout, bits))
+
+
+def _bits(parts: Parts) -> Tensor:
+    return parts.layout if parts.path == "fff" else parts.live
 
 
 def cpu_forward(
@@ -197,7 +207,8 @@ def cpu_forward(
     y = x.new_empty(n, rows)  # float32 whatever torch's default is
     layout, sizes, threads = parts.layout.data_ptr(), (n, rows, cols), torch.get_num_threads()
     if parts.path[0] == "f":
-        CPP.masked_few_forward(weight.data_ptr(), layout, x.data_ptr(), *sizes, _at(bias), relu, y.data_ptr(), threads)
+        bits = _bits(parts).data_ptr()
+        CPP.masked_few_forward(weight.data_ptr(), bits, x.data_ptr(), *sizes, _at(bias), relu, y.data_ptr(), threads)
         return y
     sources = x.data_ptr(), weight.data_ptr(), layout, parts.chunk
     results = relu, y.data_ptr(), _at(values), threads
@@ -231,11 +242,18 @@ def cpu_backward(
     n = dy.shape[0]
     out = dy.new_empty(n, cols) if dx else None
     sums = dy.new_empty(rows) if db else None
-    results = _at(out), _at(dw), _at(sums), torch.get_num_threads()
-    sizes, layout = (n, rows, cols), parts.layout.data_ptr()
-    if parts.path[0] == "f":
+    sizes, layout, threads = (n, rows, cols), parts.layout.data_ptr(), torch.get_num_threads()
+    if parts.path == "fff":
+        results = _at(out), _at(dw), _at(sums), threads
         CPP.masked_few_backward(_at(weight), layout, dy.data_ptr(), _at(x), *sizes, *results)
         return out, dw, sums
+    every_x, every_w = (letter == "f" for letter in parts.path[1:])
+    if dx and every_x:
+        bits = _bits(parts).data_ptr()
+        CPP.masked_few_backward(_at(weight), bits, dy.data_ptr(), 0, *sizes, _at(out), 0, 0, threads)
+    if x is not None and dw is not None and every_w:
+        cpu_outer(dy, x, parts, dw)
+    results = 0 if every_x else _at(out), 0 if every_w else _at(dw), _at(sums), threads
     sources = dy.data_ptr(), _at(x), _at(weight), _at(values), layout, parts.chunk
     height = _HEIGHT.get(parts.path)
     if height is not None:
@@ -249,7 +267,9 @@ def cpu_outer(dy: Tensor, x: Tensor, parts: Parts, out: Tensor) -> Tensor:
     """Write ``where(mask, dy.T @ x, 0)`` into ``out``, every product computed."""
     dy, x = dy.contiguous(), x.contiguous()
     threads, sizes = torch.get_num_threads(), (len(dy), *parts.mask.shape)
-    if not CPP.masked_matmul_outer(dy.data_ptr(), x.data_ptr(), parts.mask.data_ptr(), *sizes, out.data_ptr(), threads):
+    bits = _bits(parts)
+    sources = dy.data_ptr(), x.data_ptr(), parts.mask.data_ptr(), bits.data_ptr() if bits.numel() else 0
+    if not CPP.masked_matmul_outer(*sources, *sizes, out.data_ptr(), threads):
         torch.mm(dy.T, x, out=out)
         words = out.numel(), out.element_size()
         CPP.masked_matmul_select(out.data_ptr(), parts.mask.data_ptr(), *words, out.data_ptr(), threads)
@@ -270,8 +290,8 @@ def _launch(step: str, a: Tensor, b: Tensor, parts: Parts, sizes: tuple[int, ...
 
 
 def _live(parts: Parts) -> Tensor:
-    # a Pack made while another backend served has none
-    return parts.live if parts.live.numel() else live_tiles(parts.mask)
+    # a Pack made while another backend served has none, or the mask in bits
+    return parts.live if parts.live.dim() == 2 else live_tiles(parts.mask)
 
 
 def _triton() -> ModuleType:

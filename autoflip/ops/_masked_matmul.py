@@ -56,7 +56,8 @@ _dw_op = _register(
 def _flops(step: str) -> Callable[..., int]:
     def count(a: Tensor, b: Tensor, *rest: Any, out_val: Any = None, **_: Any) -> int:
         parts = Parts(*rest[-6:])
-        all_of_them = parts.path[0] == "f" or kernels.serves(a, parts, step) == "dense"
+        every = parts.path[kernels.STEPS.index(step)] == "f"
+        all_of_them = every or kernels.serves(a, parts, step) == "dense"
         return 2 * len(a) * (parts.mask.numel() if all_of_them else parts.kept)
 
     return count

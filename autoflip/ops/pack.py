@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autoflip.ops import _masked_kernels as kernels
-from autoflip.ops import backend, paths
+from autoflip.ops import backend, paths, trials
 from autoflip.ops._masked_matmul import Job
 
 __all__ = ["Pack"]
@@ -76,7 +76,8 @@ class Pack:
         key = (paths.bucket(n_rows), torch.get_num_threads(), backend.wish())
         found = self._parts.get(key)
         if found is None:
-            found = self._parts[key] = self._make_parts(key[0])
+            with trials.unseen():  # a tensor made under a function transform would belong to it
+                found = self._parts[key] = self._make_parts(key[0])
         return found
 
     def cpu_parts(self, n_rows: int) -> kernels.Parts:
@@ -131,8 +132,9 @@ class Pack:
             layout = self._layout(kernels.make_layout, chunk, paths.groups(*case), paths.back(*case))
         else:
             layout = self.mask.new_empty(0, dtype=torch.uint8)
-        nothing = self.mask.new_empty(0, dtype=torch.uint8)
-        return kernels.Parts(self.mask, layout, chunk, nothing, self.kept, path)
+        mixed = "f" in path and path != "fff"
+        live = self._bits() if mixed else self.mask.new_empty(0, dtype=torch.uint8)
+        return kernels.Parts(self.mask, layout, chunk, live, self.kept, path)
 
     def _layout(self, make: Callable[..., Tensor], *key: Any) -> Tensor:
         if key not in self._layouts:

@@ -2,8 +2,9 @@
 
 Forward, dx and dw choose each for itself, per weight shape, batch size, density, shape of the mask's blocks and thread
 count: by a short trial that is remembered on disk (:mod:`autoflip.ops.trials`), or by :func:`rule` where trials are
-off. A last trial puts what was chosen, as a whole training step through autograd, against the dense path and, for up to
-8 rows and small products, against kernels that compute every product and read the weight through its mask.
+off. A last trial puts what was chosen, as a whole training step through autograd, against the dense path and against
+kernels that compute every product and read the weight through its mask: with AVX-512 for any number of rows, with AVX2
+for up to 8 and small products.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ WHOLE = 0.003
 # density below which a rule takes the kernels for blocks where all of the sparse ones would run: at 0.1 and less they
 # were as fast or faster at every weight and batch tried, 200x200 to 4096x4096 at 16 and 64 rows (Zen 4, 1 thread)
 BLOCK_DENSITY = 0.15
-# multiply-adds up to which every product may be computed by the kernels for few rows, whatever the rows
+# multiply-adds up to which AVX2 may compute every product by the kernels for few rows, whatever the rows
 FEW_WORK = 1 << 20
 # share of the first way's time that another whole step must come below: as a layer goes, all ways ask as much of the
 # tensors, and the dense path of a small layer, which masks dw in a hook, is itself slower than torch's layer
@@ -156,6 +157,8 @@ def letters(
     density = kept / mask.numel() if mask.numel() else 1.0
     if not (timed and trials.enabled()):
         found = "".join(rule(n_rows, rows, cols, density, step=step)[0] for step in kernels.STEPS)
+        if found == "ssd" and kernels.FEW:
+            return "ssf"
         return 3 * block if block and found == "sss" and density < BLOCK_DENSITY else found
     if kept == mask.numel():
         return "ddd"
@@ -164,14 +167,22 @@ def letters(
         f"rows {kernels.HEIGHTS[block] if block else _rows_together(mask, kept):.1f} threads {torch.get_num_threads()}"
     )
     ways, whole = _ways(mask, n_rows, make)
-    found = "".join(trials.choose(f"{key} {step}", both)[0] for step, both in ways.items())
+    found = "".join(_LETTER[trials.choose(f"{key} {step}", all_of_them)] for step, all_of_them in ways.items())
     # one call forward and one back, with every product of dw computed or not: the least of autograd's cost, which is
     # most of a small layer's
-    candidates = ["ddd", found, "sss", *(["ssd"] if found[2] == "d" else []), *([3 * block] if block else [])]
-    if n_rows <= kernels.FEW or (kernels.FEW and n_rows * mask.numel() <= FEW_WORK):
+    candidates = ["ddd", found, "sss", *(["ssf"] if found[2] == "f" else []), *([3 * block] if block else [])]
+    if kernels.FEW and (_every(n_rows) or n_rows * mask.numel() <= FEW_WORK):
         candidates.append("fff")
     steps = {path: partial(whole, path) for path in candidates}
     return trials.choose(f"{key} whole", steps, seconds=0.1, gain=GAIN, burst=WHOLE)
+
+
+_LETTER = {"dense": "d", "sparse": "s", "every": "f"}
+
+
+def _every(n_rows: int) -> bool:
+    """Return whether kernels that compute every product are as fast as a dense one at any size of the weight."""
+    return kernels.TILES or 0 < n_rows <= kernels.FEW
 
 
 def _rows_together(mask: Tensor, kept: int) -> float:
@@ -222,9 +233,21 @@ def _ways(
         x, dy, _, parts, out = case()
         return kernels.cpu_backward(dy, x, None, parts, dw=out)
 
-    def dw_dense() -> object:
+    def dw_every() -> object:
         x, dy, _, parts, out = case()
-        return kernels.cpu_outer(dy, x, parts, out)
+        return kernels.cpu_outer(dy, x, every() if kernels.FEW else parts, out)
+
+    @cache
+    def every() -> kernels.Parts:
+        return make("fff")
+
+    def forward_every() -> object:
+        x, _, w, *_ = case()
+        return kernels.cpu_forward(x, w, None, False, every())
+
+    def dx_every() -> object:
+        _, dy, w, *_ = case()
+        return kernels.cpu_backward(dy, None, w, every(), dx=True)
 
     @cache
     def leaves() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -254,8 +277,14 @@ def _ways(
             y.backward(dy)
             return y
 
+    # torch's product is none of a mixed step's ways where ours is as fast: it has the weight looked through first
+    y_whole, x_whole = (
+        ({"every": forward_every}, {"every": dx_every})
+        if _every(n_rows)
+        else ({"dense": forward_dense}, {"dense": dx_dense})
+    )
     return {
-        "forward": {"dense": forward_dense, "sparse": forward},
-        "dx": {"dense": dx_dense, "sparse": dx},
-        "dw": {"dense": dw_dense, "sparse": dw},
+        "forward": {**y_whole, "sparse": forward},
+        "dx": {**x_whole, "sparse": dx},
+        "dw": {"every" if kernels.FEW else "dense": dw_every, "sparse": dw},
     }, whole

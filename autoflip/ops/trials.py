@@ -104,13 +104,13 @@ def choose(
     if not _chosen:
         _chosen.update(known())
     if _chosen.get(key) not in ways:
-        with _unseen():
+        with unseen():
             _chosen[key] = _remember(key, _fastest(ways, seconds, gain, burst), ways)
     return _chosen[key]
 
 
 @contextmanager
-def _unseen() -> Iterator[None]:
+def unseen() -> Iterator[None]:
     """Hide what is done from counters of FLOPs, autograd, function transforms and a default device."""
     modes, functions = _disable_current_modes(), torch._C.DisableTorchFunction()
     with modes, functions, temporarily_clear_interpreter_stack(), torch.no_grad(), torch.inference_mode(False):

@@ -35,6 +35,7 @@ namespace autoflip {
 constexpr int kGroup = 4;
 constexpr int64_t kRowBlock = 128;  // most rows of a block: with 64 lanes their sums take 32 KB
 constexpr int64_t kMaxChunk = 512;
+constexpr int64_t kPackFrom = int64_t(1) << 20;  // floats of a weight that is not found in the cache: 4 MB
 constexpr int64_t kUnrolled = 128;  // columns of a chunk above which loops take several columns at once
 constexpr int kPatterns = 12;
 constexpr int kPattern[kPatterns] = {15, 14, 13, 11, 7, 12, 10, 9, 6, 5, 3, 1};  // 1: any single row
@@ -80,6 +81,13 @@ struct Orders {
   const int32_t* place;
 };
 
+// A mask in one of two forms: a byte an entry, or bits, which are an eighth to read: 16 columns to a word,
+// row by row, each row from a whole word on, zeros past its end. Bits count where they are not null.
+struct Kept {
+  const uint8_t* mask;
+  const uint16_t* bits;
+};
+
 struct MaskedMatmul {
   // floats of scratch that forward and backward take
   int64_t (*forward_scratch)(const Orders& orders, int64_t n);
@@ -101,9 +109,17 @@ struct MaskedMatmul {
   bool (*is_clean)(const void* w, const uint8_t* mask, int64_t n, int bytes);
   // dw (rows, cols) = mask ? dy.T @ x : 0, every product computed; all row-major. scratch:
   // outer_scratch(n, rows) floats. Null without vectors, where a vendor's product is faster
-  void (*outer)(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,
+  void (*outer)(const float* dy, const float* x, const Kept& kept, int64_t n, int64_t rows, int64_t cols,
                 float* dw, float* scratch, int threads);
   int64_t (*outer_scratch)(int64_t n, int64_t rows);
+  // y and dx as of forward and backward, every product computed; bits: as in Kept. scratch:
+  // every_scratch(n, rows, cols) floats. Null without AVX-512
+  void (*every_forward)(const float* w, const uint16_t* bits, const float* x, int64_t n, int64_t rows,
+                        int64_t cols, const float* bias, bool relu, float* y, float* scratch, int threads);
+  void (*every_back)(const float* w, const uint16_t* bits, const float* dy, int64_t n, int64_t rows,
+                     int64_t cols, float* dx, int threads);
+  int64_t (*every_scratch)(int64_t n, int64_t rows, int64_t cols);
+  void (*sum_samples)(const float* dy, int64_t n, int64_t rows, float* db);
 };
 
 extern const MaskedMatmul masked_matmul_base;

@@ -2,6 +2,7 @@
 
 namespace autoflip {
 extern const MaskedMatmul masked_matmul_avx512 = {
-    forward_scratch, backward_scratch, packs, forward, backward, select, is_clean, outer, outer_scratch};
+    forward_scratch, backward_scratch, packs,         forward,    backward,      select,     is_clean,
+    outer,           outer_scratch,    every_forward, every_back, every_scratch, sum_samples};
 extern const MaskedBlocks masked_blocks_avx512 = kMaskedBlocks;
 }  // namespace autoflip

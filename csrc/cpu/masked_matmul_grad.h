@@ -2,8 +2,8 @@
 #pragma once
 #include <cstddef>
 
+#include "cpu/masked_matmul_every.h"
 #include "cpu/masked_matmul_lists.h"
-#include "cpu/masked_matmul_outer.h"
 #include "cpu/masked_matmul_spread.h"
 
 namespace autoflip {

@@ -10,8 +10,6 @@
 namespace autoflip {
 namespace {
 
-constexpr int64_t kPackFrom = int64_t(1) << 20;  // floats of a weight that is not found in the cache: 4 MB
-
 AF_INLINE bool packs(const Orders& o) { return !o.groups.rows && o.lists.rows * o.lists.cols >= kPackFrom; }
 
 // --- the kept weights, copied

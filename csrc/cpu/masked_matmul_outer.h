@@ -10,51 +10,75 @@ namespace {
 constexpr int kTileRows = 6, kTileVectors = kVector == 16 ? 4 : 2;  // 24 sums of 32 registers, 12 of 16
 constexpr int64_t kTileColumns = kVector * kTileVectors;
 constexpr int64_t kOuterTiles = 1024 / kTileColumns;  // tiles of columns whose x is packed at once
+constexpr int64_t kOuterWords = 1024 / 16;            // of their bits, a row
 
 int64_t outer_scratch(int64_t n, int64_t rows) {
   return n * (ceil_div(rows, kTileRows) * kTileRows + kOuterTiles * kTileColumns);
 }
 
 #if defined(__AVX512F__)
-AF_INLINE void store_masked(float* to, vec v, const uint8_t* mask, int64_t live, bool past) {
+// the first `live` of a vector, zeros where no bit is set
+AF_INLINE void store_masked(float* to, vec v, unsigned bits, int64_t live, bool past) {
   if (live <= 0) return;
-  if (past && live >= kVector && reinterpret_cast<std::uintptr_t>(to) % 64 == 0) {
-    const __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
-    _mm512_stream_ps(to, _mm512_maskz_mov_ps(_mm_test_epi8_mask(m, m), v));
-    return;
-  }
-  const __mmask16 some = live >= kVector ? __mmask16(0xffff) : __mmask16((1u << live) - 1);
-  const __m128i m = _mm_maskz_loadu_epi8(some, mask);
-  _mm512_mask_storeu_ps(to, some, _mm512_maskz_mov_ps(_mm_test_epi8_mask(m, m), v));
+  v = _mm512_maskz_mov_ps(__mmask16(bits), v);
+  if (past && live >= kVector && reinterpret_cast<std::uintptr_t>(to) % 64 == 0)
+    return _mm512_stream_ps(to, v);
+  _mm512_mask_storeu_ps(to, live >= kVector ? __mmask16(0xffff) : __mmask16((1u << live) - 1), v);
 }
 
 // the first `live` of six floats, zeros behind them
 AF_INLINE void copy_six(const float* from, int64_t live, float* to) {
   _mm512_mask_storeu_ps(to, (1u << kTileRows) - 1, _mm512_maskz_loadu_ps(__mmask16((1u << live) - 1), from));
 }
+
+AF_INLINE unsigned word_of(const uint8_t* mask) {
+  const __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
+  return _mm_test_epi8_mask(m, m);
+}
 #else
-AF_INLINE void store_masked(float* to, vec v, const uint8_t* mask, int64_t live, bool past) {
+AF_INLINE void store_masked(float* to, vec v, unsigned bits, int64_t live, bool past) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i none = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), __m256i{});
+  v = _mm256_andnot_ps(_mm256_castsi256_ps(none), v);
   if (live >= kVector) {
-    const __m256i m = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask)));
-    const vec kept = _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(m, _mm256_setzero_si256())), v);
-    if (past && reinterpret_cast<std::uintptr_t>(to) % 32 == 0)
-      _mm256_stream_ps(to, kept);
-    else
-      store(to, kept);
-    return;
+    if (past && reinterpret_cast<std::uintptr_t>(to) % 32 == 0) return _mm256_stream_ps(to, v);
+    return store(to, v);
   }
   alignas(32) float lanes[kVector];
   store(lanes, v);
-  for (int64_t i = 0; i < live; ++i) to[i] = mask[i] ? lanes[i] : 0;
+  for (int64_t i = 0; i < live; ++i) to[i] = lanes[i];
 }
 
 AF_INLINE void copy_six(const float* from, int64_t live, float* to) {
   for (int64_t r = 0; r < kTileRows; ++r) to[r] = r < live ? from[r] : 0;
 }
+
+AF_INLINE unsigned word_of(const uint8_t* mask) {
+  const __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
+  return ~unsigned(_mm_movemask_epi8(_mm_cmpeq_epi8(m, __m128i{}))) & 0xffff;
+}
 #endif
 
+// Where the bits of a tile's rows stand, from its first column on.
+struct Bits {
+  const uint16_t* row[kTileRows];
+};
+
+// Bytes of a mask as bits, of up to kTileRows rows and `cols` columns.
+AF_INLINE void to_bits(const uint8_t* mask, int64_t stride, int64_t rows, int64_t cols, int64_t words,
+                       uint16_t* bits) {
+  for (int64_t r = 0; r < rows; ++r, mask += stride, bits += words) {
+    int64_t k = 0;
+    for (; k + 16 <= cols; k += 16) bits[k / 16] = uint16_t(word_of(mask + k));
+    if (k == cols) continue;
+    unsigned last = 0;
+    for (int64_t j = k; j < cols; ++j) last |= unsigned(mask[j] != 0) << (j - k);
+    bits[k / 16] = uint16_t(last);
+  }
+}
+
 // dw (up to 6 rows, up to kTileColumns columns) = dy tile (n, 6) transposed @ x tile (n, kTileColumns)
-void outer_tile(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t live,
+void outer_tile(const float* dy, const float* x, const Bits& bits, int64_t n, int64_t rows, int64_t live,
                 int64_t cols, float* dw, bool past) {
   vec sums[kTileRows][kTileVectors];
   unroll<0, kTileRows * kTileVectors>(
@@ -76,13 +100,14 @@ void outer_tile(const float* dy, const float* x, const uint8_t* mask, int64_t n,
   unroll<0, kTileRows>([&](auto r) AF_LAMBDA {
     if (r.value < rows)
       unroll<0, kTileVectors>([&](auto v) AF_LAMBDA {
-        const int64_t at = r.value * cols + v.value * kVector;
-        store_masked(dw + at, sums[r.value][v.value], mask + at, live - v.value * kVector, past);
+        constexpr int at = v.value * kVector;
+        const unsigned word = at < live ? bits.row[r.value][at / 16] : 0u;
+        store_masked(dw + r.value * cols + at, sums[r.value][v.value], word >> at % 16, live - at, past);
       });
   });
 }
 
-void outer(const float* dy, const float* x, const uint8_t* mask, int64_t n, int64_t rows, int64_t cols,
+void outer(const float* dy, const float* x, const Kept& kept, int64_t n, int64_t rows, int64_t cols,
            float* dw, float* scratch, int threads) {
   const int64_t row_tiles = ceil_div(rows, kTileRows), col_tiles = ceil_div(cols, kTileColumns);
   const bool past = rows * cols >= kPastCache;
@@ -110,10 +135,19 @@ void outer(const float* dy, const float* x, const uint8_t* mask, int64_t n, int6
     // along the rows of dw, so that its pages are met one after the other
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < row_tiles; ++t) {
+      uint16_t own[kTileRows][kOuterWords];
+      const int64_t row = t * kTileRows, begin = first * kTileColumns;
+      if (!kept.bits)
+        to_bits(kept.mask + row * cols + begin, cols, least(kTileRows, rows - row),
+                least(tiles * kTileColumns, cols - begin), kOuterWords, own[0]);
       for (int64_t c = 0; c < tiles; ++c) {
-        const int64_t row = t * kTileRows, col = (first + c) * kTileColumns;
-        outer_tile(scratch + row * n, packed + c * n * kTileColumns, mask + row * cols + col, n, rows - row,
-                   cols - col, cols, dw + row * cols + col, past);
+        const int64_t col = (first + c) * kTileColumns;
+        Bits bits;
+        for (int64_t r = 0; r < kTileRows; ++r)
+          bits.row[r] = kept.bits ? kept.bits + least(row + r, rows - 1) * words_of(cols) + col / 16
+                                  : own[r] + (col - begin) / 16;
+        outer_tile(scratch + row * n, packed + c * n * kTileColumns, bits, n, rows - row, cols - col, cols,
+                   dw + row * cols + col, past);
       }
       if (past) _mm_sfence();
     }
