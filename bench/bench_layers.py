@@ -6,7 +6,8 @@ A step is the layer as a user calls it: ``.grad`` set to None, forward, backward
 Every way runs in turns with the dense layer in one process; a figure is the median of paired ratios (its quartiles
 stand in the file), CPU time on one thread. Lower is better. A case already measured with these sources is not
 measured again, so a long bench may run in pieces. glibc is told to keep freed memory (timing.keep_memory). Writes
-bench/results/layers-cpu.json (layers-cpu-avx2.json where that is the best the CPU has) and prints what is in it.
+bench/results/layers-cpu.json (layers-cpu-avx2.json where that is the best the CPU has, layers-cpu-intel.json on an
+Intel) and prints what is in it.
 
 ``pytest bench/bench_layers.py --benchmark-enable`` runs a small subset.
 """
@@ -239,7 +240,8 @@ def main() -> int:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     keep_memory()
-    path = layer_marks.results(machine()["isa"])
+    here = machine()
+    path = layer_marks.results(here["isa"], here["cpu"])
     if chosen.threads != 1:
         path = path.with_stem(f"{path.stem}-{chosen.threads}threads")
     until, content, left = time.perf_counter() + 60 * chosen.minutes, layer_marks.load(path), 0

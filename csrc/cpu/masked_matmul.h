@@ -23,8 +23,8 @@
 //   columns int32  place[]                                         of the lists of columns only
 //
 // Panels: activations feature-major, [sample block][feature][lane], a sample is a SIMD lane. Blocks have as
-// many samples as the sums of the rows that are walked together leave registers for (with AVX-512 64 and the
-// last one the rest, else equal shares), in whole vectors, padded with zeros.
+// many samples as the sums of the rows that are walked together leave registers for, or fewer: equal shares,
+// in whole vectors, padded with zeros.
 //
 // Sums do not depend on the thread count: no sum is ever cut between threads.
 #pragma once

@@ -144,13 +144,6 @@ int64_t every_scratch(int64_t n, int64_t rows, int64_t cols) {
   return padded(n) * (whole(rows) + whole(cols));
 }
 
-// panel i of equal shares of n samples' vectors
-AF_INLINE Panel share(int64_t i, int64_t n) {
-  const int64_t vectors = ceil_div(n, kVector), panels = ceil_div(vectors, kVectors);
-  const int64_t begin = i * vectors / panels * kVector, width = (i + 1) * vectors / panels * kVector - begin;
-  return {begin, least(n - begin, width), width};
-}
-
 constexpr int64_t kOver = 6;  // samples over whole vectors that would take longer as a vector of their own
 
 // sums[row] += tile @ x of one sample, whose columns are the lanes; rows in sixteens
@@ -176,14 +169,14 @@ void every_forward(const float* w, const uint16_t* bits, const float* x, int64_t
   const int64_t over = n % kVector <= kOver ? n % kVector : 0, most = n - over;
   const int64_t count = ceil_div(most, kLanes), words = words_of(cols);
   float *panels = scratch, *all = scratch + padded(most) * cols;
-  fill_panels(x, count, cols, panels, threads, [=](int64_t i) { return share(i, most); });
+  to_panels(x, most, cols, panels, threads);
   deal(ceil_div(rows, kTileHigh), threads, [&](int64_t b) AF_LAMBDA {
     alignas(64) float tile[kTileHigh * kTileWide], lone[kOver][kTileHigh];
     const int64_t row = b * kTileHigh, high = least(kTileHigh, rows - row);
     float* sums = all + padded(most) * row;
     for (int64_t r = high; r < whole(high); ++r) start_sums(nullptr, 0, 1, kTileWide, tile + r * kTileWide);
     for (int64_t i = 0; i < count; ++i) {
-      const Panel p = share(i, most);
+      const Panel p = panel(i, most);
       float* own = sums + p.begin * whole(high);
       start_sums(bias, row, high, p.width, own);
       start_sums(nullptr, 0, whole(high) - high, p.width, own + high * p.width);
@@ -194,14 +187,14 @@ void every_forward(const float* w, const uint16_t* bits, const float* x, int64_t
       const int64_t wide = least(kTileWide, cols - col);
       fill_tile<kTileWide>(w + row * cols + col, cols, bits + row * words + col / 16, high, wide, tile);
       for (int64_t i = 0; i < count; ++i) {
-        const Panel p = share(i, most);
+        const Panel p = panel(i, most);
         kMeetRows.of(p.width / kVector)(tile, high, wide, panels + p.begin * cols + col * p.width,
                                         sums + p.begin * whole(high));
       }
       for (int64_t i = 0; i < over; ++i) meet_sample(tile, high, wide, x + (most + i) * cols + col, lone[i]);
     }
     for (int64_t i = 0; i < count; ++i) {
-      const Panel p = share(i, most);
+      const Panel p = panel(i, most);
       finish_sums(sums + p.begin * whole(high), p, high, relu, y + p.begin * rows + row, rows);
     }
     for (int64_t i = 0; i < over; ++i)
