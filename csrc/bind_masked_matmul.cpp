@@ -189,9 +189,15 @@ void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x,
   if (strips)
     kernels().every_back(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), n, rows, cols,
                          at<float>(dx), useful_threads(rows * cols, threads));
+  // rows of dw that begin anywhere in a line are written in whole rows, not as eight samples leave them
+  const bool tiles = dw && n > kFewSamples / 2 && cols % 16 && kernels().every_back;
+  if (tiles)
+    kernels().outer(at<const float>(dy), at<const float>(x), {nullptr, at<const uint16_t>(bits)}, n, rows,
+                    cols, at<float>(dw), thread_scratch().take(kernels().outer_scratch(n, rows)),
+                    useful_threads(rows * cols, threads));
   few().backward(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), at<const float>(x), n,
-                 rows, cols, strips ? nullptr : at<float>(dx), at<float>(dw), at<float>(db),
-                 useful_threads(rows * cols, threads));
+                 rows, cols, strips ? nullptr : at<float>(dx), tiles ? nullptr : at<float>(dw),
+                 at<float>(db), useful_threads(rows * cols, threads));
 }
 
 void bind_masked_matmul(py::module_& m) {

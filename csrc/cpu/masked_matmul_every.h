@@ -102,13 +102,14 @@ AF_INLINE void meet_columns(Weights weights, int64_t rows, const float* dy, int6
 
 constexpr int kAbreast = 6;  // samples whose sums of a tile's columns lie in registers
 
-// the tile's columns of dx of all samples
-AF_INLINE void meet_samples(const float* tile, int64_t rows, int64_t cols, const float* dy, int64_t n,
-                            int64_t dy_stride, bool first, float* dx, int64_t dx_stride) {
+// the tile's V vectors of columns of dx of all samples
+template <int V>
+void meet_samples(const float* tile, int64_t rows, int64_t cols, const float* dy, int64_t n,
+                  int64_t dy_stride, bool first, float* dx, int64_t dx_stride) {
   int64_t i = 0;
   const auto some = [&](auto count) AF_LAMBDA {
-    meet_columns<count.value, kBackWide / kVector>(OfTile{tile}, rows, dy + i * dy_stride, dy_stride, first,
-                                                   cols, dx + i * dx_stride, dx_stride);
+    meet_columns<count.value, V>(OfTile{tile}, rows, dy + i * dy_stride, dy_stride, first, cols,
+                                 dx + i * dx_stride, dx_stride);
     i += count.value;
   };
   while (n - i >= kAbreast + 4 || n - i == kAbreast) some(Int<kAbreast>{});
@@ -117,6 +118,8 @@ AF_INLINE void meet_samples(const float* tile, int64_t rows, int64_t cols, const
     if (n - i == left.value) some(left);
   });
 }
+constexpr auto kMeetSamples =
+    widths<kBackWide / kVector>([](auto v) { return &meet_samples<decltype(v)::value>; });
 
 // dx of N samples, all rows at once, from the weight as it stands
 template <int N>
@@ -228,7 +231,8 @@ void every_back(const float* w, const uint16_t* bits, const float* dy, int64_t n
       for (int64_t col = begin; col < end; col += kBackWide) {
         const int64_t wide = least(kBackWide, end - col);
         fill_tile<kBackWide>(w + row * cols + col, cols, bits + row * words + col / 16, high, wide, tile);
-        meet_samples(tile, high, wide, dy + row, n, rows, row == 0, dx + col, cols);
+        kMeetSamples.of(ceil_div(wide, kVector))(tile, high, wide, dy + row, n, rows, row == 0, dx + col,
+                                                 cols);
       }
     }
   });

@@ -77,35 +77,36 @@ AF_INLINE void to_bits(const uint8_t* mask, int64_t stride, int64_t rows, int64_
   }
 }
 
-// dw (up to 6 rows, up to kTileColumns columns) = dy tile (n, 6) transposed @ x tile (n, kTileColumns)
+// dw (up to 6 rows, up to V vectors of columns) = dy tile (n, 6) transposed @ x tile (n, kTileColumns)
+template <int V>
 void outer_tile(const float* dy, const float* x, const Bits& bits, int64_t n, int64_t rows, int64_t live,
                 int64_t cols, float* dw, bool past) {
-  vec sums[kTileRows][kTileVectors];
-  unroll<0, kTileRows * kTileVectors>(
-      [&](auto i) AF_LAMBDA { sums[i.value / kTileVectors][i.value % kTileVectors] = vec{}; });
+  vec sums[kTileRows][V];
+  unroll<0, kTileRows * V>([&](auto i) AF_LAMBDA { sums[i.value / V][i.value % V] = vec{}; });
   // the stores at the end miss the first-level cache, and would wait for each other
-  unroll<0, kTileRows * kTileVectors>([&](auto i) AF_LAMBDA {
-    if (!past && i.value / kTileVectors < rows)
-      __builtin_prefetch(dw + i.value / kTileVectors * cols + i.value % kTileVectors * kVector, 1, 3);
+  unroll<0, kTileRows * V>([&](auto i) AF_LAMBDA {
+    if (!past && i.value / V < rows)
+      __builtin_prefetch(dw + i.value / V * cols + i.value % V * kVector, 1, 3);
   });
   for (int64_t i = 0; i < n; ++i, dy += kTileRows, x += kTileColumns) {
-    vec xs[kTileVectors];
-    unroll<0, kTileVectors>([&](auto v) AF_LAMBDA { xs[v.value] = load(x + v.value * kVector); });
+    vec xs[V];
+    unroll<0, V>([&](auto v) AF_LAMBDA { xs[v.value] = load(x + v.value * kVector); });
     unroll<0, kTileRows>([&](auto r) AF_LAMBDA {
       const vec d = broadcast(dy[r.value]);
-      unroll<0, kTileVectors>(
-          [&](auto v) AF_LAMBDA { sums[r.value][v.value] = fma(d, xs[v.value], sums[r.value][v.value]); });
+      unroll<0, V>([&](auto v)
+                       AF_LAMBDA { sums[r.value][v.value] = fma(d, xs[v.value], sums[r.value][v.value]); });
     });
   }
   unroll<0, kTileRows>([&](auto r) AF_LAMBDA {
     if (r.value < rows)
-      unroll<0, kTileVectors>([&](auto v) AF_LAMBDA {
+      unroll<0, V>([&](auto v) AF_LAMBDA {
         constexpr int at = v.value * kVector;
         const unsigned word = at < live ? bits.row[r.value][at / 16] : 0u;
         store_masked(dw + r.value * cols + at, sums[r.value][v.value], word >> at % 16, live - at, past);
       });
   });
 }
+constexpr auto kOuterTile = widths<kTileVectors>([](auto v) { return &outer_tile<decltype(v)::value>; });
 
 void outer(const float* dy, const float* x, const Kept& kept, int64_t n, int64_t rows, int64_t cols,
            float* dw, float* scratch, int threads) {
@@ -146,8 +147,9 @@ void outer(const float* dy, const float* x, const Kept& kept, int64_t n, int64_t
         for (int64_t r = 0; r < kTileRows; ++r)
           bits.row[r] = kept.bits ? kept.bits + least(row + r, rows - 1) * words_of(cols) + col / 16
                                   : own[r] + (col - begin) / 16;
-        outer_tile(scratch + row * n, packed + c * n * kTileColumns, bits, n, rows - row, cols - col, cols,
-                   dw + row * cols + col, past);
+        const int64_t vectors = ceil_div(least(cols - col, kTileColumns), kVector);
+        kOuterTile.of(vectors)(scratch + row * n, packed + c * n * kTileColumns, bits, n, rows - row,
+                               cols - col, cols, dw + row * cols + col, past);
       }
       if (past) _mm_sfence();
     }
