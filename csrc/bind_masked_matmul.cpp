@@ -196,8 +196,8 @@ void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x,
                     cols, at<float>(dw), thread_scratch().take(kernels().outer_scratch(n, rows)),
                     useful_threads(rows * cols, threads));
   few().backward(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), at<const float>(x), n,
-                 rows, cols, strips ? nullptr : at<float>(dx), tiles ? nullptr : at<float>(dw),
-                 at<float>(db), useful_threads(rows * cols, threads));
+                 rows, cols, strips ? nullptr : at<float>(dx), tiles ? nullptr : at<float>(dw), at<float>(db),
+                 useful_threads(rows * cols, threads));
 }
 
 void bind_masked_matmul(py::module_& m) {

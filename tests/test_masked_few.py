@@ -35,7 +35,7 @@ def test_equals_float64_reference(few, N, O, K, density, activation):
 
 # with AVX-512 more than FEW rows meet tiles of 64 x 128 and 128 x 64 weights, whole vectors of them in panels of 64 and
 # less, others one by one; a weight of 2^20 entries is copied also for few
-@pytest.mark.parametrize("O, K", [(64, 128), (145, 200), (50, 3), (130, 8100)])
+@pytest.mark.parametrize("O, K", [(64, 128), (145, 200), (50, 3), (2100, 20), (130, 8100)])
 @pytest.mark.parametrize("N", [16, 22, 23, 25, 33, 64, 80, 81, 200])
 def test_tiles_equal_float64_reference(few, N, O, K):
     check_against_float64(N, O, K, 0.4, "relu" if N % 2 else None)

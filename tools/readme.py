@@ -93,8 +93,8 @@ def methods() -> str:
         "20 clients, a quarter a round, 40 rounds, 200 examples a client (HAR 300, digits all), tested every second "
         f"round (images: on 2000 examples). Rows of 80 rounds: those whose dense runs end below {NEAR_CHANCE} times "
         "chance after 40. Seconds: processor time of clients (†: of clients, server and the simulation's own counting) "
-        "on a busy machine, with AVX-512 but for ResNet-8; – where a method and dense ran on different ones (`isa` in "
-        "the files). Files: `bench/results/method-*.json`, made by `bench/experiments`.",
+        "on a busy machine, with AVX-512 but for the first seeds of ResNet-8; – where a method and dense ran on "
+        "different ones (`isa` in the files). Files: `bench/results/method-*.json`, made by `bench/experiments`.",
     ]
     if of_marks := marks.summary(results):
         lines += [
@@ -140,16 +140,21 @@ def layers() -> str:
         "",
         f"{layer_marks.machine_line(content)}. `bench/results/layers-cpu.json`, made by `bench/bench_layers.py`.",
     ]
-    avx2 = layer_marks.load(layer_marks.results("avx2"))
-    if avx2["sections"]:
-        above, looked_at = layer_marks.slower(avx2)
-        lines += [
-            "",
-            f"On a machine without AVX-512 ({layer_marks.machine_line(avx2)}), where {len(above)} of "
-            f"{len(looked_at)} cases from 1 to 512 rows and density 1 to 0.01 take more than 1.05 times torch's layer:",
-            "",
-            *layer_marks.marks_table(avx2),
-        ]
+    others = (
+        ("On an Intel, whose AVX-512 has two multiply-add units that torch's products use", "avx512", "Intel"),
+        ("On a machine without AVX-512", "avx2", ""),
+    )
+    for where, level, cpu in others:
+        other = layer_marks.load(layer_marks.results(level, cpu))
+        if other["sections"]:
+            above, looked_at = layer_marks.slower(other)
+            lines += [
+                "",
+                f"{where} ({layer_marks.machine_line(other)}), {len(above)} of {len(looked_at)} cases from 1 to 512 "
+                "rows and density 1 to 0.01 take more than 1.05 times torch's layer:",
+                "",
+                *layer_marks.marks_table(other),
+            ]
     if floors := layer_marks.floors_table(content):
         lines += [
             "",

@@ -6,7 +6,7 @@ import math
 import statistics
 from pathlib import Path
 
-from rows import LONGER
+from rows import CLASSES, LONGER, NEAR_CHANCE
 from table import against, load
 
 # cost to dense FedAvg's final accuracy: key -> (name, median over rows at most, any row at most, digits)
@@ -36,11 +36,20 @@ def short(rows: dict[str, dict]) -> dict[str, dict]:
     return {row: entry for row, entry in rows.items() if row not in LONGER.values()}
 
 
+def near_chance(row: str, entry: dict) -> bool:
+    """Tell whether a row's dense runs end below NEAR_CHANCE times chance."""
+    return (entry["accuracy"] - entry["gap"]) * CLASSES.get(row.split("-")[0], 10) < NEAR_CHANCE
+
+
 def longer(rows: dict[str, dict]) -> dict[str, dict]:
     """Return the rows with those near chance in their longer version; as they were set while one lacks seeds."""
-    if any(rows.get(name, {"seeds": 0})["seeds"] < SEEDS for name in LONGER.values()):
+    near = [row for row in LONGER if row in rows and near_chance(row, rows[row])]
+    if any(rows.get(LONGER[row], {"seeds": 0})["seeds"] < SEEDS for row in near):
         return short(rows)
-    return {row: entry for row, entry in rows.items() if row not in LONGER}
+    stand_in = {LONGER[row] for row in near}
+    return {
+        row: entry for row, entry in rows.items() if row not in near and (row in stand_in or row not in LONGER.values())
+    }
 
 
 def ends_below(entry: dict) -> bool:
@@ -69,7 +78,8 @@ def summary(folder: Path) -> str:
         return ""
     text = _summary(short(rows))
     if (others := longer(rows)) != short(rows):
-        text += f"\n\nThe same with the {len(LONGER)} rows whose dense runs end near chance at twice the rounds:\n\n"
+        count = len(short(rows).keys() - others.keys())
+        text += f"\n\nThe same with the {count} rows whose dense runs end near chance at twice the rounds:\n\n"
         text += _summary(others)
     return text
 

@@ -57,6 +57,7 @@ void meet_rows(const float* tile, int64_t rows, int64_t cols, const float* x, fl
   for (int64_t r = 0; r < rows; r += open(V))
     add_products<open(V), V>(tile + r * kTileWide, cols, x, sums + r * V * kVector);
 }
+constexpr auto kMeetRows = widths([](auto v) { return &meet_rows<decltype(v)::value>; });
 
 // Weights of a strip of columns, one row after the other: a tile's, or those of the weight itself.
 struct OfTile {
@@ -121,7 +122,9 @@ void meet_samples(const float* tile, int64_t rows, int64_t cols, const float* dy
 constexpr auto kMeetSamples =
     widths<kBackWide / kVector>([](auto v) { return &meet_samples<decltype(v)::value>; });
 
-// dx of N samples, all rows at once, from the weight as it stands
+constexpr int64_t kStripHigh = 1024;  // rows whose terms are rounded among themselves
+
+// dx of N samples from the weight as it stands
 template <int N>
 void meet_strips(const float* w, const uint16_t* bits, const float* dy, int64_t rows, int64_t cols, float* dx,
                  int threads) {
@@ -129,8 +132,12 @@ void meet_strips(const float* w, const uint16_t* bits, const float* dy, int64_t 
   deal(ceil_div(cols, V * kVector), threads, [&](int64_t t) AF_LAMBDA {
     const int64_t col = t * V * kVector, live = cols - col;
     const auto strip = [&](auto vectors) AF_LAMBDA {
-      const OfWeight weights = {w + col, bits + col / 16, cols, words_of(cols)};
-      meet_columns<N, vectors.value>(weights, rows, dy, rows, true, live, dx + col, cols);
+      for (int64_t row = 0; row < rows; row += kStripHigh) {
+        const OfWeight weights = {w + row * cols + col, bits + row * words_of(cols) + col / 16, cols,
+                                  words_of(cols)};
+        meet_columns<N, vectors.value>(weights, least(kStripHigh, rows - row), dy + row, rows, row == 0, live,
+                                       dx + col, cols);
+      }
     };
     if (live > (V - 1) * kVector) return strip(Int<V>{});
     unroll<1, V>([&](auto vectors) AF_LAMBDA {
@@ -140,8 +147,6 @@ void meet_strips(const float* w, const uint16_t* bits, const float* dy, int64_t 
 }
 constexpr int64_t kStrips = 8;
 constexpr auto kMeetStrips = widths<kStrips>([](auto n) { return &meet_strips<decltype(n)::value>; });
-
-constexpr auto kMeetRows = widths([](auto v) { return &meet_rows<decltype(v)::value>; });
 
 int64_t every_scratch(int64_t n, int64_t rows, int64_t cols) {
   return padded(n) * (whole(rows) + whole(cols));
