@@ -140,7 +140,7 @@ def speed_table(content: dict) -> list[str]:
 
 def tables() -> str:
     """Return the part of README about the codec."""
-    size, speed, avx2 = _load("bytes"), _load("speed"), _load("speed-avx2")
+    size, speed = _load("bytes"), _load("speed")
     lines = []
     if size:
         lines += [
@@ -177,11 +177,7 @@ def tables() -> str:
             f"CPU time of one thread, medians, interleaved, on a busy machine: {_machine(speed)}. Files: "
             "`bench/results/codec-*.json`, made by `bench/codec_bytes.py` and `bench/bench_codec.py`.",
         ]
-    if avx2:
-        lines += [
-            "",
-            f"On a machine without AVX-512 ({_machine(avx2)}):",
-            "",
-            *speed_table(avx2),
-        ]
+    for where, file in (("On an Intel with AVX-512", "speed-intel"), ("On a machine without AVX-512", "speed-avx2")):
+        if other := _load(file):
+            lines += ["", f"{where} ({_machine(other)}):", "", *speed_table(other)]
     return "\n".join(lines)
