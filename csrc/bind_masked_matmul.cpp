@@ -189,7 +189,7 @@ void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x,
   if (strips)
     kernels().every_back(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), n, rows, cols,
                          at<float>(dx), useful_threads(rows * cols, threads));
-  // rows of dw that begin anywhere in a line are written in whole rows, not as eight samples leave them
+  // where rows of dw do not begin with a cache line every store meets two: tiles store less often
   const bool tiles = dw && n > kFewSamples / 2 && cols % 16 && kernels().every_back;
   if (tiles)
     kernels().outer(at<const float>(dy), at<const float>(x), {nullptr, at<const uint16_t>(bits)}, n, rows,

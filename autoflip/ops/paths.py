@@ -167,7 +167,7 @@ def letters(
         f"rows {kernels.HEIGHTS[block] if block else _rows_together(mask, kept):.1f} threads {torch.get_num_threads()}"
     )
     ways, whole = _ways(mask, n_rows, make)
-    found = "".join(_LETTER[trials.choose(f"{key} {step}", all_of_them)] for step, all_of_them in ways.items())
+    found = "".join(_LETTER[trials.choose(f"{key} {step}", some)] for step, some in ways.items())
     # one call forward and one back, with every product of dw computed or not: the least of autograd's cost, which is
     # most of a small layer's
     candidates = ["ddd", found, "sss", *(["ssf"] if found[2] == "f" else []), *([3 * block] if block else [])]
@@ -233,7 +233,7 @@ def _ways(
         x, dy, _, parts, out = case()
         return kernels.cpu_backward(dy, x, None, parts, dw=out)
 
-    def dw_every() -> object:
+    def dw_of_all() -> object:
         x, dy, _, parts, out = case()
         return kernels.cpu_outer(dy, x, every() if kernels.FEW else parts, out)
 
@@ -278,13 +278,13 @@ def _ways(
             return y
 
     # torch's product is none of a mixed step's ways where ours is as fast: it has the weight looked through first
-    y_whole, x_whole = (
+    forward_of_all, dx_of_all = (
         ({"every": forward_every}, {"every": dx_every})
         if _every(n_rows)
         else ({"dense": forward_dense}, {"dense": dx_dense})
     )
     return {
-        "forward": {**y_whole, "sparse": forward},
-        "dx": {**x_whole, "sparse": dx},
-        "dw": {"every" if kernels.FEW else "dense": dw_every, "sparse": dw},
+        "forward": {**forward_of_all, "sparse": forward},
+        "dx": {**dx_of_all, "sparse": dx},
+        "dw": {"every" if kernels.FEW else "dense": dw_of_all, "sparse": dw},
     }, whole

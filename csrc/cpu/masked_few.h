@@ -1,7 +1,8 @@
 // A masked linear layer for a few samples: weights are read where they stand, all of them, and those that are
 // pruned become zeros on their way to a register. No order of the kept ones, no panels: with so few samples
-// to share them they would cost more than the multiply-adds that they save. More samples go eight at a time,
-// which suits a weight that stays in the first-level cache.
+// to share them they would cost more than the multiply-adds that they save. Without AVX-512 more samples go
+// eight at a time, which suits a weight that stays in the first-level cache; with it they meet tiles of the
+// weight (masked_matmul_every.h).
 //
 // bits: the mask, 16 columns to a word, row by row, each row from a whole word on; zeros past its end.
 #pragma once

@@ -119,6 +119,7 @@ struct MaskedMatmul {
   void (*every_back)(const float* w, const uint16_t* bits, const float* dy, int64_t n, int64_t rows,
                      int64_t cols, float* dx, int threads);
   int64_t (*every_scratch)(int64_t n, int64_t rows, int64_t cols);
+  // db (rows) = dy's sum over samples
   void (*sum_samples)(const float* dy, int64_t n, int64_t rows, float* db);
 };
 
