@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine() in ("x86_64", "AMD64")
-# sources end in _avx2.cpp, _avx512.cpp or _bf16.cpp when they need that instruction set; dispatch happens at run time;
+# sources end in _avx2, _avx512, _bf16 or _amx.cpp when they need that instruction set; dispatch happens at run time;
 # prfchw: prefetchw does nothing on a CPU that does not know it
 ISA = {
     "avx2": "-mavx2 -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt -mf16c -mprfchw",
@@ -29,17 +29,20 @@ ISA = {
 }
 
 
-def bf16_flags() -> str:
-    """Return the flags of AVX512_BF16; none for compilers from before it (GCC 9), to which its sources are empty."""
-    cxx, flag = os.environ.get("CXX", "g++"), "-mavx512bf16"
+def newer_flags(*flags: str) -> str:
+    """Return AVX-512's flags and these; none for compilers that do not know them, to which such sources are empty."""
+    cxx = os.environ.get("CXX", "g++")
     try:
-        known = subprocess.run([*cxx.split(), flag, "-E", "-x", "c++", os.devnull], capture_output=True).returncode == 0
+        known = not subprocess.run(
+            [*cxx.split(), *flags, "-E", "-x", "c++", os.devnull], capture_output=True
+        ).returncode
     except OSError:  # no compiler: the build says so
         known = False
-    return f"{ISA['avx512']} {flag}" if X86 and known else ""
+    return " ".join([ISA["avx512"], *flags]) if X86 and known else ""
 
 
-ISA["bf16"] = bf16_flags()
+ISA["bf16"] = newer_flags("-mavx512bf16")
+ISA["amx"] = newer_flags("-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 
 
 def isa(source: str) -> str | None:
@@ -160,7 +163,7 @@ NVCC, NO_NVCC = find_nvcc()
 extensions = [
     Extension(
         "autoflip._C",
-        [s for s in sources("csrc/cpu/*.cpp") if X86 or isa(s) in (None, "bf16")] + sources("csrc/bind*.cpp"),
+        [s for s in sources("csrc/cpu/*.cpp") if X86 or isa(s) in (None, "bf16", "amx")] + sources("csrc/bind*.cpp"),
     )
 ]
 if NVCC and sources("csrc/cuda/*.cu"):

@@ -101,7 +101,7 @@ int64_t sequence_squares(const Addresses& d, const std::vector<Input>& u, uintpt
   if (coarse) {
     std::vector<const uint16_t*> halves;
     for (uintptr_t address : d) halves.push_back(at<const uint16_t>(address));
-    return coarse_bf16.sequence_squares(halves.data(), inputs.data(), at<float>(out), shape, threads);
+    return coarse_kernels()->sequence_squares(halves.data(), inputs.data(), at<float>(out), shape, threads);
   }
   std::vector<const float*> values = pointers(d);
   return kernels().sequence_squares(values.data(), inputs.data(), at<float>(out), shape, threads);

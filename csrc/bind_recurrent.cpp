@@ -157,7 +157,7 @@ void dense_lstm_back(uintptr_t w_hh, uintptr_t w_ih, uintptr_t gates, uintptr_t 
   auto from = pointers<const float>(dy);
   auto to_d = pointers<void>(d);
   auto to_dx = pointers<float>(dx);
-  const auto run = coarse ? coarse_bf16.lstm_back : walk().back;
+  const auto run = coarse ? coarse_kernels()->lstm_back : walk().back;
   run(s, at<float>(w_hh), at<float>(w_ih), at<float>(gates), at<float>(cells),
       {from.data(), dy_step, dy_sample}, at<float>(dh), at<float>(dc), to_d.data(), to_dx.data(),
       threads_for(s, threads));
@@ -178,9 +178,7 @@ void bind_recurrent(py::module_& m) {
   m.def("recurrent_gru_backward", gru_backward,
         "dgates and dback (steps, n, 3 h): of x's and of the state's products; dh (n, h): in and out");
   using release = py::call_guard<py::gil_scoped_release>;
-  m.def(
-      "multiplies_bf16", [] { return coarse_bf16.lstm_back && multiplies_bf16(); },
-      "whether `coarse` may be asked for");
+  m.def("coarse", [] { return coarse_kernels() != nullptr; }, "whether `coarse` may be asked for");
   m.def("lstm_forward", dense_lstm_forward,
         "gates (steps, n, 4 h): x's products in, activated out; cells (steps + 1, n, h): the "
         "first in",

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [] { return autoflip::isa_name(autoflip::cpu_isa()); },
       "instruction set that serves this process");
+  m.def("multiplies_tiles", autoflip::multiplies_tiles, "whether it has AMX's, and may use them");
   m.def("address", address, "where the bytes of a contiguous buffer lie");
   autoflip::bind_masked_matmul(m);
   autoflip::bind_hook(m);

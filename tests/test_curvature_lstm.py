@@ -15,7 +15,7 @@ from autoflip.curvature.problem import Problem
 from autoflip.ops import backend
 
 EPS = torch.finfo(torch.float32).eps
-SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 7, 3), (1, 7, 20, 64, 70), (5, 4, 33, 9, 130)]
+SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 7, 3), (1, 7, 20, 64, 70), (5, 4, 33, 9, 130), (4, 3, 40, 24, 40)]
 
 
 def walk(Q, T, N, H, K, dtype=torch.float32):
@@ -73,10 +73,39 @@ def test_steps_equal_torchs_own_layer(shape, dtype):
         assert (got.double() - want).abs().max() <= 32 * eps * want.abs().max(), name
 
 
+COARSE = (
+    "test_coarse_products_round_to_bfloat16_and_no_further",
+    "test_positions_where_gradients_have_faded_are_left_out",
+    "test_results_do_not_depend_on_threads",
+)
+
+
 @pytest.mark.parametrize("isa", instruction_sets.LEVELS)
 def test_on_each_instruction_set(isa):
-    names = "test_steps_equal_torchs_own_layer", "test_coarse_products_round_to_bfloat16_and_no_further"
-    instruction_sets.rerun(__file__, isa, *names)
+    instruction_sets.rerun(__file__, isa, "test_steps_equal_torchs_own_layer", COARSE[0])
+
+
+def tiles():
+    """Whether AMX serves here."""
+    module, _ = backend.extension("_C")
+    return module is not None and module.multiplies_tiles()
+
+
+@pytest.mark.skipif(not tiles(), reason="no AMX, or AUTOFLIP_CPU rules it out: the other tests run without it")
+def test_without_amx():
+    instruction_sets.rerun(__file__, "avx512", *COARSE)
+
+
+@pytest.mark.skipif(not tiles(), reason="no AMX, or AUTOFLIP_CPU rules it out")
+def test_amx_and_torchs_products_take_turns():
+    """torch's own products configure the thread's tiles once for many calls."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(70, 70, generator=g).bfloat16() for _ in range(2))
+    v, want = walk(2, 3, 5, 7, 4), a @ b
+    first = ours(v, coarse=True)[2].d
+    for _ in range(3):
+        assert torch.equal(a @ b, want)
+        assert all(torch.equal(*pair) for pair in zip(ours(v, coarse=True)[2].d, first))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -110,7 +139,7 @@ def test_positions_where_gradients_have_faded_are_left_out(dtype):
     # rounding u costs more than what is left out; measured: 3e-3 and 1e-7
     assert (got - want).norm() <= (4 * half if dtype == torch.bfloat16 else 64 * EPS) * want.norm()
     if backend.serve("sequence_squares", d.device) == "cpp":
-        coarse = dtype == torch.bfloat16 and backend.extension("_C")[0].multiplies_bf16()
+        coarse = dtype == torch.bfloat16 and backend.extension("_C")[0].coarse()
         assert counter.get_total_flops() <= 2 * d.numel() * 9 * (16 / 60 if coarse else 40 / 60)
     d[0, 0, 0, 5] = torch.nan
     assert ops.sequence_squares(d, u)[0].isnan().all()
@@ -227,6 +256,6 @@ def test_exact_stays_in_float32_and_draws_may_round():
 
     assert apart("ggn-exact") < 1e-5
     kernels = backend.extension("_C")[0] if backend.serve("lstm_pull_back", torch.device("cpu")) == "cpp" else None
-    rounds = kernels is not None and kernels.multiplies_bf16()
+    rounds = kernels is not None and kernels.coarse()
     # far below what draws err by themselves
     assert (1e-5 if rounds else 0) < apart("ggn-mc") < (2e-3 if rounds else 1e-5)

@@ -38,7 +38,12 @@ def collect() -> dict[str, Any]:
         "wish": backend.wish(),
         "wish_error": backend.wish_error(),
         "extensions": {
-            "cpp": {"isa": isa, "note": _isa_note(isa), "why_not": why_no_cpp},
+            "cpp": {
+                "isa": isa,
+                "amx": cpp is not None and cpp.multiplies_tiles(),
+                "note": _isa_note(isa),
+                "why_not": why_no_cpp,
+            },
             "cuda": {"built": cuda is not None, "why_not": why_no_cuda},
             "triton": {"version": triton or None, "why_not": why_no_triton},
         },
@@ -82,7 +87,8 @@ def show(facts: dict[str, Any]) -> None:
         if name != "autoflip":
             line(name, "-" if value is None else value)
     cpp, cuda, triton = (extensions[name] for name in ("cpp", "cuda", "triton"))
-    line("cpp", f"runs {cpp['isa']} code{cpp['note']}" if cpp["isa"] else f"no: {cpp['why_not']}")
+    code = f"{cpp['isa']} code{' and AMX' if cpp['amx'] else ''}"
+    line("cpp", f"runs {code}{cpp['note']}" if cpp["isa"] else f"no: {cpp['why_not']}")
     line("cuda", f"no: {cuda['why_not'].removeprefix('_cuda: ')}" if cuda["why_not"] else "yes")
     line("triton", f"no: {triton['why_not']}" if triton["why_not"] else triton["version"])
     wrong = facts["wish_error"]

@@ -139,7 +139,7 @@ def sequence_squares(d: list[Tensor], u: list[Tensor]) -> tuple[Tensor, int]:
 
 
 def _sequence_squares(kernels: Any, d: list[Tensor], u: list[Tensor], columns: int) -> tuple[Tensor, int]:
-    coarse = d[0].dtype == torch.bfloat16 and kernels.multiplies_bf16()
+    coarse = d[0].dtype == torch.bfloat16 and kernels.coarse()
     if d[0].dtype != torch.float32 and not coarse:
         d = [one.float() for one in d]
     if (coarse and d[0].stride(1) != 1) or any(one.stride() != d[0].stride() for one in d):

@@ -99,8 +99,8 @@ def lstm_pull_back(
         dh: ``(Q, N, H)``: gradients that reach the last hidden state otherwise; None: zeros.
         dc: ``(Q, N, H)``: those of the last cell state; None: zeros.
         input_weight: ``(4 H, I)``: gradients at the input are wanted, too.
-        coarse: products may round to bfloat16 (sums are float32), and ``d`` is bfloat16 then: where the CPU does twice
-            the products so.
+        coarse: products may round to bfloat16 (sums are float32), and ``d`` is bfloat16 then: where the CPU has
+            products of it, twice (AVX-512) or eight times (AMX) as many.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -185,7 +185,7 @@ def _pull_back(
     inputs = 0 if input_weight is None else input_weight.shape[1]
     kernels = _kernels("lstm_pull_back", gates)
     if kernels is not None:
-        coarse = coarse and kernels.multiplies_bf16()
+        coarse = coarse and kernels.coarse()
         dx = [_empty(steps, n, inputs) for _ in dy if inputs]
         d = [_empty(steps, n, width // 2).view(torch.bfloat16) if coarse else _empty(steps, n, width) for _ in dy]
         if any(one.stride() != dy[0].stride() or one.stride(2) != 1 for one in dy):

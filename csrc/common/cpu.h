@@ -24,6 +24,10 @@ bool expands_bytes();
 // Whether it is used as a CPU with AVX-512 and has BF16, too (Cooper Lake, Zen 4 and later).
 bool multiplies_bf16();
 
+// Whether it also has AMX's tiles of bfloat16 (Sapphire Rapids and later), the system lets this process use
+// them, and AUTOFLIP_CPU names no level.
+bool multiplies_tiles();
+
 // Picks the table for this CPU; families without a faster version of a level pass the lower one again.
 template <class Table>
 const Table& pick(const Table& base, const Table& avx2, const Table& avx512) {

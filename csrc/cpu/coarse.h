@@ -1,5 +1,5 @@
-// Products of bfloat16 with sums in float32, for CPUs with AVX512_BF16: twice the multiply-adds an
-// instruction. For estimates whose own error is far above bfloat16's.
+// Products of bfloat16 with sums in float32, for CPUs with AVX512_BF16 (twice the multiply-adds an
+// instruction) or AMX (tiles of them). For estimates whose own error is far above bfloat16's.
 #pragma once
 #include "cpu/hessian.h"
 #include "cpu/lstm_walk.h"
@@ -15,6 +15,9 @@ struct CoarseKernels {
                               int threads);
 };
 
-extern const CoarseKernels coarse_bf16;
+extern const CoarseKernels coarse_bf16, coarse_amx;
+
+// Those of this CPU; null where it has none.
+const CoarseKernels* coarse_kernels();
 
 }  // namespace autoflip

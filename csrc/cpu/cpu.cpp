@@ -2,6 +2,11 @@
 
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace autoflip {
 namespace {
@@ -54,6 +59,21 @@ bool multiplies_bf16() {
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)  // older ones do not know the name
   static const bool found = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16") != 0);
   return found && cpu_isa() == Isa::avx512;
+#else
+  return false;
+#endif
+}
+
+bool multiplies_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool found = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // EDX of leaf 7
+    constexpr long kAskFor = 0x1023, kTileData = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM; since Linux 5.16
+    unsigned a, b, c, d = 0;
+    if (std::getenv("AUTOFLIP_CPU") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    return (d & kBf16) && (d & kTile) && !syscall(SYS_arch_prctl, kAskFor, kTileData);
+  }();
+  return found && multiplies_bf16();
 #else
   return false;
 #endif

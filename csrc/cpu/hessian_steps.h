@@ -13,6 +13,7 @@
 #include <cstring>
 #include <memory>
 
+#include "cpu/amx_tile.h"
 #include "cpu/hessian.h"
 #include "cpu/hessian_plan.h"
 #include "cpu/rows_tile.h"
@@ -49,11 +50,42 @@ inline void steps_outputs(const uint16_t* d, const StepsShape& s, int64_t first,
 }
 #endif
 
-// One sample's columns as words [panel][p][kMaxRows]; `row` has room for two positions.
+// How columns' words lie: [panel][word][rows of a panel].
+template <class E>
+struct StepsColumns {
+  static constexpr int64_t kRows = kMaxRows;
+  static int64_t room(int64_t words) { return words; }  // of a column, and of the panel that it meets
+  static void put(const float* row, int64_t panels, int64_t words, int64_t j, float* to) {
+    for (int64_t i = 0; i < panels; ++i)
+      std::memcpy(to + (i * words + j) * kRows, row + i * kRows, sizeof(float) * kRows);
+  }
+  // panel p from word j on
+  static const float* at(const float* from, int64_t words, int64_t p, int64_t j) {
+    return from + (p * words + j) * kRows;
+  }
+};
+
+#if defined(__AMX_BF16__)
+// [column][word]: a tile's rows. Where a span begins and ends inside a tile, zeros follow the words.
+template <>
+struct StepsColumns<Tiles> {
+  static constexpr int64_t kRows = Tiles::kRows;
+  static int64_t room(int64_t words) { return Tiles::whole(words + Tiles::kWords - 1); }
+  static void put(const float* row, int64_t panels, int64_t words, int64_t j, float* to) {
+    for (int64_t c = 0, stride = room(words); c < panels * kRows; ++c) to[c * stride + j] = row[c];
+  }
+  static const float* at(const float* from, int64_t words, int64_t p, int64_t j) {
+    return from + p * kRows * room(words) + j;
+  }
+};
+#endif
+
+// One sample's columns as words; `row` has room for two positions.
 template <class E>
 inline void steps_columns(const StepsInput* u, const StepsShape& s, int64_t n, int64_t panels, float* row,
                           float* to) {
-  int64_t words = (s.positions + E::kValues - 1) / E::kValues, padded_columns = panels * kMaxRows;
+  int64_t words = (s.positions + E::kValues - 1) / E::kValues,
+          padded_columns = panels * StepsColumns<E>::kRows;
   std::memset(row, 0, sizeof(float) * 2 * padded_columns);
   for (int64_t j = 0; j < words; ++j) {
     for (int64_t i = 0; i < E::kValues; ++i) {
@@ -66,8 +98,7 @@ inline void steps_columns(const StepsInput* u, const StepsShape& s, int64_t n, i
           std::memset(row + at, 0, sizeof(float) * u[piece].columns);
     }
     E::words(row, padded_columns);
-    for (int64_t i = 0; i < panels; ++i)
-      std::memcpy(to + (i * words + j) * kMaxRows, row + i * kMaxRows, sizeof(float) * kMaxRows);
+    StepsColumns<E>::put(row, panels, words, j, to);
   }
 }
 
@@ -99,36 +130,58 @@ inline StepsSpan steps_span(const float* panel, int64_t words, float* sizes) {
   return {first, last - first};
 }
 
-// D += (panel of columns * panel of outputs)^2
-template <class E, int V>
-inline void steps_square(const float* outputs, const float* columns, int64_t words, float* D) {
+// D += (panel of columns * `width` columns of a panel of outputs)^2; a column has room for `stride` words
+template <class E>
+inline void steps_square(const float* outputs, const float* columns, int64_t, int64_t words, int64_t width,
+                         float* D, E) {
   const float* rows[kMaxRows];
   for (int r = 0; r < kMaxRows; ++r) rows[r] = columns + r;
-  rows_tile<E, kMaxRows, V>(outputs, rows, kMaxRows, words, [D](int r, int v, Vec sum) {
+  auto square = [D](int r, int v, Vec sum) {
     float* to = D + r * kPanel + v * W;
     store(to, fma(sum, sum, load(to)));
-  });
+  };
+  if (width > W)
+    rows_tile<E, kMaxRows, 4>(outputs, rows, kMaxRows, words, square);
+  else
+    rows_tile<E, kMaxRows, 1>(outputs, rows, kMaxRows, words, square);
 }
+
+#if defined(__AMX_BF16__)
+inline void steps_square(const float* outputs, const float* columns, int64_t stride, int64_t words,
+                         int64_t width, float* D, Tiles) {
+  alignas(64) float sums[Tiles::kRows * Tiles::kColumns];
+  for (int64_t c = 0; c < width; c += Tiles::kColumns, outputs += Tiles::kColumns, D += Tiles::kColumns) {
+    tile_product<2, 2>(columns, stride, outputs, Tiles::whole(words), sums);
+    for (int64_t r = 0; r < Tiles::kRows; ++r)
+      for (int64_t v = 0; v < Tiles::kColumns; v += W) {
+        Vec sum = load(sums + r * Tiles::kColumns + v);
+        store(D + r * kPanel + v, fma(sum, sum, load(D + r * kPanel + v)));
+      }
+  }
+}
+#endif
 
 template <class E, class Value>
 int64_t squares_of_steps(const Value* const* d, const StepsInput* u, float* out, const StepsShape& s,
                          int threads) {
   int64_t columns = 0;
   for (int64_t i = 0; i < s.inputs; ++i) columns += u[i].columns;
-  int64_t tiles = (s.outputs + kPanel - 1) / kPanel, panels = (columns + kMaxRows - 1) / kMaxRows;
-  int64_t words = (s.positions + E::kValues - 1) / E::kValues;
-  int64_t one = panels * kMaxRows, size = padded(one * words);  // a sample's columns, and their words
+  using Columns = StepsColumns<E>;
+  int64_t tiles = (s.outputs + kPanel - 1) / kPanel, panels = (columns + Columns::kRows - 1) / Columns::kRows;
+  int64_t words = (s.positions + E::kValues - 1) / E::kValues, room = Columns::room(words);
+  int64_t one = panels * Columns::kRows, size = padded(one * room);  // a sample's columns, and their words
   int64_t together = least(s.samples, most(1, kStepsFloats / size));
   int64_t ran = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : ran) if (threads > 1)
   {
+    typename E::Held held;
     int64_t own = omp_get_thread_num(), all = omp_get_num_threads();
     int64_t first = tiles * own / all, count = tiles * (own + 1) / all - first;
-    std::unique_ptr<float[]> memory(new float[together * size + padded(2 * one) + words * (kPanel + 1) +
-                                              kAlign + count * one * kPanel + kAlign]);
+    int64_t floats = together * size + padded(2 * one) + room * kPanel + padded(words) + count * one * kPanel;
+    std::unique_ptr<float[]> memory(new float[floats + kAlign]);
     float *to_u = aligned(memory.get()), *row = to_u + together * size, *to_d = row + padded(2 * one),
-          *sizes = to_d + words * kPanel, *D = sizes + padded(words);
-    std::memset(D, 0, sizeof(float) * count * one * kPanel);
+          *sizes = to_d + room * kPanel, *D = sizes + padded(words);
+    std::memset(to_u, 0, sizeof(float) * floats);
     for (int64_t from = 0; from < s.samples && count > 0; from += together) {
       int64_t some = least(together, s.samples - from);
       for (int64_t n = 0; n < some; ++n) steps_columns<E>(u, s, from + n, panels, row, to_u + n * size);
@@ -140,12 +193,9 @@ int64_t squares_of_steps(const Value* const* d, const StepsInput* u, float* out,
           StepsSpan span = steps_span<E>(to_d, words, sizes);
           ran += least(span.count * E::kValues, s.positions) * width * columns;
           for (int64_t p = 0; p < panels && span.count > 0; ++p) {
-            const float* these = to_u + n * size + (p * words + span.first) * kMaxRows;
-            float* sums = D + (t * one + p * kMaxRows) * kPanel;
-            if (width > W)
-              steps_square<E, 4>(to_d + span.first * kPanel, these, span.count, sums);
-            else
-              steps_square<E, 1>(to_d + span.first * kPanel, these, span.count, sums);
+            const float* these = Columns::at(to_u + n * size, words, p, span.first);
+            float* sums = D + (t * one + p * Columns::kRows) * kPanel;
+            steps_square(to_d + span.first * kPanel, these, room, span.count, width, sums, E());
           }
         }
       }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 
+#include "cpu/amx_tile.h"
 #include "cpu/hessian_plan.h"
 #include "cpu/lstm_walk.h"
 #include "cpu/rows_tile.h"
@@ -74,7 +75,7 @@ static_assert(sizeof(kPanelProducts<Floats>) == kMaxRows * sizeof(void*), "one f
 // all columns.
 template <class E, class RowOf, class OutOf>
 inline void product(const float* packed, int64_t words, int64_t columns, const float* bias, int64_t count,
-                    RowOf row, OutOf out) {
+                    RowOf row, OutOf out, E) {
   alignas(64) static const float kNone[kPanel] = {};
   int64_t groups = (count + kMaxRows - 1) / kMaxRows;
   for (int64_t first = 0; first < columns; first += kPanel, packed += words * kPanel)
@@ -87,6 +88,24 @@ inline void product(const float* packed, int64_t words, int64_t columns, const f
                                   least(kPanel, columns - first), to);
     }
 }
+
+#if defined(__AMX_BF16__)
+template <class RowOf, class OutOf>
+inline void product(const float* packed, int64_t words, int64_t columns, const float*, int64_t count,
+                    RowOf row, OutOf out, Tiles) {
+  alignas(64) float sums[Tiles::kRows * Tiles::kColumns];
+  for (int64_t first = 0; first < columns; first += Tiles::kColumns) {
+    const float* panel = packed + first / kPanel * words * kPanel + first % kPanel;
+    int64_t width = least(Tiles::kColumns, columns - first);
+    for (int64_t begin = 0; begin < count; begin += Tiles::kRows) {
+      int64_t some = least(Tiles::kRows, count - begin);
+      tile_product(row(begin), words, some, panel, width, words, sums);
+      for (int64_t r = 0; r < some; ++r)
+        std::memcpy(out(begin + r) + first, sums + r * Tiles::kColumns, sizeof(float) * width);
+    }
+  }
+}
+#endif
 
 template <class E>
 void lstm_forward(const LstmShape& s, const RecurrentCell& cell, const float* w, const float* bias,
@@ -106,9 +125,9 @@ void lstm_forward(const LstmShape& s, const RecurrentCell& cell, const float* w,
       int64_t begin = b * N / blocks, count = (b + 1) * N / blocks - begin;
       const float* before = h0 + begin * H;
       for (int64_t t = 0; t < s.steps; ++t) {
-        product<E>(
+        product(
             packed, H, 4 * H, all_biases, count, [&](int64_t r) { return before + r * H; },
-            [&](int64_t r) { return place.get() + r * 4 * H; });
+            [&](int64_t r) { return place.get() + r * 4 * H; }, E());
         int64_t at = t * N + begin;
         cell.lstm_forward(gates + at * 4 * H, place.get(), cells + at * H, count, H, cells + (at + N) * H,
                           y + at * H, 1);
@@ -165,18 +184,21 @@ void lstm_back(const LstmShape& s, const float* w_hh, const float* w_ih, const f
                const float* cells, const LstmOutputs& outputs, float* dh, float* dc, void* const* d,
                float* const* dx, int threads) {
   int64_t H = s.hidden, N = s.samples, Q = s.factors, K = w_ih == nullptr ? 0 : s.inputs, G = 4 * H;
-  int64_t words = G / E::kValues;
+  int64_t words = E::whole(G / E::kValues), inner = words * E::kValues;
   std::unique_ptr<float[]> memory(new float[(panels_of(H) + panels_of(K)) * words * kPanel + kAlign]);
   float *hidden = aligned(memory.get()), *input = hidden + panels_of(H) * words * kPanel;
-  pack(G, H, [&](int64_t i, int64_t c) { return w_hh[i * H + c]; }, hidden, E());
-  pack(G, K, [&](int64_t i, int64_t c) { return w_ih[i * K + c]; }, input, E());
+  pack(inner, H, [&](int64_t i, int64_t c) { return i < G ? w_hh[i * H + c] : 0.f; }, hidden, E());
+  pack(inner, K, [&](int64_t i, int64_t c) { return i < G ? w_ih[i * K + c] : 0.f; }, input, E());
   int64_t blocks = least(N, most((N * Q + kBlockRows - 1) / kBlockRows, threads)),
           most_samples = (N + blocks - 1) / blocks;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    typename E::Held held;
     std::unique_ptr<float[]> place(new float[G + 6 * H]);
     float* slopes = place.get() + G;
     std::unique_ptr<const float*[]> rows(new const float*[most_samples * Q]);
+    int64_t in_tiles = E::kTiled ? padded(most_samples * Q) * words : 0;
+    std::unique_ptr<float[]> tiles(new float[in_tiles]());
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; ++b) {
       int64_t begin = b * N / blocks, count = (b + 1) * N / blocks - begin;
@@ -187,15 +209,20 @@ void lstm_back(const LstmShape& s, const float* w_hh, const float* w_ih, const f
           for (int64_t q = 0; q < Q; ++q) {
             gates_gradient(slopes, outputs.dy[q] + t * outputs.step + n * outputs.sample,
                            dh + (q * N + n) * H, H, dc + (q * N + n) * H, place.get());
-            rows[(n - begin) * Q + q] = kept(place.get(), static_cast<Value*>(d[q]) + at * G, G);
+            int64_t r = (n - begin) * Q + q;
+            rows[r] = kept(place.get(), static_cast<Value*>(d[q]) + at * G, G);
+            if constexpr (E::kTiled)
+              rows[r] = static_cast<float*>(std::memcpy(tiles.get() + r * words, rows[r], sizeof(Value) * G));
           }
         }
         auto row = [&](int64_t r) { return rows[r]; };
-        product<E>(hidden, words, H, nullptr, count * Q, row,
-                   [&](int64_t r) { return dh + (r % Q * N + begin + r / Q) * H; });
+        product(
+            hidden, words, H, nullptr, count * Q, row,
+            [&](int64_t r) { return dh + (r % Q * N + begin + r / Q) * H; }, E());
         if (K)
-          product<E>(input, words, K, nullptr, count * Q, row,
-                     [&](int64_t r) { return dx[r % Q] + (t * N + begin + r / Q) * K; });
+          product(
+              input, words, K, nullptr, count * Q, row,
+              [&](int64_t r) { return dx[r % Q] + (t * N + begin + r / Q) * K; }, E());
       }
     }
   }

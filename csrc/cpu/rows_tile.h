@@ -20,6 +20,11 @@ struct Floats {
   static Vec mad(In a, In b, Vec c) { return fma(a, b, c); }
   static uint32_t size(uint32_t word) { return word & 0x7fffffffu; }  // as a float's bits, which sort like it
   static void words(float*, int64_t) {}
+  static constexpr bool kTiled = false;                  // a block's rows lie one behind the other
+  static int64_t whole(int64_t words) { return words; }  // that many are computed, zeros behind
+  struct Held {
+    ~Held() {}  // so that one which is only held counts as used
+  };
 };
 
 #if defined(__AVX512BF16__)
@@ -50,6 +55,9 @@ struct Halves {
   using In = __m512bh;
   static constexpr int64_t kValues = 2;
   static constexpr float kNegligible = 1.f / 4096;  // an eighth of the largest's own rounding
+  static constexpr bool kTiled = false;
+  static int64_t whole(int64_t words) { return words; }
+  using Held = Floats::Held;
   static In cast(__m512i bits) { return reinterpret_cast<In>(bits); }
   static In panel(const float* words) { return cast(_mm512_loadu_si512(words)); }
   static In row(const float* word) {
