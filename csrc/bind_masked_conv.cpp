@@ -1,5 +1,5 @@
-// Addresses in, 0 for none; sizes as (n, channels, height, width, pad height, pad width, 1 where channels
-// come last in memory) and (height, width, dilation height, dilation width).
+// Addresses in, 0 for none; images as Images has them, a kernel as (height, width, dilation of both, padding
+// of both, stride).
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -24,13 +24,13 @@ namespace py = pybind11;
 namespace autoflip {
 namespace {
 
+using Ten = std::array<int64_t, 10>;
 using Seven = std::array<int64_t, 7>;
-using Four = std::array<int64_t, 4>;
 
 const MaskedConv& kernels() { return AUTOFLIP_PICK(masked_conv); }
 
-Images images_of(const Seven& s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6] != 0}; }
-Kernel kernel_of(const Four& s) { return {s[0], s[1], s[2], s[3]}; }
+Images images_of(const Ten& s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6] != 0, s[7], s[8], s[9]}; }
+Kernel kernel_of(const Seven& s) { return {{s[0], s[2], s[4], s[6]}, {s[1], s[3], s[5], s[6]}}; }
 
 // a tile of the products is a piece of a row, the gradient's is a rectangle
 int64_t tile_height(bool sample) { return sample ? kernels().sample_height : 1; }
@@ -38,41 +38,42 @@ int64_t tile_width(bool sample, int64_t kept, int64_t entries) {
   return sample ? kernels().sample_width : tile_of(kernels(), kept, entries);
 }
 
-py::bytes layout(uintptr_t mask, int64_t rows, const Seven& images, const Four& kernel, bool sample,
-                 bool turned) {
-  if (rows * images[1] * kernel[0] * kernel[1] > std::numeric_limits<int32_t>::max())
+// of x, of dy, or for the gradient in x with `turned`: the other way round
+py::bytes layout(uintptr_t mask, const ConvShape& s, bool sample, bool turned) {
+  const Images &images = turned ? s.dy : s.x, &out = turned ? s.x : s.dy;
+  const int64_t entries = out.channels * images.channels * s.kernel.area();
+  if (entries > std::numeric_limits<int32_t>::max() / out.phases())
     throw std::invalid_argument("masked_conv: a mask of 2^31 entries or more has no layout");
   std::vector<uint8_t> bytes;
   {
     py::gil_scoped_release release;
     const uint8_t* from = at<const uint8_t>(mask);
-    const int64_t entries = rows * images[1] * kernel[0] * kernel[1];
     const int64_t kept = std::count(from, from + entries, uint8_t(1));
-    bytes = masked_conv_layout(kernels(), from, rows, images_of(images), kernel_of(kernel),
-                               tile_height(sample), tile_width(sample, kept, entries), turned);
+    bytes = masked_conv_layout(kernels(), from, images, out, s.kernel, tile_height(sample),
+                               tile_width(sample, kept, entries), turned);
   }
   return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
-Layout layout_at(const ConvShape& s, uintptr_t lay, int64_t kept, int64_t rows, const Images& images,
+Layout layout_at(const ConvShape& s, uintptr_t lay, int64_t kept, const Images& images, const Images& out,
                  bool sample) {
-  return masked_conv_layout_at(kernels(), at<const uint8_t>(lay), kept, rows, images, s.kernel,
+  return masked_conv_layout_at(kernels(), at<const uint8_t>(lay), kept, images, out, s.kernel,
                                tile_height(sample),
-                               tile_width(sample, kept, rows * images.channels * s.kernel.area()));
+                               tile_width(sample, kept, out.channels * images.channels * s.kernel.area()));
 }
 
 // y, images like `out`, = convolution of a panel with the weight at the layout
 void multiply(const ConvShape& s, uintptr_t panel, const Images& images, const Images& out, uintptr_t lay,
               int64_t kept, uintptr_t weight, uintptr_t bias, uintptr_t y, int threads) {
   const MaskedConv& k = kernels();
-  const Layout found = layout_at(s, lay, kept, out.channels, images, false);
+  const Layout found = layout_at(s, lay, kept, images, out, false);
   // the values at the end: strips begin at a whole cache line
   const int64_t strips = threads * k.strip_size(images, s.kernel, found.block);
   float *maps = thread_scratch().take(strips + kept), *values = maps + strips;
   k.gather(at<const int32_t>(lay), kept, at<const float>(weight), values);
-  const int64_t tile = tile_of(k, kept, found.rows * found.cols);
+  const int64_t tile = tile_width(false, kept, out.channels * images.channels * s.kernel.area());
   k.multiply(found, tile, values, at<const float>(panel), images, s.kernel, at<const float>(bias),
-             at<float>(y), out.last, maps, threads);
+             at<float>(y), out, maps, threads);
 }
 
 void panels(const ConvShape& s, uintptr_t x_in, uintptr_t x_panel, uintptr_t dy_in, uintptr_t dy_panel,
@@ -142,7 +143,7 @@ void ConvShape::backward(uintptr_t x_in, uintptr_t x_panel, uintptr_t dy_in, uin
   panels(*this, x_in, x_panel, dy_in, dy_panel, db, threads);
   if (dx) multiply(*this, dy_panel, dy, x, dx_lay, kept, weight, 0, dx, threads);
   if (dw)
-    kernels().gradient(layout_at(*this, dw_lay, kept, dy.channels, x, true), at<const int32_t>(dw_lay), kept,
+    kernels().gradient(layout_at(*this, dw_lay, kept, x, dy, true), at<const int32_t>(dw_lay), kept,
                        at<const float>(x_panel), x, at<const float>(dy_panel), dy, kernel, at<float>(dw),
                        thread_scratch().take(kept), threads);
   thread_scratch().settle();
@@ -169,7 +170,7 @@ py::object make_plan(const ConvShape& shape, uintptr_t forward, uintptr_t dx, ui
   const int64_t rows = shape.dy.channels, cols = shape.x.channels;
   return capsule(new ConvPlan{
       shape, forward, dx, dw, kept, rows * cols * shape.kernel.area(), size(shape.dy), size(shape.x),
-      py::make_tuple(rows, cols, shape.kernel.height, shape.kernel.width), py::int_(rows), owner});
+      py::make_tuple(rows, cols, shape.kernel.down.taps, shape.kernel.across.taps), py::int_(rows), owner});
 }
 
 uintptr_t data(const ConvPanel& panel) { return reinterpret_cast<uintptr_t>(panel.data()); }
@@ -223,14 +224,12 @@ struct Here {
 }  // namespace
 
 void bind_masked_conv(py::module_& m) {
-  m.def("masked_conv_layout", layout,
-        "the layout of mask (rows, channels, kernel); empty where offsets do not fit");
   py::class_<ConvPanel>(m, "MaskedConvPanel")
       .def(py::init<int64_t>())
       .def("clear", [](ConvPanel& p) { std::memset(p.data(), 0, size_t(p.floats()) * sizeof(float)); })
       .def("data_ptr", [](const ConvPanel& p) { return reinterpret_cast<uintptr_t>(p.data()); });
   py::class_<ConvShape>(m, "MaskedConvShape")
-      .def(py::init([](const Seven& x, const Seven& dy, const Four& kernel) {
+      .def(py::init([](const Ten& x, const Ten& dy, const Seven& kernel) {
         return ConvShape{images_of(x), images_of(dy), kernel_of(kernel)};
       }))
       .def_property_readonly("x_floats", &ConvShape::x_floats)
@@ -240,6 +239,9 @@ void bind_masked_conv(py::module_& m) {
       .def("backward", &ConvShape::backward,
            "dx, dw and db, unless null. x, dy null: their panels are there, else they are written; dw keeps "
            "its entries outside the layout");
+  m.def("masked_conv_layout", layout,
+        "the layout of a mask for a shape; `sample`: for the gradient in the weight, `turned`: in x; empty "
+        "where it does not fit");
   m.def("masked_conv_plan", make_plan,
         "what masked_conv_steps' functions need of a mask: the sizes, the layouts of forward, dx and dw, how "
         "many "

@@ -19,6 +19,7 @@ from autoflip.fed.state import Guidance, ServerState
 from autoflip.fed.strategies import METHODS
 from autoflip.fed.transport import InProcess
 from autoflip.fed.workshop import Prepared
+from autoflip.ops import backend
 
 SMALL = ["fed.rounds=4", "fed.clients=4", "fed.fraction=0.5", "train.epochs=1", "data.samples_per_client=40"]
 SMALL += ["explore.fraction=1.0", "prune.channels=0.5", "prune.density=0.15", "wire.values=int8", "wire.downlink=bf16"]
@@ -137,6 +138,24 @@ def test_models_whose_gradients_onednn_corrupts_memory_for_stay_row_major(capabi
     model = torch.nn.Sequential(torch.nn.Conv2d(3, inputs, 3), torch.nn.Conv2d(inputs, 16, 1, stride=2))
     weight = Workshop(model).prepare(None).model[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last) is last
+
+
+@pytest.mark.parametrize(
+    "name, channels, last", [("resnet8-group", 0.4, False), ("resnet8-group", 1.0, True), ("two-cnn", 0.2, True)]
+)
+def test_narrow_models_with_group_norm_stay_row_major(name, channels, last):
+    """GroupNorm takes several times as long channels-last; where oneDNN convolves, that gains more."""
+    from autoflip.fed.workshop import Workshop
+
+    if backend.serve("masked_matmul", torch.device("cpu")) != "cpp":
+        pytest.skip("no kernel convolves few channels faster than oneDNN")
+    model = models.build(name, input_shape=(3, 32, 32), num_classes=10)
+    scores = {name: p.detach().abs() for name, p in model.named_parameters()}
+    masks = prune.hybrid(model, scores, density=1.0, channels=channels) if channels < 1 else None
+    small = Workshop(model).prepare(masks).model
+    convs = [m for m in small.modules() if isinstance(m, torch.nn.Conv2d) and m.weight[0, 0].numel() > 1]
+    assert all(isinstance(m, nn.MaskedConv2d) for m in convs) is (channels < 1)
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) is last for m in convs)
 
 
 def test_a_training_step_takes_fewer_seconds_when_channels_are_removed():

@@ -116,22 +116,22 @@ def test_a_layer_chooses_once_per_batch_size_and_no_counter_sees_it(kept, monkey
     mask = torch.rand(96, 300, generator=torch.Generator().manual_seed(0)) < 0.05
     layer = nn.MaskedLinear(300, 96)
     layer.set_mask(mask)
-    x = torch.randn(64, 300, requires_grad=True)
+    x = torch.randn(60, 300, requires_grad=True)
     with FlopCounterMode(display=False) as count:
         layer(x).sum().backward()
-    letters = layer._pack.parts(64).path
+    letters = layer._pack.parts(60).path
     kept_entries = int(mask.sum())
-    want = sum(2 * 64 * (kept_entries if letter == "s" else mask.numel()) for letter in letters)
+    want = sum(2 * 60 * (kept_entries if letter == "s" else mask.numel()) for letter in letters)
     assert count.get_total_flops() == want
-    keys = [key for key in trials.known() if key.startswith("masked_linear 96x300 n64")]
+    keys = [key for key in trials.known() if key.startswith("masked_linear 96x300 n49")]
     assert len(keys) == 4  # three products and the whole step
     assert all("threads 1" in key for key in keys)
 
     monkeypatch.setattr(trials, "_fastest", lambda *_: pytest.fail("timed again"))
     trials.forget()  # what is on disk is enough
-    assert Pack(mask).parts(60).path == letters  # 60 rows stand with 64
+    assert Pack(mask).parts(52).path == letters  # 52 rows stand with 60
     with torch.inference_mode():
-        assert Pack(mask).parts(64).path == letters
+        assert Pack(mask).parts(60).path == letters
 
 
 LAYERS = {
@@ -220,9 +220,9 @@ def test_result_is_the_same_on_either_side_of_a_choice(kept):
 
 def test_what_stands_for_a_batch_is_never_far_from_it():
     kept = {paths.bucket(n) for n in range(1, 2000)}
-    assert kept == {1, 2, 4, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512}
+    assert kept == {1, 2, 4, 8, 16, 17, 32, 33, 49, 64, 65, 97, 128, 129, 193, 256, 257, 385, 512}
     for n in range(1, 513):
         lanes, those = -(-n // 16), -(-paths.bucket(n) // 16)  # vectors of 16 samples
         assert lanes <= those * 1.5
-        assert those <= lanes * 4 / 3
+        assert n <= 32 or those <= lanes  # as badly filled as any
     assert paths.bucket(5000) == 512

@@ -32,10 +32,10 @@ __all__ = ["MaskedConv2d"]
 class MaskedConv2d(Masked, nn.Conv2d):
     """``torch.nn.Conv2d`` on ``weight * mask``; torch's own until a mask is set.
 
-    Pruned weights do no work where the sparse kernel is the faster one: on a CPU, stride 1, one group, zero padding, 8
-    samples or more (fewer where the layer is small), float32 or what is narrower; see
+    Pruned weights do no work where the sparse kernel is the faster one: on a CPU, one group, zero padding, a stride
+    that divides the map, 8 samples or more (fewer where the layer is small), float32 or what is narrower; see
     :func:`autoflip.ops.masked_conv2d`. Elsewhere the dense convolution runs, and time and FLOPs fall when whole
-    channels go: :func:`autoflip.compact` removes them. Of fewer than 16 channels the kernel may be the faster one
+    channels go: :func:`autoflip.compact` removes them. Of fewer than 32 channels the kernel may be the faster one
     without a pruned weight too: a mask that keeps everything has it tried.
 
     Arguments, parameters and ``state_dict()`` are torch's. Pruned weights are zero, get exactly zero
@@ -132,7 +132,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
 
     def _make_pack(self, mask: Tensor) -> ConvPack | None:
         """Return what the sparse kernels take of a mask, None where there are none for this layer."""
-        if not mask.is_cpu or self.groups != 1 or self.stride != (1, 1) or self.padding_mode != "zeros":
+        if not mask.is_cpu or self.groups != 1 or self.stride[0] != self.stride[1] or self.padding_mode != "zeros":
             return None
         span = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         padding = self.padding
@@ -140,4 +140,5 @@ class MaskedConv2d(Masked, nn.Conv2d):
             if padding == "same" and any(s % 2 for s in span):
                 return None  # one side gets more than the other
             padding = (span[0] // 2, span[1] // 2) if padding == "same" else (0, 0)
-        return ConvPack(mask, (padding[0], padding[1]), (self.dilation[0], self.dilation[1]))
+        dilation = self.dilation[0], self.dilation[1]
+        return ConvPack(mask, (padding[0], padding[1]), dilation, stride=self.stride[0])

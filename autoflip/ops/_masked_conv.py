@@ -16,7 +16,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops._masked_conv_kernels import Gradients, Parts, cpu_backward, cpu_forward, dense_backward, plan, span
+from autoflip.ops._masked_conv_kernels import (
+    Gradients,
+    Parts,
+    cpu_backward,
+    cpu_forward,
+    dense_backward,
+    outputs,
+    plan,
+    reach,
+)
 
 # --- registered ops
 
@@ -25,12 +34,17 @@ def _forward_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) 
     parts = Parts(*rest)
     if parts.path[0] == "s":
         return cpu_forward(x, weight, bias, parts)[0].contiguous()
-    return F.conv2d(x, weights.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation).contiguous()
+    return F.conv2d(
+        x, weights.operand(weight, parts.mask), bias, parts.stride, parts.padding, parts.dilation
+    ).contiguous()
 
 
 def _x_like(dy: Tensor, weight: Tensor, parts: Parts) -> Tensor:
-    reach = span(parts)
-    high, wide = (dy.shape[2 + i] - 2 * parts.padding[i] + reach[i] for i in (0, 1))
+    # the one size of these outputs that is a multiple of the stride
+    least = [
+        (dy.shape[2 + i] - 1) * parts.stride - 2 * parts.padding[i] + far + 1 for i, far in enumerate(reach(parts))
+    ]
+    high, wide = (-(-size // parts.stride) * parts.stride for size in least)
     return dy.new_empty(1).expand(dy.shape[0], weight.shape[1], high, wide)
 
 
@@ -57,7 +71,7 @@ def _dw_kernel(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     parts = Parts(*rest)
-    high, wide = (x.shape[2 + i] + 2 * parts.padding[i] - s for i, s in enumerate(span(parts)))
+    high, wide = (outputs(x.shape[2 + i], far, parts.padding[i], parts.stride) for i, far in enumerate(reach(parts)))
     return x.new_empty(x.shape[0], weight.shape[0], high, wide)
 
 
@@ -65,7 +79,9 @@ def _fake_dx(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return dy.new_empty(_x_like(dy, weight, Parts(*rest)).shape)
 
 
-_PARTS = "Tensor mask, Tensor forward, Tensor dx, Tensor dw, int kept, int[] padding, int[] dilation, str path"
+_PARTS = (
+    "Tensor mask, Tensor forward, Tensor dx, Tensor dw, int kept, int[] padding, int[] dilation, int stride, str path"
+)
 _lib = torch.library.Library("autoflip", "FRAGMENT")
 
 
@@ -85,7 +101,7 @@ dw_op = _register(
 
 def _flops(step: str) -> Callable[..., int]:
     def count(a: Tensor, b: Tensor, *rest: Any, out_val: Any = None, **_: Any) -> int:
-        parts = Parts(*rest[-8:])
+        parts = Parts(*rest[-9:])
         maps = a if step != "forward" else out_val  # y or dy: each of its positions uses each kept weight once
         weights = parts.kept if parts.path[kernels.STEPS.index(step)] == "s" else parts.mask.numel()
         return 2 * len(maps) * maps.shape[2] * maps.shape[3] * weights
@@ -101,7 +117,7 @@ for _op, _step in ((forward_op, "forward"), (dx_op, "dx"), (dw_op, "dw")):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.parts = inputs[-8:]
+    ctx.parts = inputs[-9:]
     ctx.save_for_backward(*inputs[:2])
 
 
@@ -112,7 +128,7 @@ def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx_op(dy, weight, *ctx.parts) if need[0] else None,
         dw_op(dy, x, *ctx.parts) if need[1] else None,
         dy.sum((0, 2, 3)) if need[2] else None,
-        *(None,) * 8,
+        *(None,) * 9,
     )
 
 
@@ -122,7 +138,7 @@ def _dx_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return (
         forward_op(g, weight, None, *ctx.parts) if need[0] else None,
         dw_op(dy, g, *ctx.parts) if need[1] else None,
-        *(None,) * 8,
+        *(None,) * 9,
     )
 
 
@@ -132,7 +148,7 @@ def _dw_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return (
         forward_op(x, g, None, *ctx.parts) if need[0] else None,
         dx_op(dy, g, *ctx.parts) if need[1] else None,
-        *(None,) * 8,
+        *(None,) * 9,
     )
 
 
@@ -160,7 +176,7 @@ def _step_forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, job:
     ctx.job, ctx.panel = job, None
     ctx.save_for_backward(x, weight)
     if parts.path[0] == "d":
-        return F.conv2d(x, weights.operand(weight, parts.mask), bias, 1, parts.padding, parts.dilation)
+        return F.conv2d(x, weights.operand(weight, parts.mask), bias, parts.stride, parts.padding, parts.dilation)
     y, made = cpu_forward(x, weight, bias, parts)
     if parts.path[2] == "s" and ctx.needs_input_grad[1]:
         ctx.panel = made

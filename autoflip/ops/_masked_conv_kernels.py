@@ -1,6 +1,6 @@
 """Masked convolution's CPU kernels: panels, products, and torch's dense convolution beside them.
 
-Every tensor that arrives here was checked by autoflip.ops.masked_conv: float32 on the CPU, stride 1, one group.
+Every tensor that arrives here was checked by autoflip.ops.masked_conv: float32 on the CPU, one group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from autoflip.ops import _masked_weight as weights
 from autoflip.ops._masked_weight import CPP, channels_last
 
 Pair = tuple[int, int]
-Sizes = tuple[int, int, int, int, int, int, int]  # n, channels, height, width, padding, 1: channels last in memory
+# n, channels, height, width, zeros before, 1: channels last in memory, zeros behind, stride: zeros are counted in lines
+# and columns of what a stride leaves side by side
+Sizes = tuple[int, int, int, int, int, int, int, int, int, int]
 
 
 class Parts(NamedTuple):
@@ -28,17 +30,18 @@ class Parts(NamedTuple):
     kept: int
     padding: Pair
     dilation: Pair
+    stride: int  # along both axes
     path: str  # one letter a step (forward, dx, dw): s = sparse kernel, d = dense convolution
 
 
-def kernel_sizes(parts: Parts) -> tuple[int, int, int, int]:
-    """Return (height, width, dilation of both) of the kernel."""
-    return (parts.mask.shape[2], parts.mask.shape[3], *parts.dilation)
-
-
-def span(parts: Parts) -> Pair:
+def reach(parts: Parts) -> Pair:
     """Return how far the kernel's last entry is from its first."""
     return ((parts.mask.shape[2] - 1) * parts.dilation[0], (parts.mask.shape[3] - 1) * parts.dilation[1])
+
+
+def outputs(size: int, reach: int, padding: int, stride: int) -> int:
+    """Return along one axis how many outputs ``size`` inputs have."""
+    return (size + 2 * padding - reach - 1) // stride + 1
 
 
 class Geometry(NamedTuple):
@@ -51,19 +54,44 @@ class Geometry(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _geometry(
-    n: int, high: int, wide: int, last: Pair, weight: tuple[int, ...], padding: Pair, dilation: Pair
-) -> Geometry:
-    reach = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
-    out = [s + 2 * p - r for s, p, r in zip((high, wide), padding, reach, strict=True)]
-    x = (n, weight[1], high, wide, *padding, last[0])
-    dy = (n, weight[0], out[0], out[1], reach[0] - padding[0], reach[1] - padding[1], last[1])
-    return Geometry(x, dy, CPP.MaskedConvShape(x, dy, (weight[2], weight[3], *dilation)))
+    n: int, size: Pair, last: Pair, weight: tuple[int, ...], padding: Pair, dilation: Pair, stride: int
+) -> Geometry | None:
+    before: list[list[int]] = [[], []]
+    behind: list[list[int]] = [[], []]
+    out = []
+    for axis in (0, 1):
+        far, pad = dilation[axis] * (weight[2 + axis] - 1), padding[axis]
+        lines, made = size[axis] // stride, outputs(size[axis], far, pad, stride)
+        # an output meets the lines from its own number + least to that + most
+        least, most = -pad // stride, (far - pad) // stride
+        before[0].append(-least)
+        behind[0].append(made + most - lines)
+        before[1].append(most)
+        behind[1].append(lines - least - made)
+        out.append(made)
+    fits = min(out) > 0 and min(*before[0], *before[1], *behind[0], *behind[1]) >= 0
+    if not fits or size[0] % stride or size[1] % stride:
+        return None
+    x = (n, weight[1], *size, *before[0], last[0], *behind[0], stride)
+    dy = (n, weight[0], *out, *before[1], last[1], *behind[1], 1)
+    return Geometry(x, dy, CPP.MaskedConvShape(x, dy, (*weight[2:], *dilation, *padding, stride)))  # type: ignore[arg-type]
 
 
-def geometry(x: Tensor, parts: Parts, y_last: bool) -> Geometry:
-    """Return the sizes for x of this shape and memory format; ``y_last``: channels come last in y, or in dy."""
+def geometry(x: Tensor, parts: Parts, y_last: bool) -> Geometry | None:
+    """Return the sizes for x of this shape and memory format, None where the kernels do not serve them.
+
+    ``y_last``: channels come last in y, or in dy.
+    """
     last = int(channels_last(x)), int(y_last)
-    return _geometry(len(x), *x.shape[2:], last, parts.mask.shape, tuple(parts.padding), tuple(parts.dilation))
+    size, padding, dilation = (x.shape[2], x.shape[3]), tuple(parts.padding), tuple(parts.dilation)
+    return _geometry(len(x), size, last, parts.mask.shape, padding, dilation, parts.stride)  # type: ignore[arg-type]
+
+
+def served(x: Tensor, parts: Parts, y_last: bool) -> Geometry:
+    """Return :func:`geometry` of what the kernels are known to serve."""
+    found = geometry(x, parts, y_last)
+    assert found is not None
+    return found
 
 
 def _laid_out(sizes: Sizes) -> Tensor:
@@ -75,10 +103,9 @@ def _as(t: Tensor, sizes: Sizes) -> Tensor:
     return t if sizes[6] else t.contiguous()
 
 
-def make_layout(mask: Tensor, sizes: Sizes, kernel: tuple[int, int, int, int], step: str) -> Tensor:
+def make_layout(mask: Tensor, sizes: Geometry, step: str) -> Tensor:
     """Return the layout (uint8) of a contiguous CPU mask for one step; empty where its offsets do not fit."""
-    rows = mask.shape[step == "dx"]
-    made = CPP.masked_conv_layout(mask.data_ptr(), rows, sizes, kernel, step == "dw", step == "dx")
+    made = CPP.masked_conv_layout(mask.data_ptr(), sizes.shape, step == "dw", step == "dx")
     return torch.frombuffer(bytearray(made), dtype=torch.uint8) if made else torch.empty(0, dtype=torch.uint8)
 
 
@@ -93,12 +120,12 @@ def plan(x: Tensor, weight: Tensor, parts: Parts) -> Any:
     if "d" in parts.path or channels_last(x) or channels_last(weight):
         return None
     layouts = parts.forward, parts.dx, parts.dw
-    return CPP.masked_conv_plan(geometry(x, parts, False).shape, *(t.data_ptr() for t in layouts), parts.kept, layouts)
+    return CPP.masked_conv_plan(served(x, parts, False).shape, *(t.data_ptr() for t in layouts), parts.kept, layouts)
 
 
 def cpu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts) -> tuple[Tensor, Any]:
     """Return (y, panel of x); y's channels come last where those of x or of the weight do, as torch's would."""
-    sizes = geometry(x, parts, channels_last(x) or channels_last(weight))
+    sizes = served(x, parts, channels_last(x) or channels_last(weight))
     x, weight = _as(x, sizes.x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     panel, y = CPP.MaskedConvPanel(sizes.shape.x_floats), _laid_out(sizes.dy)
@@ -134,7 +161,7 @@ def cpu_backward(
     dy_panel: Any = None,
 ) -> Gradients:
     """Return the wanted gradients; ``x`` gives sizes alone where ``x_panel`` is there or dw is not wanted."""
-    sizes = geometry(x, parts, channels_last(dy))
+    sizes = served(x, parts, channels_last(dy))
     x_new = dy_new = None
     if wanted.dw and x_panel is None:
         x_new, x_panel = _as(x, sizes.x), CPP.MaskedConvPanel(sizes.shape.x_floats)
@@ -166,6 +193,6 @@ def dense_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (dx, dw) by torch; ``weight`` has zeros where it is pruned, dw is masked."""
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, (1, 1), parts.padding, parts.dilation, False, (0, 0), 1, (*wanted, False)
+        dy, x, weight, None, (parts.stride,) * 2, parts.padding, parts.dilation, False, (0, 0), 1, (*wanted, False)
     )
     return dx, weights.select(dw, parts.mask) if wanted[1] else None

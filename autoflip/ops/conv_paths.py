@@ -30,8 +30,8 @@ LEAST_BATCH = 8  # samples are SIMD lanes
 # kernels' whole step, two calls, may then be the faster one
 SMALL_WORK = 2_000_000
 # density above which the sparse kernels are not tried: none gained there (bench/bench_layers.py --only conv), but for
-# fewer channels than oneDNN's registers hold: those it convolves at a fifth of its rate (bench/bench_compact.py)
-TRIED_BELOW, FEW_CHANNELS = 0.75, 16
+# few channels: 8 of them oneDNN convolves at a third of its rate, 24 at two thirds (bench/bench_compact.py)
+TRIED_BELOW, FEW_CHANNELS = 0.75, 32
 # step -> density below which the kernel was at least 10 % faster than torch 2.13's dense convolution (oneDNN) at
 # every shape of bench/bench_layers.py, batch 16. Intel Xeon (Sapphire Rapids), 1 thread, CPU time, 2026-11-22.
 RULE = {
@@ -60,7 +60,7 @@ class Trial:
         n, height, width: of x.
         x_last, last: whether channels come last in x, and in what the step returns.
         parts: all but the layouts.
-        layout: (step, sizes, kernel) -> a layout.
+        layout: (step, sizes) -> a layout.
     """
 
     def __init__(
@@ -69,12 +69,11 @@ class Trial:
         self.n, self.size, self._bare, self._layout = n, (height, width), parts, layout
         self.x_last, self.last = x_last, last
         self._jobs: dict[str, steps.Job] = {}
-        self.geometry = conv.geometry(torch.empty(1).expand(n, parts.mask.shape[1], height, width), parts, False)
+        self.geometry = conv.served(torch.empty(1).expand(n, parts.mask.shape[1], height, width), parts, False)
 
     def layout(self, step: str) -> Tensor:
         """Return the layout of a step, empty where its offsets do not fit."""
-        sizes = self.geometry.dy if step == "dx" else self.geometry.x
-        return self._layout(step, sizes, conv.kernel_sizes(self._bare))
+        return self._layout(step, self.geometry)
 
     def parts(self, path: str) -> Parts:
         """Return what the ops take for a path."""
@@ -95,9 +94,11 @@ class Trial:
             return "".join("s" if density < limits[step] else "d" for step in kernels.STEPS)
         shape = "x".join(map(str, mask.shape))
         form = " channels last" * self.last + " but in x" * (self.last and not self.x_last)
+        stride = f" stride {self._bare.stride}" * (self._bare.stride > 1)
         key = (
             f"masked_conv2d {shape} map {self.size[0]}x{self.size[1]} padding {self._bare.padding} dilation "
-            f"{self._bare.dilation} n{self.n} density {trials.near(density)}{form} threads {torch.get_num_threads()}"
+            f"{self._bare.dilation}{stride} n{self.n} density {trials.near(density)}{form} "
+            f"threads {torch.get_num_threads()}"
         )
         found = ""
         for step in kernels.STEPS:
@@ -135,7 +136,7 @@ class Trial:
         """Take one step by torch."""
         x, dy, weight, parts = self.case
         if step == "forward":
-            return F.conv2d(x, weights.operand(weight, parts.mask), None, 1, parts.padding, parts.dilation)
+            return F.conv2d(x, weights.operand(weight, parts.mask), None, parts.stride, parts.padding, parts.dilation)
         return conv.dense_backward(dy, x, weight, parts, (step == "dx", step == "dw"))
 
     def sparse(self, step: str, before: str) -> object:
@@ -168,7 +169,7 @@ class Trial:
             if path == "ddd":
                 if look is not None:
                     look(hooked)
-                y = F.conv2d(x, hooked, bias, 1, self._bare.padding, self._bare.dilation)
+                y = F.conv2d(x, hooked, bias, self._bare.stride, self._bare.padding, self._bare.dilation)
             else:
                 weights.kernel_here(x, weight, bias)
                 y = steps.conv_step(x, weight, bias, self._job(path))

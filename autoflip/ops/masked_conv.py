@@ -1,7 +1,8 @@
 """Convolve with the kept weights only, where that is faster: ``y = conv2d(x, w * mask) + b`` and its derivatives.
 
-A sparse kernel serves float32 on a CPU with stride 1, one group and zero padding, and narrower types where widening
-pays (:mod:`autoflip.ops.narrow`); everything else is torch's dense convolution: :mod:`autoflip.ops.conv_paths` chooses.
+A sparse kernel serves float32 on a CPU with one group, zero padding and a stride that divides the map, and narrower
+types where widening pays (:mod:`autoflip.ops.narrow`); everything else is torch's dense convolution:
+:mod:`autoflip.ops.conv_paths` chooses.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ class ConvPack:
         mask: ``(O, C, KH, KW)``, bool, True = kept. Copied nowhere: change it only by making another ConvPack.
         padding: zeros on each side, (height, width).
         dilation: (height, width).
+        stride: along both axes.
         path: "auto" chooses per shape and step; "sparse" or "dense" force one.
 
     Raises:
         ValueError: ``mask`` is not a 4-d bool tensor, or ``path`` is not one of the three.
     """
 
-    def __init__(self, mask: Tensor, padding: Pair = (0, 0), dilation: Pair = (1, 1), *, path: str = "auto") -> None:
+    def __init__(
+        self, mask: Tensor, padding: Pair = (0, 0), dilation: Pair = (1, 1), *, stride: int = 1, path: str = "auto"
+    ) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"ConvPack: mask is {got}, wanted a 4-d torch.bool tensor (True = kept)")
@@ -45,7 +49,7 @@ class ConvPack:
             raise ValueError(f"ConvPack: path={path!r}; wanted one of {', '.join(paths.PATHS)}")
         # torch.jit.trace would see a copy in its first run alone
         self.mask = mask if mask.is_contiguous() else mask.contiguous()
-        self.padding, self.dilation, self.path = padding, dilation, path
+        self.padding, self.dilation, self.stride, self.path = padding, dilation, stride, path
         self.kept = int(mask.sum())
         self._parts: dict[tuple[int, int, int, bool, bool, int], Parts | None] = {}
         self._layouts: dict[tuple[str, int, int], Tensor] = {}
@@ -82,16 +86,15 @@ class ConvPack:
         return self._jobs[key]
 
     def _make_parts(self, n: int, height: int, width: int, x_last: bool, last: bool) -> Parts | None:
-        span = [d * (k - 1) for d, k in zip(self.dilation, self.mask.shape[2:], strict=True)]
-        out = [s + 2 * p - r for s, p, r in zip((height, width), self.padding, span, strict=True)]
-        # dx pads dy by what x's padding leaves of the kernel's span
-        fits = min(out) > 0 and all(0 <= p <= s for p, s in zip(self.padding, span, strict=True))
-        if self.path == "dense" or not fits or self.mask.numel() == 0:
-            return None
-        if self.path == "auto" and not conv_paths.tried(self.mask, self.kept, n, out[0] * out[1]):
+        if self.path == "dense" or self.mask.numel() == 0:
             return None
         nothing = torch.empty(0, dtype=torch.uint8)
-        bare = Parts(self.mask, nothing, nothing, nothing, self.kept, self.padding, self.dilation, "sss")
+        bare = Parts(self.mask, nothing, nothing, nothing, self.kept, self.padding, self.dilation, self.stride, "sss")
+        sizes = conv.geometry(torch.empty(1).expand(n, self.mask.shape[1], height, width), bare, False)
+        if sizes is None:
+            return None
+        if self.path == "auto" and not conv_paths.tried(self.mask, self.kept, n, sizes.dy[2] * sizes.dy[3]):
+            return None
         trial = conv_paths.Trial(n, height, width, x_last, last, bare, self._layout)
         if any(trial.layout(step).numel() == 0 for step in kernels.STEPS) and self.kept:
             return None
@@ -100,10 +103,10 @@ class ConvPack:
             return None
         return trial.parts(path)
 
-    def _layout(self, step: str, sizes: conv.Sizes, kernel: tuple[int, int, int, int]) -> Tensor:
-        key = (step, sizes[2], sizes[3])
+    def _layout(self, step: str, sizes: conv.Geometry) -> Tensor:
+        key = (step, *sizes.x[2:4])
         if key not in self._layouts:
-            self._layouts[key] = conv.make_layout(self.mask, sizes, kernel, step)
+            self._layouts[key] = conv.make_layout(self.mask, sizes, step)
         return self._layouts[key]
 
     def __repr__(self) -> str:
@@ -146,13 +149,13 @@ def conv_job(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> 
 
 
 def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> Tensor:
-    """Convolve with the kept weights: ``y = conv2d(x, weight * mask, bias)``, stride 1, one group.
+    """Convolve with the kept weights: ``y = conv2d(x, weight * mask, bias)``, one group.
 
     Args:
         x: ``(N, C, H, W)``, any float dtype.
         weight: ``(O, C, KH, KW)``, dtype and device of ``x``; what stands at pruned entries is ignored.
         bias: ``(O,)`` or None.
-        pack: ``ConvPack(mask, padding, dilation)``, made once per mask.
+        pack: ``ConvPack(mask, padding, dilation, stride=stride)``, made once per mask.
 
     Returns:
         ``(N, O, H', W')``, dtype of ``x``. The gradient of ``weight`` is exactly zero at pruned entries.
@@ -180,7 +183,7 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
         parts = pack.parts(x, weight)
         if parts is not None:
             return steps.forward_op(x, weight, bias, *parts)  # type: ignore[no-any-return]
-    return F.conv2d(x, conv_weight(weight, mask), bias, 1, pack.padding, pack.dilation)
+    return F.conv2d(x, conv_weight(weight, mask), bias, pack.stride, pack.padding, pack.dilation)
 
 
 def _counted(*tensors: Tensor) -> bool:

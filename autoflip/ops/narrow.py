@@ -63,7 +63,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, *,
 
 
 def narrow_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> Tensor | None:
-    """Return ``conv2d(x, weight * mask, bias)``, stride 1, one group, rounded once to bfloat16 or float16.
+    """Return ``conv2d(x, weight * mask, bias)``, one group, rounded once to bfloat16 or float16.
 
     Args:
         x: ``(N, C, H, W)``.
@@ -86,8 +86,9 @@ def narrow_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
             return conv_steps.conv_step(x, weight, bias, conv_steps.make_job(x, weight, parts))
         return conv_steps.forward_op(x, weight, bias, *parts)  # type: ignore[no-any-return]
 
-    dense = partial(F.conv2d, padding=pack.padding, dilation=pack.dilation)
-    name = f"padding {pack.padding} dilation {pack.dilation} path {parts.path}"
+    dense = partial(F.conv2d, stride=pack.stride, padding=pack.padding, dilation=pack.dilation)
+    stride = f" stride {pack.stride}" * (pack.stride > 1)
+    name = f"padding {pack.padding} dilation {pack.dilation}{stride} path {parts.path}"
     if not _faster(pack, name, min(64, bucket(len(x))), x, weight, narrow, dense, wide):
         return None
     return _rounded(wide, x, weight, bias, narrow)

@@ -33,46 +33,57 @@ int64_t strip_size(Images images, Kernel kernel, int64_t block) {
   return block * (lines_of_strip(height, width) * width + 4) * kVector;
 }
 
+// Positions of one row of a layout, at sums, come to their places in a strip: `step` vectors apart.
+AF_INLINE void place_sums(const float* sums, int64_t count, float* strip, int64_t step) {
+  for (int64_t v = 0; v < count; ++v) store(strip + v * step * kVector, load(sums + v * kVector));
+}
+
 void multiply(Layout layout, int64_t tile, const float* values, const float* panel, Images images,
-              Kernel kernel, const float* bias, float* y, bool last, float* scratch, int threads) {
+              Kernel kernel, const float* bias, float* y, Images out, float* scratch, int threads) {
   const int64_t blocks = ceil_div(layout.rows, layout.block), chunks = ceil_div(layout.cols, layout.chunk);
-  const int64_t full = images.full_width(), map = images.full_height() * full * kVector;
+  const int64_t full = images.full_width(), map = images.map() * kVector;
   const int64_t height = images.full_height() - kernel.span_height(), width = full - kernel.span_width();
-  const int64_t area = height * width, step = layout.chunk / kernel.area() * map;
+  const int64_t area = out.height * out.width, step = layout.chunk / kernel.area() * map;
   const int64_t tiles = ceil_div(width, tile), deep = lines_of_strip(height, width);
   const int64_t strips = ceil_div(height, deep), groups = ceil_div(images.n, kVector);
-  const int64_t row_stride = (deep * width + 4) * kVector, tasks = groups * strips;
+  const int64_t stride = out.stride, phases = out.phases(), channels = layout.block / phases;
+  const int64_t row_stride = (deep * width * phases + 4) * kVector, tasks = groups * strips;
+  // channels that come last, or phases, lie too far apart in a strip to be added up there
+  const bool apart = out.last || stride > 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; ++part) {
     alignas(64) float sums[(kConvBlock + kGroup) * kPositions * kVector];
-    float* strip = scratch + part * layout.block * row_stride;
+    float* strip = scratch + part * channels * row_stride;
     for (int64_t task = tasks * part / threads; task < tasks * (part + 1) / threads; ++task) {
       const int64_t first = task / strips * kVector, top = task % strips * deep;
       const int64_t lines = height - top < deep ? height - top : deep;
       const int64_t samples = images.n - first < kVector ? images.n - first : kVector;
       const float* x = panel + (task / strips * images.channels * map) + top * full * kVector;
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t row = b * layout.block;
-        const int64_t rows = layout.rows - row < layout.block ? layout.rows - row : layout.block;
+        const int64_t channel = b * channels;
+        const int64_t some = out.channels - channel < channels ? out.channels - channel : channels;
+        const int64_t row = channel * phases, rows = some * phases;
         for (int64_t t = 0; t < lines * tiles; ++t) {
           const int64_t line = t / tiles, column = t % tiles * width / tiles;
           const int64_t count = (t % tiles + 1) * width / tiles - column;
-          const int64_t at = line * width + column;
-          // channels that come last lie too far apart in a strip to be added up there
-          float* to = last ? sums : strip + at * kVector;
-          const int64_t stride = last ? count * kVector : row_stride;
+          float* to = apart ? sums : strip + (line * width + column) * kVector;
+          const int64_t between = apart ? count * kVector : row_stride;
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t v = 0; v < count; ++v)
-              store(to + r * stride + v * kVector, broadcast(bias ? bias[row + r] : 0.0f));
+              store(to + r * between + v * kVector, broadcast(bias ? bias[row + r] : 0.0f));
           for (int64_t c = 0; c < chunks; ++c)
             add_tile(layout, b * chunks + c, values, x + c * step + (line * full + column) * kVector, count,
-                     to, stride);
-          for (int64_t r = 0; last && r < rows; ++r)
-            for (int64_t v = 0; v < count; ++v)
-              store(strip + ((at + v) * rows + r) * kVector, load(sums + (r * count + v) * kVector));
+                     to, between);
+          for (int64_t r = 0; apart && r < rows; ++r) {
+            const int64_t phase = r / some, own = r % some;
+            const int64_t at = ((line * stride + phase / stride) * width + column) * stride + phase % stride;
+            place_sums(sums + r * between, count,
+                       strip + (out.last ? (at * some + own) * kVector : own * row_stride + at * kVector),
+                       out.last ? stride * some : stride);
+          }
         }
-        write_rows(strip, row_stride, row, rows, layout.rows, top * width, lines * width, area, samples, last,
-                   y + first * layout.rows * area);
+        write_rows(strip, row_stride, channel, some, out.channels, top * width * phases,
+                   lines * width * phases, area, samples, out.last, y + first * out.channels * area);
       }
     }
   }
@@ -174,8 +185,8 @@ void gradient(Layout layout, const int32_t* index, int64_t kept, const float* x,
   const int64_t chunks = ceil_div(layout.cols, layout.chunk),
                 cells = ceil_div(layout.rows, layout.block) * chunks;
   const int64_t height = dy_images.height, width = dy_images.width, step = layout.chunk / kernel.area();
-  const int64_t x_full = x_images.full_width(), x_map = x_images.full_height() * x_full * kVector;
-  const int64_t dy_full = dy_images.full_width(), dy_map = dy_images.full_height() * dy_full * kVector;
+  const int64_t x_full = x_images.full_width(), x_map = x_images.map() * kVector;
+  const int64_t dy_full = dy_images.full_width(), dy_map = dy_images.map() * kVector;
   const int64_t wide = ceil_div(width, kWideTile);
   const int64_t tall = ceil_div(height, sizeof(vec) == 64 ? kTall : kTileSize / ceil_div(width, wide));
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)

@@ -9,7 +9,7 @@ namespace autoflip {
 namespace {
 
 int64_t panel_size(Images images) {
-  return ceil_div(images.n, kVector) * images.channels * images.full_height() * images.full_width() * kVector;
+  return ceil_div(images.n, kVector) * images.channels * images.map() * kVector;
 }
 
 AF_INLINE void copy(const float* from, int64_t vectors, float* to) {
@@ -46,9 +46,9 @@ float pad_eights(const float* maps, int64_t stride, int64_t samples, Images imag
   const int64_t full = images.full_width(), left = images.pad_width, width = images.width;
   const int64_t area = images.height * width;
   const auto place = [&](int64_t p) AF_LAMBDA { return out + (p / width * full + p % width) * kVector; };
-  for (int64_t h = 0; left && h < images.height; ++h) {
+  for (int64_t h = 0; full > width && h < images.height; ++h) {
     clear(out + (h * full - left) * kVector, left);
-    clear(out + (h * full + width) * kVector, left);
+    clear(out + (h * full + width) * kVector, images.after_width);
   }
   for (int64_t p = 0; p < area; p += 16)
     transpose_tile(maps + p, stride, samples, area - p, place(p), kVector, 0xffff, 16 * kVector,
@@ -58,6 +58,24 @@ float pad_eights(const float* maps, int64_t stride, int64_t samples, Images imag
   return sums.total();
 }
 #endif
+
+// One channel of one group of samples in its phases; `maps` are n apart by `stride`.
+void split_channel(const float* maps, int64_t stride, int64_t samples, Images images, float* out) {
+  constexpr int64_t kPiece = 64;
+  const int64_t full = images.full_width(), s = images.stride, phase = images.phase() * kVector;
+  clear(out, images.map());
+  out += (images.pad_height * full + images.pad_width) * kVector;
+  alignas(64) float piece[kPiece * kVector];
+  for (int64_t h = 0; h < images.height; ++h) {
+    float* line = out + h % s * s * phase + h / s * full * kVector;
+    for (int64_t begin = 0; begin < images.width; begin += kPiece) {
+      const int64_t count = images.width - begin < kPiece ? images.width - begin : kPiece;
+      transpose<true>(maps + h * images.width + begin, stride, samples, count, piece, kVector);
+      for (int64_t i = 0; i < count; ++i)
+        store(line + (begin + i) % s * phase + (begin + i) / s * kVector, load(piece + i * kVector));
+    }
+  }
+}
 
 // One channel of one group of samples; `maps` are n apart by `stride`. Returns its sum if asked.
 template <bool Sum>
@@ -70,7 +88,7 @@ float pad_channel(const float* maps, int64_t stride, int64_t samples, Images ima
   out += images.pad_height * full * kVector;
 #if defined(__AVX512F__)
   if (width % 8 == 0) {
-    clear(out + images.height * full * kVector, images.pad_height * full);
+    clear(out + images.height * full * kVector, images.after_height * full);
     return pad_eights<Sum>(maps, stride, samples, images, out + left * kVector);
   }
 #endif
@@ -79,11 +97,12 @@ float pad_channel(const float* maps, int64_t stride, int64_t samples, Images ima
   float* to = out;
   for (int64_t begin = 0; begin < area; begin += kPiece) {
     const int64_t count = area - begin < kPiece ? area - begin : kPiece;
-    float* straight = left ? piece : to;
+    const bool gaps = full > width;
+    float* straight = gaps ? piece : to;
     transpose<true>(maps + begin, stride, samples, count, straight, kVector);
     if constexpr (Sum) sums.add(straight, count);
-    if (left == 0) to += count * kVector;
-    for (int64_t done = 0; left && done < count;) {
+    if (!gaps) to += count * kVector;
+    for (int64_t done = 0; gaps && done < count;) {
       if (column == 0) {
         clear(to, left);
         to += left * kVector;
@@ -94,13 +113,13 @@ float pad_channel(const float* maps, int64_t stride, int64_t samples, Images ima
       done += part;
       column += part;
       if (column == width) {
-        clear(to, left);
-        to += left * kVector;
+        clear(to, images.after_width);
+        to += images.after_width * kVector;
         column = 0;
       }
     }
   }
-  clear(out + images.height * full * kVector, images.pad_height * full);
+  clear(out + images.height * full * kVector, images.after_height * full);
   return Sum ? sums.total() : 0.0f;
 }
 
@@ -108,26 +127,30 @@ float pad_channel(const float* maps, int64_t stride, int64_t samples, Images ima
 // group's first sample.
 void spread_lines(const float* x, int64_t samples, Images images, int64_t begin, int64_t end, float* out) {
   constexpr int64_t kPiece = 128;
-  const int64_t full = images.full_width(), map = images.full_height() * full * kVector;
-  const int64_t left = images.pad_width, line = images.width * images.channels;
+  const int64_t full = images.full_width(), map = images.map() * kVector, phase = images.phase() * kVector;
+  const int64_t left = images.pad_width, line = images.width * images.channels, stride = images.stride;
   alignas(64) float piece[kPiece * kVector];
   for (int64_t h = begin; h < end; ++h) {
-    float* to = out + (images.pad_height + h) * full * kVector;
-    for (int64_t c = 0; left && c < images.channels; ++c) {
-      clear(to + c * map, left);
-      clear(to + c * map + (left + images.width) * kVector, left);
-    }
+    // the first of this line's phases
+    float* to = out + h % stride * stride * phase + (images.pad_height + h / stride) * full * kVector;
+    for (int64_t p = 0; full > images.width / stride && p < stride; ++p)
+      for (int64_t c = 0; c < images.channels; ++c) {
+        clear(to + p * phase + c * map, left);
+        clear(to + p * phase + c * map + (left + images.width / stride) * kVector, images.after_width);
+      }
     to += left * kVector;
-    int64_t channel = 0;
+    int64_t channel = 0, column = 0;
     for (int64_t at = 0; at < line; at += kPiece) {
       const int64_t count = line - at < kPiece ? line - at : kPiece;
       transpose<true>(x + h * line + at, images.height * line, samples, count, piece, kVector);
       for (int64_t i = 0; i < count; ++i) {
         store(to + channel * map, load(piece + i * kVector));
-        if (++channel == images.channels) {
-          channel = 0;
-          to += kVector;
-        }
+        if (++channel < images.channels) continue;
+        channel = 0;
+        to += phase;
+        if (++column < stride) continue;
+        column = 0;
+        to += kVector - stride * phase;
       }
     }
   }
@@ -143,8 +166,8 @@ float sum_channel(Images images, const float* panel) {
 
 void last_to_panel(const float* x, Images images, float* panel, float* sums, int threads) {
   const int64_t sample = images.channels * images.height * images.width, groups = ceil_div(images.n, kVector),
-                edge = images.pad_height * images.full_width(),
-                full = images.full_height() * images.full_width() * kVector;
+                above = images.pad_height * images.full_width(),
+                below = images.after_height * images.full_width(), phase = images.phase() * kVector;
   // a piece of lines a task, whichever thread takes it
   const int64_t pieces = threads > 1 ? ceil_div(images.height, 4) : 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -154,13 +177,13 @@ void last_to_panel(const float* x, Images images, float* panel, float* sums, int
       const int64_t group = t / pieces, first = group * kVector, piece = t % pieces;
       spread_lines(x + first * sample, images.n - first < kVector ? images.n - first : kVector, images,
                    images.height * piece / pieces, images.height * (piece + 1) / pieces,
-                   panel + group * images.channels * full);
+                   panel + group * images.channels * images.map() * kVector);
     }
 #pragma omp for
-    for (int64_t t = 0; t < groups * images.channels; ++t) {
-      clear(panel + t * full, edge);
-      clear(panel + (t + 1) * full - edge * kVector, edge);
-      if (sums) sums[t] = sum_channel(images, panel + t * full);
+    for (int64_t t = 0; t < groups * images.channels * images.phases(); ++t) {
+      clear(panel + t * phase, above);
+      clear(panel + (t + 1) * phase - below * kVector, below);
+      if (sums) sums[t] = sum_channel(images, panel + t * phase);  // of images with one phase
     }
   }
 }
@@ -168,17 +191,19 @@ void last_to_panel(const float* x, Images images, float* panel, float* sums, int
 void to_panel(const float* x, Images images, float* panel, float* sums, int threads) {
   if (images.last) return last_to_panel(x, images, panel, sums, threads);
   const int64_t stride = images.channels * images.height * images.width, area = images.height * images.width,
-                full = images.full_height() * images.full_width() * kVector;
+                map = images.map() * kVector;
   const int64_t tasks = ceil_div(images.n, kVector) * images.channels;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < tasks; ++t) {
     const int64_t begin = t / images.channels * kVector, channel = t % images.channels;
     const int64_t samples = images.n - begin < kVector ? images.n - begin : kVector;
     const float* maps = x + begin * stride + channel * area;
-    if (sums)
-      sums[t] = pad_channel<true>(maps, stride, samples, images, panel + t * full);
+    if (images.stride > 1)
+      split_channel(maps, stride, samples, images, panel + t * map);
+    else if (sums)
+      sums[t] = pad_channel<true>(maps, stride, samples, images, panel + t * map);
     else
-      pad_channel<false>(maps, stride, samples, images, panel + t * full);
+      pad_channel<false>(maps, stride, samples, images, panel + t * map);
   }
 }
 
