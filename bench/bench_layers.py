@@ -1,6 +1,6 @@
 """Whole training steps of masked layers against torch's dense ones, and against everything else that can be installed.
 
-    python bench/bench_layers.py [--only linear conv blocks peers never-slower threads] [--minutes 7] [--again]
+    python bench/bench_layers.py [--only linear conv strided blocks peers never-slower threads] [--minutes 7] [--again]
 
 A step is the layer as a user calls it: ``.grad`` set to None, forward, backward, with dx and dw, through autograd.
 Every way runs in turns with the dense layer in one process; a figure is the median of paired ratios (its quartiles
@@ -36,8 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LINEAR = ["784x200", "200x200", "2304x512", "3136x512", "4096x4096"]  # in x out
 BATCHES = [16, 32, 64, 256]
 CONV = ["64-64 3x3 16x16", "128-128 3x3 8x8", "32-64 5x5 24x24"]  # in-out kernel map, padded to the same map
+STRIDED = ["32-64 3x3 32x32 /2", "64-128 3x3 16x16 /2", "64-128 1x1 16x16 /2"]  # the map is the input's, halved
 ODD = ["1x1", "5x3", "33x17", "129x63", "784x200", "1000x100", "2304x512"]
-ODD_CONV = ["1-1 1x1 3x3", "3-5 3x3 7x7", "17-33 3x3 9x9", "64-64 3x3 16x16"]
+ODD_CONV = ["1-1 1x1 3x3", "3-5 3x3 7x7", "17-33 3x3 9x9", "64-64 3x3 16x16", "3-5 3x3 8x8 /2"]
 
 
 def cases(section: str) -> list[dict]:
@@ -56,6 +57,7 @@ def cases(section: str) -> list[dict]:
     return {
         "linear": lambda: grid("linear", LINEAR, BATCHES, DENSITIES),
         "conv": lambda: grid("conv", CONV, [16, 32], DENSITIES),
+        "strided": lambda: grid("conv", STRIDED, [16, 32], DENSITIES),
         "blocks": lambda: grid("linear", LINEAR, BATCHES, DENSITIES, ["4x1", "16x1"]),
         "peers": lambda: (
             grid("linear", LINEAR[:4], [16, 64], DENSITIES)
@@ -73,7 +75,7 @@ def cases(section: str) -> list[dict]:
     }[section]()
 
 
-SECTIONS = ("linear", "conv", "blocks", "peers", "never-slower", "threads")
+SECTIONS = ("linear", "conv", "strided", "blocks", "peers", "never-slower", "threads")
 
 
 class Problem:
@@ -82,14 +84,16 @@ class Problem:
     def __init__(self, case: dict) -> None:
         g = torch.Generator().manual_seed(0)
         batch, high, wide = case["batch"], *map(int, case["block"].split("x"))
+        self.stride = 1
         if case["layer"] == "linear":
             inputs, outputs = map(int, case["shape"].split("x"))
             shape, x, dy, self.padding = (outputs, inputs), (batch, inputs), (batch, outputs), 0
         else:
-            channels, kernel, size = case["shape"].split()
+            channels, kernel, size, *step = case["shape"].split()
+            self.stride = int(step[0][1:]) if step else 1
             (inputs, outputs), k, side = map(int, channels.split("-")), int(kernel[0]), int(size.split("x")[0])
             shape, self.padding = (outputs, inputs, k, k), k // 2
-            x, dy = (batch, inputs, side, side), (batch, outputs, side, side)
+            x, dy = (batch, inputs, side, side), (batch, outputs, *2 * [-(-side // self.stride)])
         drawn = torch.rand(-(-shape[0] // high), -(-shape[1] // wide), *shape[2:], generator=g) < case["density"]
         self.mask = drawn.repeat_interleave(high, 0).repeat_interleave(wide, 1)[: shape[0], : shape[1]].contiguous()
         self.weight = torch.randn(shape, generator=g) / max(1.0, case["density"] * self.mask[0].numel()) ** 0.5
@@ -97,21 +101,25 @@ class Problem:
         self.x = torch.randn(x, generator=g).requires_grad_()
         self.multiply_adds = dy[0] * int(self.mask.sum()) * (dy[2] * dy[3] if len(dy) == 4 else 1)
 
+    def plain(self, weight: torch.Tensor) -> torch.nn.Module:
+        """Return torch's own layer."""
+        return layer_peers.plain(weight, self.bias, self.padding, self.stride)
+
     def dense(self) -> layer_peers.Step:
         """Return torch's own layer's step; nothing is pruned."""
-        return layer_peers.through_autograd(layer_peers.plain(self.weight, self.bias, self.padding), self.x, self.dy)
+        return layer_peers.through_autograd(self.plain(self.weight), self.x, self.dy)
 
     def ours(self) -> layer_peers.Step:
         """Return the masked layer's step, checked."""
         o, i, *k = self.weight.shape
-        layer = nn.MaskedConv2d(i, o, k, padding=self.padding) if k else nn.MaskedLinear(i, o)
+        layer = nn.MaskedConv2d(i, o, k, self.stride, self.padding) if k else nn.MaskedLinear(i, o)
         with torch.no_grad():
             layer.weight.copy_(self.weight)
             layer.bias.copy_(self.bias)
         layer.set_mask(self.mask)
         step = self.checked(layer_peers.through_autograd(layer, self.x, self.dy))
         step()
-        want = layer_peers.plain(self.weight * self.mask, self.bias, self.padding)
+        want = self.plain(self.weight * self.mask)
         layer_peers.through_autograd(want, self.x, self.dy)()
         # float32 sums over the batch (and the map) on both sides
         scale = want.weight.grad.abs().max().item() + 1
@@ -124,7 +132,7 @@ class Problem:
 
     def checked(self, step: layer_peers.Step) -> layer_peers.Step:
         """Refuse to time a wrong result: y and dx against torch's layer on ``weight * mask``."""
-        layer = layer_peers.plain(self.weight * self.mask, self.bias, self.padding)
+        layer = self.plain(self.weight * self.mask)
         want = layer_peers.through_autograd(layer, self.x, self.dy)()
         for a, b in zip(step(), want, strict=True):
             # float32 sums on both sides; a Winograd convolution rounds more
@@ -147,7 +155,7 @@ def measure(section: str, case: dict, peak: float | None) -> dict:
                 why[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
     if section == "threads":
         return {**case, **threads(problem)}
-    if section in ("linear", "conv", "blocks"):
+    if section in ("linear", "conv", "strided", "blocks"):
         nothing = limits.Nothing(problem.weight, problem.bias, tuple(problem.dy.shape))
         others["nothing"] = layer_peers.through_autograd(nothing, problem.x, problem.dy)
         others["memory"] = limits.memory(problem.mask)

@@ -220,7 +220,7 @@ def report(content: dict) -> list[str]:
         [machine_line(content), "training step over torch's dense one, median of paired ratios; lower is better"],
         ["geometric means over shapes / mark; * = missed", *marks_table(content)],
         floors_table(content),
-        *(shapes_table(content, section) for section in ("linear", "conv", "blocks")),
+        *(shapes_table(content, section) for section in ("linear", "conv", "strided", "blocks")),
         peers_table(content),
         never_slower(content),
         threads_table(content),

@@ -29,10 +29,10 @@ def through_autograd(layer: nn.Module, x: Tensor, dy: Tensor) -> Step:
     return step
 
 
-def plain(weight: Tensor, bias: Tensor, padding: int) -> nn.Module:
+def plain(weight: Tensor, bias: Tensor, padding: int, stride: int = 1) -> nn.Module:
     """Return torch's own layer with these parameters (copied)."""
     o, i, *k = weight.shape
-    layer = nn.Conv2d(i, o, k, padding=padding) if k else nn.Linear(i, o)
+    layer = nn.Conv2d(i, o, k, padding=padding, stride=stride) if k else nn.Linear(i, o)
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)

@@ -8,7 +8,7 @@
 #include "common/cpu.h"
 #include "common/scratch.h"
 #include "cpu/masked_blocks.h"
-#include "cpu/masked_few.h"
+#include "cpu/masked_every.h"
 #include "cpu/masked_matmul_layout.h"
 #include "masked_calls.h"
 
@@ -57,18 +57,6 @@ Blocks blocks_at(uintptr_t lay, int64_t chunk, int height, int64_t rows, int64_t
 int64_t copied_values(uintptr_t lay, int64_t chunk, int height, int64_t rows, int64_t cols) {
   return copied(blocks_at(lay, chunk, height, rows, cols));
 }
-
-#if defined(__x86_64__)
-const MaskedFew& few() { return cpu_isa() == Isa::avx512 ? masked_few_avx512 : masked_few_avx2; }
-#else
-const MaskedFew& few() { throw std::logic_error("masked_few: no kernel for this CPU"); }
-#endif
-
-// whether so many samples meet tiles of the weight, not rows of it
-bool by_tiles(int64_t n) { return n > kFewSamples && kernels().every_forward; }
-
-// the samples that share what is read of the weight; 0: there are no kernels for this CPU
-int64_t together() { return cpu_isa() == Isa::base ? 0 : kFewSamples; }
 
 py::bytes few_bits(uintptr_t mask, int64_t rows, int64_t cols) {
   std::vector<uint8_t> bytes;
@@ -153,51 +141,24 @@ void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr
   scratch.settle();
 }
 
-void masked_few_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
-                        uintptr_t bias, bool relu, uintptr_t y, int threads) {
+void masked_every_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
+                          uintptr_t bias, bool relu, uintptr_t y, int threads) {
   py::gil_scoped_release release;
-  if (by_tiles(n)) {
-    const MaskedMatmul& k = kernels();
-    Scratch& scratch = thread_scratch();
-    k.every_forward(at<const float>(w), at<const uint16_t>(bits), at<const float>(x), n, rows, cols,
-                    at<const float>(bias), relu, at<float>(y), scratch.take(k.every_scratch(n, rows, cols)),
-                    threads_of_product(rows * cols * n, threads));
-    return scratch.settle();
-  }
-  few().forward(at<const float>(w), at<const uint16_t>(bits), at<const float>(x), n, rows, cols,
-                at<const float>(bias), relu, at<float>(y), useful_threads(rows * cols, threads));
+  Scratch& scratch = thread_scratch();
+  every_forward(at<const float>(w), at<const uint16_t>(bits), at<const float>(x), n, rows, cols,
+                at<const float>(bias), relu, at<float>(y), scratch.take(every_scratch(n, rows, cols, false)),
+                threads);
+  scratch.settle();
 }
 
-void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows,
-                         int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
+void masked_every_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows,
+                           int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads) {
   py::gil_scoped_release release;
-  if (by_tiles(n)) {
-    const MaskedMatmul& k = kernels();
-    Scratch& scratch = thread_scratch();
-    threads = threads_of_product(rows * cols * n, threads);
-    if (dx)
-      k.every_back(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), n, rows, cols,
-                   at<float>(dx), threads);
-    if (dw)
-      k.outer(at<const float>(dy), at<const float>(x), {nullptr, at<const uint16_t>(bits)}, n, rows, cols,
-              at<float>(dw), scratch.take(k.outer_scratch(n, rows)), threads);
-    if (db) k.sum_samples(at<const float>(dy), n, rows, at<float>(db));
-    return scratch.settle();
-  }
-  // a weight that the cache holds is read strip by strip, and the sums of its columns stay in registers
-  const bool strips = dx && n > 1 && kernels().every_back && rows * cols < kPackFrom;
-  if (strips)
-    kernels().every_back(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), n, rows, cols,
-                         at<float>(dx), useful_threads(rows * cols, threads));
-  // where rows of dw do not begin with a cache line every store meets two: tiles store less often
-  const bool tiles = dw && n > kFewSamples / 2 && cols % 16 && kernels().every_back;
-  if (tiles)
-    kernels().outer(at<const float>(dy), at<const float>(x), {nullptr, at<const uint16_t>(bits)}, n, rows,
-                    cols, at<float>(dw), thread_scratch().take(kernels().outer_scratch(n, rows)),
-                    useful_threads(rows * cols, threads));
-  few().backward(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), at<const float>(x), n,
-                 rows, cols, strips ? nullptr : at<float>(dx), tiles ? nullptr : at<float>(dw), at<float>(db),
-                 useful_threads(rows * cols, threads));
+  Scratch& scratch = thread_scratch();
+  every_backward(at<const float>(w), at<const uint16_t>(bits), at<const float>(dy), at<const float>(x), n,
+                 rows, cols, at<float>(dx), at<float>(dw), at<float>(db),
+                 scratch.take(every_scratch(n, rows, cols, true)), threads);
+  scratch.settle();
 }
 
 void bind_masked_matmul(py::module_& m) {
@@ -224,16 +185,14 @@ void bind_masked_matmul(py::module_& m) {
   m.def("masked_blocks_backward", masked_blocks_backward,
         "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
         "dy.sum(0)");
-  m.def("masked_few_together", together,
+  m.def("masked_every_together", every_together,
         "the samples that share what the functions below read of the weight; 0: not for this CPU");
-  m.def(
-      "masked_few_tiles", [] { return kernels().every_forward != nullptr; },
-      "whether more samples than that meet tiles of the weight");
+  m.def("masked_every_tiles", every_tiles, "whether more samples than that meet tiles of the weight");
   m.def("masked_few_bits", few_bits,
         "a mask (rows, cols), 16 columns to a word, each row from a whole word on");
-  m.def("masked_few_forward", masked_few_forward,
+  m.def("masked_every_forward", masked_every_forward,
         "y (n, rows) = act(x (n, cols) @ (w * mask).T + bias), all products computed");
-  m.def("masked_few_backward", masked_few_backward,
+  m.def("masked_every_backward", masked_every_backward,
         "dx (n, cols) = dy (n, rows) @ (w * mask); dw (rows, cols) = where(mask, dy.T @ x, 0); db (rows) = "
         "dy.sum(0); all products computed");
 }

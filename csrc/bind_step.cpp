@@ -59,7 +59,7 @@ PyObject* forward_here(const Plan& p, PyObject* ctx, PyObject* x, PyObject* weig
   }
   const uintptr_t from = place(x), w = place(weight), b = place(bias), to = place(y.ptr());
   if (p.every[0])
-    masked_few_forward(w, p.bits, from, n, p.rows, p.cols, b, false, to, threads());
+    masked_every_forward(w, p.bits, from, n, p.rows, p.cols, b, false, to, threads());
   else if (p.height)
     masked_blocks_forward(from, w, p.layout, p.chunk, p.height, b, n, p.rows, p.cols, false, to,
                           place(values.ptr()), threads());
@@ -87,14 +87,14 @@ PyObject* backward_here(const Plan& p, PyObject* ctx, PyObject* dy, PyObject* x,
                   v = place(values.ptr()), to = place(dx.ptr()), to_w = place(dw.ptr()),
                   to_b = place(db.ptr());
   if (p.every[0] && p.every[1] && p.every[2]) {
-    masked_few_backward(w, p.bits, from, in, n, p.rows, p.cols, to, to_w, to_b, threads());
+    masked_every_backward(w, p.bits, from, in, n, p.rows, p.cols, to, to_w, to_b, threads());
   } else if (p.height) {
     masked_blocks_backward(from, in, w, v, p.layout, p.chunk, p.height, n, p.rows, p.cols, to, to_w, to_b,
                            threads());
   } else {
     masked_matmul_backward(from, in, w, v, p.layout, p.chunk, n, p.rows, p.cols, p.every[1] ? 0 : to,
                            p.every[2] ? 0 : to_w, to_b, threads());
-    if (p.every[1] && to) masked_few_backward(w, p.bits, from, 0, n, p.rows, p.cols, to, 0, 0, threads());
+    if (p.every[1] && to) masked_every_backward(w, p.bits, from, 0, n, p.rows, p.cols, to, 0, 0, threads());
     if (p.every[2] && to_w) masked_matmul_outer(from, in, 0, p.bits, n, p.rows, p.cols, to_w, threads());
   }
   return PyTuple_Pack(4, dx.ptr(), dw.ptr(), db.ptr(), Py_None);

@@ -18,9 +18,9 @@ void masked_blocks_forward(uintptr_t x, uintptr_t weight, uintptr_t lay, int64_t
 void masked_blocks_backward(uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t values, uintptr_t lay,
                             int64_t chunk, int height, int64_t n, int64_t rows, int64_t cols, uintptr_t dx,
                             uintptr_t dw, uintptr_t db, int threads);
-void masked_few_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
-                        uintptr_t bias, bool relu, uintptr_t y, int threads);
-void masked_few_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows,
-                         int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads);
+void masked_every_forward(uintptr_t w, uintptr_t bits, uintptr_t x, int64_t n, int64_t rows, int64_t cols,
+                          uintptr_t bias, bool relu, uintptr_t y, int threads);
+void masked_every_backward(uintptr_t w, uintptr_t bits, uintptr_t dy, uintptr_t x, int64_t n, int64_t rows,
+                           int64_t cols, uintptr_t dx, uintptr_t dw, uintptr_t db, int threads);
 
 }  // namespace autoflip

@@ -155,6 +155,13 @@ def layers() -> str:
                 "",
                 *layer_marks.marks_table(other),
             ]
+        if strided := layer_marks.shapes_table(other, "strided"):
+            lines += [
+                "",
+                "Convolutions with a stride of 2 there (no mark was set), one column a density:",
+                "",
+                *strided,
+            ]
     if floors := layer_marks.floors_table(content):
         lines += [
             "",

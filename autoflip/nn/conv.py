@@ -29,13 +29,19 @@ _compiling, _threads = torch.compiler.is_compiling, torch.get_num_threads
 __all__ = ["MaskedConv2d"]
 
 
+def _any(weight: Tensor) -> bool:
+    """Tell that a weight may be multiplied by as it is."""
+    del weight
+    return True
+
+
 class MaskedConv2d(Masked, nn.Conv2d):
     """``torch.nn.Conv2d`` on ``weight * mask``; torch's own until a mask is set.
 
     Pruned weights do no work where the sparse kernel is the faster one: on a CPU, one group, zero padding, a stride
     that divides the map, 8 samples or more (fewer where the layer is small), float32 or what is narrower; see
     :func:`autoflip.ops.masked_conv2d`. Elsewhere the dense convolution runs, and time and FLOPs fall when whole
-    channels go: :func:`autoflip.compact` removes them. Of fewer than 32 channels the kernel may be the faster one
+    channels go: :func:`autoflip.compact` removes them. Of fewer than 48 channels the kernel may be the faster one
     without a pruned weight too: a mask that keeps everything has it tried.
 
     Arguments, parameters and ``state_dict()`` are torch's. Pruned weights are zero, get exactly zero
@@ -96,6 +102,8 @@ class MaskedConv2d(Masked, nn.Conv2d):
                 return y
         if pack is None or cast or self._all_dense(pack, input, weight):
             whole = self._mask_of("weight") is None if pack is None else pack.whole
+            if whole and not cast and found is not None and mask is not None and not mask.is_inference():
+                self.__dict__["_still"] = (found, mask, mask._version, input.shape, _any)  # nothing to look for
             if whole or (not traced() and self._stands(input, weight, mask, again=not cast)):
                 return self._conv_forward(input, weight, bias)
             if channels_last(weight):  # torch's convolution keeps that layout

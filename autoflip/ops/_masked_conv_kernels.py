@@ -52,29 +52,37 @@ class Geometry(NamedTuple):
     shape: Any  # the extension's object for both
 
 
+class _Axis(NamedTuple):
+    """One axis: outputs, then zeros before and behind what panels of x and of dy hold of it."""
+
+    out: int
+    x_before: int
+    x_behind: int
+    dy_before: int
+    dy_behind: int
+
+
+def _axis(size: int, taps: int, padding: int, dilation: int, stride: int) -> _Axis | None:
+    far = dilation * (taps - 1)
+    # with its number o an output meets lines from o + least to o + most of what a stride leaves side by side
+    least, most, lines = -padding // stride, (far - padding) // stride, size // stride
+    out = outputs(size, far, padding, stride)
+    found = _Axis(out, -least, out + most - lines, most, lines - least - out)
+    return found if out > 0 and size % stride == 0 and min(found) >= 0 else None
+
+
 @lru_cache(maxsize=256)
 def _geometry(
     n: int, size: Pair, last: Pair, weight: tuple[int, ...], padding: Pair, dilation: Pair, stride: int
 ) -> Geometry | None:
-    before: list[list[int]] = [[], []]
-    behind: list[list[int]] = [[], []]
-    out = []
-    for axis in (0, 1):
-        far, pad = dilation[axis] * (weight[2 + axis] - 1), padding[axis]
-        lines, made = size[axis] // stride, outputs(size[axis], far, pad, stride)
-        # an output meets the lines from its own number + least to that + most
-        least, most = -pad // stride, (far - pad) // stride
-        before[0].append(-least)
-        behind[0].append(made + most - lines)
-        before[1].append(most)
-        behind[1].append(lines - least - made)
-        out.append(made)
-    fits = min(out) > 0 and min(*before[0], *before[1], *behind[0], *behind[1]) >= 0
-    if not fits or size[0] % stride or size[1] % stride:
+    axes = [_axis(*axis, stride) for axis in zip(size, weight[2:], padding, dilation, strict=True)]
+    down, across = axes
+    if down is None or across is None:
         return None
-    x = (n, weight[1], *size, *before[0], last[0], *behind[0], stride)
-    dy = (n, weight[0], *out, *before[1], last[1], *behind[1], 1)
-    return Geometry(x, dy, CPP.MaskedConvShape(x, dy, (*weight[2:], *dilation, *padding, stride)))  # type: ignore[arg-type]
+    x = (n, weight[1], *size, down.x_before, across.x_before, last[0], down.x_behind, across.x_behind, stride)
+    y = (down.out, across.out, down.dy_before, across.dy_before, last[1], down.dy_behind, across.dy_behind)
+    dy = (n, weight[0], *y, 1)
+    return Geometry(x, dy, CPP.MaskedConvShape(x, dy, (*weight[2:], *dilation, *padding, stride)))
 
 
 def geometry(x: Tensor, parts: Parts, y_last: bool) -> Geometry | None:

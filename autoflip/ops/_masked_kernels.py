@@ -24,9 +24,9 @@ TILE = 32  # of kernels/masked_matmul.py and csrc/cuda/masked_matmul.cu
 STEPS = ("forward", "dx", "dw")
 HEIGHTS = {"t": 16, "q": 4}  # letter of a path -> rows that keep the same columns; the higher first
 # rows of x that share what the kernels of path "fff" read of a weight; 0: there are no such kernels
-FEW = CPP.masked_few_together() if CPP is not None else 0
+FEW = CPP.masked_every_together() if CPP is not None else 0
 # whether more rows than FEW meet tiles of the weight, as fast as a dense product, instead of going FEW at a time
-TILES = CPP is not None and CPP.masked_few_tiles()
+TILES = CPP is not None and CPP.masked_every_tiles()
 
 
 _HEIGHT = {3 * letter: height for letter, height in HEIGHTS.items()}  # by path: such a letter stands in all steps
@@ -208,7 +208,7 @@ def cpu_forward(
     layout, sizes, threads = parts.layout.data_ptr(), (n, rows, cols), torch.get_num_threads()
     if parts.path[0] == "f":
         bits = _bits(parts).data_ptr()
-        CPP.masked_few_forward(weight.data_ptr(), bits, x.data_ptr(), *sizes, _at(bias), relu, y.data_ptr(), threads)
+        CPP.masked_every_forward(weight.data_ptr(), bits, x.data_ptr(), *sizes, _at(bias), relu, y.data_ptr(), threads)
         return y
     sources = x.data_ptr(), weight.data_ptr(), layout, parts.chunk
     results = relu, y.data_ptr(), _at(values), threads
@@ -245,12 +245,12 @@ def cpu_backward(
     sizes, layout, threads = (n, rows, cols), parts.layout.data_ptr(), torch.get_num_threads()
     if parts.path == "fff":
         results = _at(out), _at(dw), _at(sums), threads
-        CPP.masked_few_backward(_at(weight), layout, dy.data_ptr(), _at(x), *sizes, *results)
+        CPP.masked_every_backward(_at(weight), layout, dy.data_ptr(), _at(x), *sizes, *results)
         return out, dw, sums
     every_x, every_w = (letter == "f" for letter in parts.path[1:])
     if dx and every_x:
         bits = _bits(parts).data_ptr()
-        CPP.masked_few_backward(_at(weight), bits, dy.data_ptr(), 0, *sizes, _at(out), 0, 0, threads)
+        CPP.masked_every_backward(_at(weight), bits, dy.data_ptr(), 0, *sizes, _at(out), 0, 0, threads)
     if x is not None and dw is not None and every_w:
         cpu_outer(dy, x, parts, dw)
     results = 0 if every_x else _at(out), 0 if every_w else _at(dw), _at(sums), threads

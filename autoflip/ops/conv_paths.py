@@ -30,8 +30,9 @@ LEAST_BATCH = 8  # samples are SIMD lanes
 # kernels' whole step, two calls, may then be the faster one
 SMALL_WORK = 2_000_000
 # density above which the sparse kernels are not tried: none gained there (bench/bench_layers.py --only conv), but for
-# few channels: 8 of them oneDNN convolves at a third of its rate, 24 at two thirds (bench/bench_compact.py)
-TRIED_BELOW, FEW_CHANNELS = 0.75, 32
+# few channels, which oneDNN convolves slower per channel than 64: the kernels were faster with 3 to 40 row-major, 3 to
+# 28 and 40 channels-last, by a third of a step with 8, by a sixth with 28 (Xeon, AVX-512)
+TRIED_BELOW, FEW_CHANNELS = 0.75, 48
 # step -> density below which the kernel was at least 10 % faster than torch 2.13's dense convolution (oneDNN) at
 # every shape of bench/bench_layers.py, batch 16. Intel Xeon (Sapphire Rapids), 1 thread, CPU time, 2026-11-22.
 RULE = {

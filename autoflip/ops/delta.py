@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoflip.ops import backend, reference
+from autoflip.ops import backend, memory, reference
 
 __all__ = [
     "CHUNK",
@@ -200,7 +200,7 @@ def gather(x: Tensor, mask: Pack | None, base: Tensor | None = None) -> tuple[Ar
         values = x if base is None else x - base
         return values.cpu().numpy(), bool(torch.isfinite(values).all())
     if ext := cpp(x.device):
-        out = np.empty(mask.kept, np.float32)
+        out = memory.empty_bytes(4 * mask.kept).view(np.float32)
         base_at = 0 if base is None else base.data_ptr()
         places = (x.data_ptr(), base_at, mask.words.data_ptr(), mask.offsets.data_ptr())
         return out, ext.delta_gather(*places, mask.numel, out.ctypes.data, torch.get_num_threads())
@@ -212,7 +212,7 @@ def expand(values: Array, mask: Pack) -> Tensor:
     """``out[mask] = values`` and zero elsewhere: ``(numel,)`` from ``(kept,)``, both float32 on the CPU."""
     _check_values("expand", values, mask)
     if ext := cpp():
-        out = torch.empty(mask.numel, dtype=torch.float32)
+        out = memory.empty(mask.numel)
         places = (values.ctypes.data, mask.words.data_ptr(), mask.offsets.data_ptr())
         ext.delta_expand(*places, mask.numel, out.data_ptr(), torch.get_num_threads())
         return out

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoflip.ops import reference
+from autoflip.ops import memory, reference
 from autoflip.ops.delta import Array, Pack, cpp, new_words
 
 __all__ = [
@@ -79,7 +79,7 @@ def quantise(values: Array, levels: int, key: Key) -> tuple[Array, Array]:
     """
     values = np.ascontiguousarray(values, np.float32)
     if ext := cpp():
-        codes, scales = np.empty(len(values), np.int8), np.empty(-(-len(values) // BLOCK), np.float32)
+        codes, scales = memory.empty_bytes(len(values)).view(np.int8), np.empty(-(-len(values) // BLOCK), np.float32)
         places = (codes.ctypes.data, scales.ctypes.data, torch.get_num_threads())
         ext.delta_quantise(values.ctypes.data, len(values), levels, largest_scale(levels), *words_of(key), *places)
         return codes, scales
@@ -91,7 +91,7 @@ def dequantise(codes: Array, scales: Array) -> Array:
     assert len(scales) == -(-len(codes) // BLOCK)
     if ext := cpp():
         codes, scales = np.ascontiguousarray(codes, np.int8), np.ascontiguousarray(scales, np.float32)
-        out = np.empty(len(codes), np.float32)
+        out = memory.empty_bytes(4 * len(codes)).view(np.float32)
         places = (codes.ctypes.data, scales.ctypes.data, len(codes), out.ctypes.data)
         ext.delta_dequantise(*places, torch.get_num_threads())
         return out
@@ -116,7 +116,7 @@ def round_bf16(values: Array, key: Key) -> Array:
     """Round ``(n,)`` float32 to bf16 words (uint16), at random and unbiased (key None: to the nearest)."""
     values = np.ascontiguousarray(values, np.float32)
     if ext := cpp():
-        out = np.empty(len(values), np.uint16)
+        out = memory.empty_bytes(2 * len(values)).view(np.uint16)
         ext.delta_round_bf16(values.ctypes.data, len(values), *words_of(key), out.ctypes.data, torch.get_num_threads())
         return out
     return reference.delta_round_bf16(values, key)
@@ -130,7 +130,7 @@ def split_planes(values: Array) -> bytes:
     """
     if ext := cpp():
         values = np.ascontiguousarray(values)
-        out = np.empty(values.nbytes, np.uint8)
+        out = memory.empty_bytes(values.nbytes)
         ext.delta_split(values.ctypes.data, len(values), values.itemsize, out.ctypes.data)
         return out.tobytes()
     return reference.delta_split(values)
