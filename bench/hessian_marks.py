@@ -43,7 +43,8 @@ def table(path: Path = RESULTS) -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} | {probes[case]} |")
     equal, machine = content.get("equal_error"), content["machine"]
     text = (
-        "Gauss-Newton diagonals by draws (the LSTM's of bfloat16 products with float32 sums, where the CPU has them) "
+        "Gauss-Newton diagonals by draws (the LSTM's of bfloat16 products with float32 sums, where the CPU has them, "
+        "in AMX's tiles if it has those) "
         "and exactly, then traces of the Hessian by as many probes. "
     )
     if equal:  # where PyHessian was installed

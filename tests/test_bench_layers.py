@@ -41,6 +41,19 @@ def test_means_and_marks():
     assert rows[6] == "| 0.1 | - | - | - | 0.12 / 0.12 |"
 
 
+@pytest.mark.parametrize(
+    "layer, shape, size",
+    [("conv", "3-5 3x3 8x8 /2", (9, 5, 4, 4)), ("conv", "3-5 3x3 8x8", (9, 5, 8, 8)), ("linear", "4x6", (9, 6))],
+)
+def test_problems_check_their_layers(layer, shape, size):
+    problem = bench_layers.Problem({"layer": layer, "shape": shape, "batch": 9, "density": 0.5, "block": "1x1"})
+    y, dx = problem.ours()()
+    assert (y.shape, dx.shape) == (size, problem.x.shape)
+    wrong = layer_peers.through_autograd(problem.plain(problem.weight), problem.x, problem.dy)  # nothing is pruned
+    with pytest.raises(AssertionError):
+        problem.checked(wrong)
+
+
 def test_report_names_what_is_slower_and_the_better_way_of_a_peer():
     peers = {"ours": 0.3, "torch CSR, sampled_addmm": 1.4, "torch CSR, dense dw": 1.2}
     told = content(

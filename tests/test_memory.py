@@ -57,6 +57,22 @@ def test_dead_blocks_stay_within_their_bound(monkeypatch):
     assert not memory._dead
 
 
+def test_gathers_and_codes_use_blocks_again_and_keep_what_lives():
+    x, mask = torch.arange(2.0 * NUMEL), delta.pack(torch.arange(2 * NUMEL) % 10 > 0)
+    first, _ = delta.gather(x, mask)
+    place, want = first.ctypes.data, first.copy()
+    part, second = first[5:8], delta.gather(-x, mask)[0]
+    assert (first == want).all()
+    assert (second == -want).all()
+    del first
+    assert delta.gather(x, mask)[0].ctypes.data != place  # a part keeps its memory alive
+    assert (part == want[5:8]).all()
+    del part
+    gc.collect()
+    dense = delta.expand(second, mask)
+    assert torch.equal(dense[dense != 0], torch.from_numpy(-want[want != 0]))
+
+
 def test_streams_use_blocks_again_too():
     size = memory.LEAST + 3
     a = memory.empty_bytes(size)
