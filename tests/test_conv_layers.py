@@ -107,3 +107,22 @@ def test_trials_choose_once_and_see_no_flops(monkeypatch, tmp_path):
     assert counter.get_total_flops() in (dense, round(dense * layer.density))
     assert sum("masked_conv2d 32x32x3x3" in key for key in ops.trials.known()) == 4  # three steps and the whole
     ops.trials.forget()
+
+
+def test_a_whole_layer_that_runs_dense_remembers_its_own_weight_alone(monkeypatch):
+    layer = nn.MaskedConv2d(3, 4, 1)
+    layer.set_mask(torch.ones(4, 3, 1, 1, dtype=torch.bool))
+    layer._conv_pack(layer.weight_mask).path = "dense"
+    x, other = torch.randn(2, 3, 4, 4), torch.randn(4, 3, 1, 1)
+    torch.testing.assert_close(
+        torch.func.functional_call(layer, {"weight": other}, (x,)), F.conv2d(x, other, layer.bias)
+    )
+    assert "_still" not in layer.__dict__
+    want = layer(x)
+    assert layer.__dict__["_still"][0] is layer.weight
+    monkeypatch.setattr(layer, "_all_dense", None)  # not asked again
+    assert torch.equal(layer(x), want)
+    monkeypatch.undo()
+    mask = torch.zeros(4, 3, 1, 1, dtype=torch.bool)
+    layer.set_mask(mask)
+    assert torch.equal(layer(x), layer.bias.view(1, -1, 1, 1).expand(2, 4, 4, 4))

@@ -102,7 +102,9 @@ class MaskedConv2d(Masked, nn.Conv2d):
                 return y
         if pack is None or cast or self._all_dense(pack, input, weight):
             whole = self._mask_of("weight") is None if pack is None else pack.whole
-            if whole and not cast and found is not None and mask is not None and not mask.is_inference():
+            # not a tensor that stands in for the layer's own for a while (functional_call)
+            own = found is not None and found is self.__dict__.get("_own")
+            if whole and own and not cast and mask is not None and not mask.is_inference():
                 self.__dict__["_still"] = (found, mask, mask._version, input.shape, _any)  # nothing to look for
             if whole or (not traced() and self._stands(input, weight, mask, again=not cast)):
                 return self._conv_forward(input, weight, bias)
