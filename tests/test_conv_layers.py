@@ -10,6 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from autoflip import nn, ops
 
 
+def forbid_torch(layer, monkeypatch):
+    """Let a layer that has chosen take the kernels from here on; torch's convolution must not run."""
+    pack = layer._conv_pack(layer.weight_mask)
+    pack.path = "sparse"
+    pack._parts.clear()
+    layer._unhook()  # the choice for x is remembered with it
+    monkeypatch.setattr(F, "conv2d", None)
+
+
 def test_layer_takes_the_sparse_path_where_it_is_forced_and_falls_back_elsewhere(monkeypatch):
     layer = nn.MaskedConv2d(4, 8, 3, padding="same", dilation=2)
     mask = torch.rand(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -17,11 +26,7 @@ def test_layer_takes_the_sparse_path_where_it_is_forced_and_falls_back_elsewhere
     x = torch.randn(9, 4, 7, 7)
     want = F.conv2d(x, layer.weight, layer.bias, padding="same", dilation=2)
     torch.testing.assert_close(layer(x), want)
-    pack = layer._conv_pack(layer.weight_mask)
-    pack.path = "sparse"
-    pack._parts.clear()
-    layer._unhook()  # the choice for x is remembered with it
-    monkeypatch.setattr(F, "conv2d", None)  # torch's convolution must not run
+    forbid_torch(layer, monkeypatch)
     torch.testing.assert_close(layer(x), want)
     torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), want)
     torch.testing.assert_close(layer(x[:1]), want[:1])
@@ -85,11 +90,7 @@ def test_few_channels_that_are_all_kept_may_take_the_kernel(form, monkeypatch):
     x = torch.randn(9, 8, 6, 5).to(memory_format=form)
     want = F.conv2d(x, layer.weight, layer.bias, padding=1)
     torch.testing.assert_close(layer(x), want)
-    pack = layer._conv_pack(layer.weight_mask)
-    pack.path = "sparse"
-    pack._parts.clear()
-    layer._unhook()  # the choice for x is remembered with it
-    monkeypatch.setattr(F, "conv2d", None)  # torch's convolution must not run
+    forbid_torch(layer, monkeypatch)
     torch.testing.assert_close(layer(x), want)
 
 

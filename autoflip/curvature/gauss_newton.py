@@ -13,7 +13,8 @@ behind ReLU), where squares of several draws are added first (dense layers), and
 known layers, ReLU, max-pooling and reshapes stand between the loss and the input (:mod:`chained`), gradients go from
 layer to layer by hand, all factors in one product, and those of the dealt rows alone. Through an LSTM's steps
 (:mod:`lstm`) draws, whose own error is percents, go in products of bfloat16 with float32 sums where the CPU has them:
-twice as fast, their trace off by less than 1e-4. The exact sum never does.
+twice as fast in a Zen 4's vectors, five times in AMX's tiles, their trace off by less than 1e-4. The exact sum never
+does.
 
 Parameters that no known layer owns (or that several use, or that see samples mixed by batch statistics) are
 handled with what always holds: a draw squares the gradient of the whole batch, equally unbiased but noisier; the

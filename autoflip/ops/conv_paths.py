@@ -31,7 +31,7 @@ LEAST_BATCH = 8  # samples are SIMD lanes
 SMALL_WORK = 2_000_000
 # density above which the sparse kernels are not tried: none gained there (bench/bench_layers.py --only conv), but for
 # few channels, which oneDNN convolves slower per channel than 64: the kernels were faster with 3 to 40 row-major, 3 to
-# 28 and 40 channels-last, by a third of a step with 8, by a sixth with 28 (Xeon, AVX-512)
+# 28 and 40 channels-last; a step took 0.42 of oneDNN's time with 8 and 0.68 with 28, 0.71 and 0.81 (Xeon, AVX-512)
 TRIED_BELOW, FEW_CHANNELS = 0.75, 48
 # step -> density below which the kernel was at least 10 % faster than torch 2.13's dense convolution (oneDNN) at
 # every shape of bench/bench_layers.py, batch 16. Intel Xeon (Sapphire Rapids), 1 thread, CPU time, 2026-11-22.

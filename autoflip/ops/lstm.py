@@ -100,7 +100,7 @@ def lstm_pull_back(
         dc: ``(Q, N, H)``: those of the last cell state; None: zeros.
         input_weight: ``(4 H, I)``: gradients at the input are wanted, too.
         coarse: products may round to bfloat16 (sums are float32), and ``d`` is bfloat16 then: where the CPU has
-            products of it, twice (AVX-512) or eight times (AMX) as many.
+            products of it, AVX-512's or AMX's.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.

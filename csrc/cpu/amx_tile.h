@@ -1,5 +1,5 @@
 // Rows times a packed panel of columns in AMX's tiles: bfloat16 with float32 sums, as Halves of rows_tile.h,
-// and eight times their multiply-adds a cycle.
+// whose time an LSTM's walk back took 0.22 of (Xeon, Emerald Rapids).
 #pragma once
 #include "cpu/rows_tile.h"
 
