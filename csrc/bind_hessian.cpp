@@ -108,22 +108,36 @@ int64_t sequence_squares(const Addresses& d, const std::vector<Input>& u, uintpt
 }
 
 int64_t squared_matmul(uintptr_t d, uintptr_t a, uintptr_t rows, uintptr_t out, int64_t samples,
-                       int64_t outputs, int64_t columns, bool squared, int threads) {
-  const HessianKernels& k = kernels();
+                       int64_t outputs, int64_t columns, bool squared, bool coarse, int threads) {
+  const CoarseKernels* tiles = coarse ? coarse_kernels() : nullptr;
+  coarse = tiles != nullptr && tiles->squared_matmul != nullptr;
   threads = threads_for(samples * outputs * columns / 16, threads);
   Scratch& scratch = thread_scratch();
-  int64_t ran = k.squared_matmul(at<float>(d), at<float>(a), at<int64_t>(rows), at<float>(out),
-                                 scratch.take(k.squared_matmul_scratch(samples, outputs, threads)), samples,
-                                 outputs, columns, squared, threads);
+  int64_t floats =
+      (coarse ? tiles->squared_matmul_scratch : kernels().squared_matmul_scratch)(samples, outputs, threads);
+  const auto run = coarse ? tiles->squared_matmul : kernels().squared_matmul;
+  int64_t ran = run(at<float>(d), at<float>(a), at<int64_t>(rows), at<float>(out), scratch.take(floats),
+                    samples, outputs, columns, squared, threads);
   scratch.settle();
   return ran;
 }
 
 int64_t dense_pull_back(const Addresses& d, uintptr_t w, uintptr_t gate, uintptr_t rows, uintptr_t out,
-                        int64_t samples, int64_t outputs, int64_t columns, bool squared, int threads) {
+                        int64_t samples, int64_t outputs, int64_t columns, bool squared, bool tiled,
+                        int threads) {
   int64_t factors = static_cast<int64_t>(d.size());
   threads = threads_for(factors * samples * outputs * columns / 16, threads);
   std::vector<const float*> values = pointers(d);
+  if (tiled) {
+    const CoarseKernels& k = *coarse_kernels();
+    Scratch& scratch = thread_scratch();
+    float* floats = scratch.take(k.dense_pull_back_scratch(factors * samples, outputs, threads));
+    int64_t ran =
+        k.dense_pull_back(values.data(), at<float>(w), at<float>(gate), at<int64_t>(rows), at<float>(out),
+                          floats, factors, samples, outputs, columns, squared, threads);
+    scratch.settle();
+    return ran;
+  }
   return kernels().dense_pull_back(values.data(), at<float>(w), at<float>(gate), at<int64_t>(rows),
                                    at<float>(out), factors, samples, outputs, columns, squared, threads);
 }
@@ -191,6 +205,14 @@ int64_t deal(uintptr_t weight, int64_t samples, double budget, int64_t most, dou
                    at<double>(scale));
 }
 
+int64_t dealt(uintptr_t f, uintptr_t scale, uint64_t seed, int64_t samples, int64_t classes, double budget,
+              int64_t most, double alike, double chance, uintptr_t sample, uintptr_t v) {
+  std::vector<float> signs(samples * classes);
+  kernels().rademacher(seed, 0, signs.data(), samples * classes, 1);
+  return softmax_deal(at<float>(f), at<float>(scale), signs.data(), samples, classes,
+                      {budget, most, alike, chance}, at<int64_t>(sample), at<float>(v));
+}
+
 }  // namespace
 
 void bind_hessian(pybind11::module_& m) {
@@ -198,8 +220,13 @@ void bind_hessian(pybind11::module_& m) {
   m.def("conv_squares", conv_squares, "returns the multiply-adds that ran", release());
   m.def("conv_pull_back", conv_pull_back, "returns the multiply-adds that ran", release());
   m.def("sequence_squares", sequence_squares, "returns the multiply-adds that ran", release());
-  m.def("squared_matmul", squared_matmul, "returns the multiply-adds that ran", release());
-  m.def("dense_pull_back", dense_pull_back, "returns the multiply-adds that ran", release());
+  m.def("squared_matmul", squared_matmul,
+        "`coarse`: squares may round to bfloat16; returns the multiply-adds that ran", release());
+  m.def(
+      "tiled", [] { return coarse_kernels() != nullptr && coarse_kernels()->dense_pull_back != nullptr; },
+      "whether `tiled` may be asked for");
+  m.def("dense_pull_back", dense_pull_back,
+        "`tiled`: d and w round to bfloat16; returns the multiply-adds that ran", release());
   m.def("softmax_pull", softmax_pull, "returns the multiply-adds that ran", release());
   m.def("factor_squares", factor_squares, release());
   m.def("all_rows", all_rows, "whether each is a row of that many");
@@ -208,6 +235,7 @@ void bind_hessian(pybind11::module_& m) {
   m.def("softmax_columns", columns, release());
   m.def("softmax_weight", weight, release());
   m.def("deal_rows", deal, "returns how many rows there are", release());
+  m.def("softmax_deal", dealt, "returns how many rows there are", release());
   m.def("rademacher", rademacher, release());
 }
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from curvature_nets import EPS, cnn, flat, make, mlp, residual
 from torch import nn
 
-from autoflip import curvature
-from autoflip.curvature.deal import deal, effective
+from autoflip import curvature, ops
 from autoflip.curvature.gauss_newton import GaussNewton
 from autoflip.curvature.problem import Problem
+from autoflip.ops.deal import effective
 
 # two samples carry nearly all, one next to nothing, one nothing
 HEAVY = torch.tensor([0.01, 3, 0.02, 2, 0.005, 0.3, 0.01, 0.02, 1e-9, 0.0, 0.01, 0.01] + 4 * [0.02, 0.01, 0.5, 0, 0.01])
@@ -48,14 +48,14 @@ def test_every_sample_counts_once_on_average(budget, most):
     steps = 20000
     total = torch.zeros(N).double()
     for i in range(0, steps, 10):
-        rows = deal(HEAVY, budget, most, (i + 0.5) / steps)
-        counts = torch.bincount(rows.samples, minlength=N)
+        samples, turns, scale = ops.deal_rows(HEAVY, budget, most, (i + 0.5) / steps)
+        counts = torch.bincount(samples, minlength=N)
         assert counts.max() <= most
-        assert len(rows.samples) <= budget + 1
+        assert len(samples) <= budget + 1
         assert counts[9] == 0
-        assert len(rows.samples.unique_consecutive()) == int((counts > 0).sum())
-        assert all(rows.turns[rows.samples == n].tolist() == list(range(counts[n])) for n in range(N))
-        total.index_add_(0, rows.samples, rows.scale.square())
+        assert len(samples.unique_consecutive()) == int((counts > 0).sum())
+        assert all(turns[samples == n].tolist() == list(range(counts[n])) for n in range(N))
+        total.index_add_(0, samples, scale.square())
     mean = total / (steps / 10)
     due = HEAVY * budget / HEAVY.sum()
     # the chance is walked in steps of 1/2000: a sample's count is off by one step, and each weighs 1 / due

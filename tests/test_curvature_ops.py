@@ -129,6 +129,51 @@ def test_squared_matmul_equals_float64_reference(shape, density):
     check_dense(shape, density)
 
 
+# (samples, outputs, columns) below, at and beyond a tile's rows, a panel and the samples that share one
+COARSE = [(1, 1, 1), (5, 33, 65), (32, 16, 64), (200, 40, 130), (600, 70, 50)]
+BF16 = (1 + 2.0**-8) ** 2 - 1  # what a product is off at most, of two numbers that round to eight bits
+
+
+def same_bits(call):
+    results = [(torch.set_num_threads(n), call())[1] for n in (1, 2, 3)]
+    assert all(torch.equal(results[0], one) for one in results)
+
+
+@pytest.mark.parametrize("shape", COARSE)
+def test_coarse_squared_matmul_rounds_to_bfloat16_and_no_further(shape):
+    N, O, K = shape
+    g = torch.Generator().manual_seed(0)
+    d, a = torch.randn(N, O, generator=g).relu(), torch.randn(N, K, generator=g)
+    for squared in (False, True):
+        given, samples = d.square() if squared else d, torch.arange(N) // 3 * 2 % max(N // 2, 1)
+        for at, inputs in ((None, a), (samples, a[: max(N // 2, 1)])):
+            v = d.double().square()
+            want = v.T @ (inputs if at is None else inputs[at]).double().square()
+            got = ops.squared_matmul(given, inputs, squared=squared, samples=at, coarse=True)
+            # all terms have one sign, so sums are off as little as a term
+            assert (got.double() - want).abs().le((BF16 + 32 * EPS) * want + 1e-30).all()
+    same_bits(lambda: ops.squared_matmul(d, a, coarse=True))
+
+
+@pytest.mark.parametrize("factors", [1, 2, 4])
+@pytest.mark.parametrize("shape", COARSE)
+def test_coarse_pull_back_rounds_to_bfloat16_and_no_further(shape, factors):
+    N, O, K = shape
+    g = torch.Generator().manual_seed(0)
+    d, weight = torch.randn(factors, N, O, generator=g), torch.randn(O, K, generator=g)
+    opened, samples = torch.randn(N, K, generator=g), torch.randint(N, (N,), generator=g)
+    off = (BF16 + 32 * EPS) * (d.double().abs() @ weight.double().abs())
+    for gate, at in ((None, None), (opened, None), (opened, samples)):
+        open_ = 1 if gate is None else (gate if at is None else gate[at]) > 0
+        want = (d.double() @ weight.double()) * open_
+        got = ops.dense_pull_back(d, weight, gate, samples=at, coarse=True)
+        assert (got.double() - want).abs().le(off).all()
+        got = ops.dense_pull_back(d, weight, gate, squared=True, samples=at, coarse=True)
+        squares = want.square().sum(0)
+        assert (got.double() - squares).abs().le((2 * off * want.abs() + off**2).sum(0) + 32 * EPS * squares).all()
+    same_bits(lambda: ops.dense_pull_back(d, weight, opened, coarse=True))
+
+
 @pytest.mark.parametrize("isa", instruction_sets.LEVELS)
 def test_each_instruction_set(isa):
     names = (
@@ -143,16 +188,9 @@ def test_each_instruction_set(isa):
 
 def test_threads_do_not_change_a_bit():
     d, x, kernel, options = conv(9, 5, 7, 4, 28, 28, (5, 5), (1, 1), (2, 2), (1, 1), 1)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(ops.conv_squares(d, x, kernel, **options))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    same_bits(lambda: ops.conv_squares(d, x, kernel, **options))
     rows, inputs = torch.randn(256, 200).relu(), torch.randn(256, 784)
-    dense = [(torch.set_num_threads(n), ops.squared_matmul(rows, inputs))[1] for n in (1, 2, 3)]
-    assert torch.equal(dense[0], dense[1])
-    assert torch.equal(dense[0], dense[2])
+    same_bits(lambda: ops.squared_matmul(rows, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)

@@ -152,6 +152,40 @@ def test_dealt_rows_equal_the_reference(budget, most):
         ops.deal_rows(weight.float(), budget, most, 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # float64 has no kernel
+@pytest.mark.parametrize("most", [1, 2, 4, 8])
+@pytest.mark.parametrize("classes", [2, 10, 65])
+def test_dealt_draws_equal_the_reference(classes, most, dtype):
+    g = torch.Generator().manual_seed(0)
+    f = (torch.randn(50, classes, generator=g) * (1 + 20 * torch.rand(50, 1, generator=g))).to(dtype)
+    scale = torch.rand(50, 1, generator=g).to(dtype)
+    signs = ops.rademacher(7, 0, tuple(f.shape), dtype=dtype)
+    draw = lambda signs, rows: ops.softmax_draw(f[rows], scale[rows], signs)
+    for budget in (3.0, 20.0, 60.0):
+        how = budget, most, 0.9, 0.25
+        samples, v = ops.softmax_deal(f, scale, 7, *how)
+        want, rows = ops.deal_draw(ops.softmax_weight(f, scale), draw, signs, *how)
+        assert torch.equal(samples, want)
+        assert v.dtype == dtype
+        # both are exact to rounding, of numbers whose weights at most are a row's (largest seen: 1 eps)
+        torch.testing.assert_close(v, rows, rtol=0, atol=8 * torch.finfo(dtype).eps * rows.abs().max().item())
+    assert ops.softmax_deal(f, scale, 7, 20.0, most, 0.01, 0.25) is None  # more than one in a hundred carries it
+    assert ops.softmax_deal(f, scale, 7, 0.01, most, 0.9, 0.25) is None  # no row is dealt
+    assert ops.softmax_deal(torch.zeros_like(f), scale * 0, 7, 20.0, most, 0.9, 0.25) is None  # none does
+    with pytest.raises(ValueError, match="one class in axis 1"):
+        ops.softmax_deal(f, scale[0], 7, 20.0, most, 0.9, 0.25)
+
+
+def test_a_samples_rows_are_orthogonal_draws():
+    f, scale = torch.zeros(40, 8), torch.full((40, 1), 1e-3)
+    scale[3] = 1.0
+    samples, v = ops.softmax_deal(f, scale, 7, 12.0, 8, 0.9, 0.25)
+    rows = v[samples == 3].double()
+    assert len(rows) == 8
+    want = torch.eye(8).double() / 8 - 1 / 64  # eight orthogonal draws of eight columns are exact
+    torch.testing.assert_close(rows.T @ rows, want, rtol=0, atol=1e-7)
+
+
 def dense():
     tail = nn.Linear(9, 8, bias=False), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5)
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), *tail)
@@ -193,3 +227,14 @@ def test_gradients_handed_on_are_autograds(build, whole):
         got = flat(curvature.hessian_diagonal(model.to(dtype), F.cross_entropy, (x.to(dtype), y), method="ggn-exact"))
         tolerance = 1e-9 if dtype == torch.float64 else 64 * EPS  # the first is the jitter's
         torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * want.max().item())
+
+
+@pytest.mark.parametrize("draws, rounds", [(4, True), (256, True), (257, False)])
+def test_hundreds_of_draws_do_not_round(draws, rounds, monkeypatch):
+    asked, square = [], ops.squared_matmul
+    monkeypatch.setattr(ops, "squared_matmul", lambda *a, coarse, **k: (asked.append(coarse), square(*a, **k))[1])
+    model, batch = dense(), (torch.randn(8, 12), torch.arange(8) % 5)
+    curvature.hessian_diagonal(model, F.cross_entropy, batch, draws, method="ggn-mc")
+    curvature.hessian_trace(model, F.cross_entropy, batch, draws, method="ggn-mc")
+    assert asked
+    assert set(asked) == {rounds}

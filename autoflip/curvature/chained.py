@@ -104,9 +104,10 @@ class Linear(Chained):
         self.squared = total if self.squared is None else self.squared.add_(total)
         if self.before is not None:
             first = self.before.first
-            self._hand_on(
-                ops.dense_pull_back(waiting, self.weight, self.gate, squared=first, samples=self.samples), first
+            pulled = ops.dense_pull_back(
+                waiting, self.weight, self.gate, squared=first, samples=self.samples, coarse=self.coarse
             )
+            self._hand_on(pulled, first)
 
     def all_of_softmax(self, f: Tensor, scale: Tensor) -> bool:
         """See Chained; the layer before does the work for this one."""
@@ -148,7 +149,8 @@ class Linear(Chained):
         for i, rows in enumerate(self.segments):
             d = squared[rows]
             if "weight" in self.params:
-                yield i, "weight", ops.squared_matmul(d, x[rows], squared=True, samples=self.samples)
+                product = ops.squared_matmul(d, x[rows], squared=True, samples=self.samples, coarse=self.coarse)
+                yield i, "weight", product
             if "bias" in self.params:
                 yield i, "bias", d.sum(0)
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from autoflip import ops
+from autoflip.curvature.root import Root
+from autoflip.curvature.signs import signs_of
 
 # draws -> rows dealt, by samples of the batch: where the model runs again on them, and where its layers go on with them
 _AGAIN = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
@@ -33,54 +35,38 @@ class Rows:
 
     Attributes:
         samples: ``(M,)``, int64: the sample that each row is.
-        turns: ``(M,)``, int64: which of its sample's draws it is.
-        scale: ``(M,)``, float64: factor of the row's gradient at the output, ``k_n^-1/2`` or ``m_n^-1/2``.
+        v: ``(M, ...)``: each row's gradient at the output, weighted with ``k_n^-1/2`` or ``m_n^-1/2``.
     """
 
     samples: Tensor
-    turns: Tensor
-    scale: Tensor
-
-    def to(self, device: torch.device) -> Rows:
-        """Return the same on a device."""
-        return Rows(self.samples.to(device), self.turns.to(device), self.scale.to(device))
+    v: Tensor
 
 
-def effective(weight: Tensor) -> float:
-    """Return how many samples would carry the curvature if all carried alike: ``(sum h)^2 / sum h^2``."""
-    total = float(weight.sum())
-    return total * total / float(weight.dot(weight)) if total > 0 else 0.0
-
-
-def deal(weight: Tensor, budget: float, most: int, chance: float) -> Rows:
-    """Deal rows out.
-
-    Args:
-        weight: ``(N,)``, float64 on the CPU, no entry below 0, some above: ``h_n``.
-        budget: ``M``; fewer rows are dealt where samples are full.
-        most: rows of one sample, a power of two.
-        chance: uniform in [0, 1): where the sampling begins.
-    """
-    return Rows(*ops.deal_rows(weight, budget, most, chance))
-
-
-def rows_for(weight: Tensor, draws: int, factors: int, *, again: bool) -> Rows | None:
+def rows_for(root: Root, output: Tensor, seed: int, draws: int, *, again: bool) -> Rows | None:
     """Return the rows that ``draws`` a sample are worth, None where dealing saves nothing: every sample gets its draws.
 
     That is where there are few samples, or all carry much alike, or many draws to average. Draws one number from
-    torch's generator where it deals.
+    torch's generator.
 
     Args:
-        weight: ``(N,)``: ``h_n``.
+        root: the loss's factors; as many orthogonal draws as it has are exact.
+        output: of the batch, ``(N, width)``.
+        seed: of the signs.
         draws: wanted of every sample.
-        factors: columns of ``S_n``; as many orthogonal draws are exact.
         again: whether the model has to run again on the rows.
     """
-    h, budget = weight.detach().double().cpu(), _AGAIN if again else _ONWARD
-    if draws not in budget or len(h) < _LEAST_SAMPLES or effective(h) > _MOST_ALIKE * len(h):
+    budget = _AGAIN if again else _ONWARD
+    if draws not in budget or len(output) < _LEAST_SAMPLES:
         return None
-    most = min(_MOST, 2 * power_from(draws), power_from(factors))
-    return deal(h, budget[draws] * len(h), most, float(torch.rand((), dtype=torch.float32)))
+    most = min(_MOST, 2 * power_from(draws), power_from(root.factors))
+    rows, chance = budget[draws] * len(output), float(torch.rand((), dtype=torch.float32))
+    if root.softmax is not None:
+        f, scale = root.softmax
+        found = ops.softmax_deal(f, scale, seed, rows, most, _MOST_ALIKE, chance)
+    else:
+        signs = signs_of(output, tuple(output.shape), seed, 0, 1)
+        found = ops.deal_draw(root.weight(), root.draw, signs, rows, most, _MOST_ALIKE, chance)
+    return None if found is None else Rows(*found)
 
 
 def power_from(count: int) -> int:

@@ -13,8 +13,8 @@ behind ReLU), where squares of several draws are added first (dense layers), and
 known layers, ReLU, max-pooling and reshapes stand between the loss and the input (:mod:`chained`), gradients go from
 layer to layer by hand, all factors in one product, and those of the dealt rows alone. Through an LSTM's steps
 (:mod:`lstm`) draws, whose own error is percents, go in products of bfloat16 with float32 sums where the CPU has them:
-twice as fast in a Zen 4's vectors, five times in AMX's tiles, their trace off by less than 1e-4. The exact sum never
-does.
+twice as fast in a Zen 4's vectors, five times in AMX's tiles, their trace off by less than 1e-4. So they do through
+dense layers where the CPU has the tiles, and square there (5e-4). The exact sum never does, nor do hundreds of draws.
 
 Parameters that no known layer owns (or that several use, or that see samples mixed by batch statistics) are
 handled with what always holds: a draw squares the gradient of the whole batch, equally unbiased but noisier; the
@@ -33,18 +33,19 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from autoflip.curvature.chained import Chained
-from autoflip.curvature.deal import Rows, power_from, rows_for
+from autoflip.curvature.deal import Rows, rows_for
 from autoflip.curvature.graph import Graph, inspect
 from autoflip.curvature.layer import Layer
 from autoflip.curvature.layers import watch
 from autoflip.curvature.problem import Problem
 from autoflip.curvature.recurrent import unrolled
 from autoflip.curvature.root import Root, output_root, side_by_side
-from autoflip.curvature.signs import flips, signs_of
+from autoflip.curvature.signs import signs_of
 
 Diagonal = dict[str, Tensor]
 # exact costs a backward pass a factor, and a product of the size of the forward pass's for layers that see maps
 _MAX_FACTORS, _MAX_MAPS = 16, 6
+_MOST_COARSE = 256  # draws: the mean of more may err by no more than rounding to bfloat16 does
 _MAX_BLOCK_BITS = 6  # a block of 64 draws is exact for up to 64 factors
 
 
@@ -116,10 +117,9 @@ class GaussNewton:
         """
         if self.segments or len(self.shape) != 2 or self.shape[0] != self.problem.samples:
             return self
-        rows = rows_for(self.root.weight(), draws, self.root.factors, again=self.chain is None)
+        rows = rows_for(self.root, self.output, self.seed, draws, again=self.chain is None)
         if rows is None:
             return self
-        rows = rows.to(self.output.device)
         if self.chain is not None:
             self.rows = rows
             for layer in self.chain:
@@ -210,7 +210,7 @@ class GaussNewton:
     def blocks(self, count: int, size: int) -> Iterator[list[Diagonal]]:
         """Yield the means of ``count`` independent blocks of ``size`` draws, one a client; a backward pass a draw."""
         for i in range(count):
-            yield self._mean(range(i * size, (i + 1) * size), size)
+            yield self._mean(range(i * size, (i + 1) * size), size, coarse=count * size <= _MOST_COARSE)
 
     def mean(self, count: int) -> list[Diagonal]:
         """Return the mean of ``count`` draws, one a client; a layer squares several at once.
@@ -219,20 +219,17 @@ class GaussNewton:
         """
         if self.rows is not None:
             return self._dealt_mean(self.rows)
-        return self._mean(range(count), 1 << min(count.bit_length() - 1, _MAX_BLOCK_BITS))
+        block = 1 << min(count.bit_length() - 1, _MAX_BLOCK_BITS)
+        return self._mean(range(count), block, coarse=count <= _MOST_COARSE)
 
     def _dealt_mean(self, rows: Rows) -> list[Diagonal]:
-        signs = signs_of(self.output, self.shape, self.seed, 0, 1)[rows.samples]
-        if (most := int(rows.turns.max()) + 1) > 1:
-            signs *= flips(power_from(most), signs.shape[1]).to(signs)[rows.turns]
-        v = self.root.draw(signs, rows.samples)
         self._chunks(1, coarse=True)
-        self._backward(v.mul_(rows.scale.to(v).unsqueeze(1)), [])
+        self._backward(rows.v, [])
         return self._collect({})
 
-    def _mean(self, draws: range, block: int) -> list[Diagonal]:
+    def _mean(self, draws: range, block: int, *, coarse: bool) -> list[Diagonal]:
         total = self._empty()
-        self._chunks(len(draws), coarse=True)
+        self._chunks(len(draws), coarse=coarse)
         for i in draws:
             self._backward(
                 self.root.draw(signs_of(self.output, self.shape, self.seed, i, block), None), self.rest, total

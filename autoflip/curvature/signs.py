@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from autoflip import ops
+from autoflip.ops.signs import flips
 
 
 def signs_of(output: Tensor, shape: tuple[int, ...], seed: int, draw: int, block: int) -> Tensor:
@@ -22,10 +21,3 @@ def signs_of(output: Tensor, shape: tuple[int, ...], seed: int, draw: int, block
         turned = flips(block, block).to(signs)[row]
         signs *= turned.repeat(-(-signs.numel() // block))[: signs.numel()].view(signs.shape)
     return signs.to(output.device)
-
-
-@lru_cache(maxsize=16)
-def flips(block: int, width: int) -> Tensor:
-    """Return ``(block, width)`` signs: a Hadamard matrix, whose rows are orthogonal, beside itself."""
-    rows = [[1.0 - 2 * ((i & row).bit_count() & 1) for i in range(block)] for row in range(block)]
-    return torch.tensor(rows).repeat(1, -(-width // block))[:, :width]

@@ -19,6 +19,11 @@ from autoflip.ops._masked_weight import traced as traced
 # masked_conv, conv_paths
 from autoflip.ops.conv_paths import few_channels as few_channels
 
+# rows dealt to samples
+from autoflip.ops.deal import deal_draw as deal_draw
+from autoflip.ops.deal import deal_rows as deal_rows
+from autoflip.ops.deal import softmax_deal as softmax_deal
+
 # grouped
 from autoflip.ops.grouped import GroupedPack as GroupedPack
 from autoflip.ops.grouped import grouped_linear as grouped_linear
@@ -58,7 +63,6 @@ from autoflip.ops.recurrent import recurrent_here as recurrent_here
 from autoflip.ops.signs import rademacher as rademacher
 
 # softmax
-from autoflip.ops.softmax import deal_rows as deal_rows
 from autoflip.ops.softmax import softmax_columns as softmax_columns
 from autoflip.ops.softmax import softmax_draw as softmax_draw
 from autoflip.ops.softmax import softmax_factor as softmax_factor

@@ -74,7 +74,9 @@ def _triton(served: str, tensor: Tensor) -> bool:
     return served == "triton" and tensor.dtype != torch.float64
 
 
-def squared_matmul(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None) -> tuple[Tensor, int]:
+def squared_matmul(
+    d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None, coarse: bool = False
+) -> tuple[Tensor, int]:
     """See hessian.squared_matmul."""
     (n, o), k = d.shape, a.shape[1]
     served = backend.serve("squared_matmul", d.device)
@@ -82,7 +84,7 @@ def squared_matmul(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor 
     if kernels is not None and served == "cpp":
         out = d.new_empty(o, k)
         pointers = d.data_ptr(), a.data_ptr(), 0 if samples is None else samples.data_ptr(), out.data_ptr()
-        return out, 2 * kernels.squared_matmul(*pointers, n, o, k, squared, torch.get_num_threads())
+        return out, 2 * kernels.squared_matmul(*pointers, n, o, k, squared, coarse, torch.get_num_threads())
     if samples is not None:
         d, a, squared = _added_up(d, a, squared, samples)
         n = len(d)
@@ -229,23 +231,25 @@ def dense_pull_back(
     gate: Tensor | None = None,
     squared: bool = False,
     samples: Tensor | None = None,
+    coarse: bool = False,
 ) -> tuple[Tensor, int]:
     """See hessian.dense_pull_back."""
     (n, o), k = d[0].shape, weight.shape[1]
     # a few factors have too little to do with each weight that is loaded, a matrix product has all samples
     kernels = _extension(backend.serve("dense_pull_back", weight.device), weight)
     where = 0 if gate is None else gate.data_ptr(), 0 if samples is None else samples.data_ptr()
-    if kernels is not None and len(d) == 1:
+    tiled = coarse and kernels is not None and kernels.tiled()
+    if kernels is not None and len(d) == 1 and not tiled:
         v = d[0] @ weight
         kernels.gate_rows(v.data_ptr(), *where, n, k, squared)
         return v if squared else v.unsqueeze(0), 2 * n * o * k
-    if kernels is None or len(d) < _FEW:
+    if kernels is None or (len(d) < _FEW and not tiled):
         gate = gate if samples is None or gate is None else gate[samples]
         factors = torch.stack(d)
         return reference.dense_pull_back(factors, weight, gate, squared), 2 * len(d) * n * o * k
     out = weight.new_empty((n, k) if squared else (len(d), n, k))
     pointers = [one.data_ptr() for one in d], weight.data_ptr(), *where, out.data_ptr()
-    ran = kernels.dense_pull_back(*pointers, n, o, k, squared, torch.get_num_threads())
+    ran = kernels.dense_pull_back(*pointers, n, o, k, squared, tiled, torch.get_num_threads())
     return out, 2 * ran
 
 

@@ -23,7 +23,10 @@ def _counted(op: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Tensor, 
 
 
 _lib = torch.library.Library("autoflip", "FRAGMENT")
-_lib.define("squared_matmul(Tensor d, Tensor a, bool squared=False, Tensor? samples=None) -> (Tensor, Tensor)")
+_lib.define(
+    "squared_matmul(Tensor d, Tensor a, bool squared=False, Tensor? samples=None, bool coarse=False)"
+    " -> (Tensor, Tensor)"
+)
 _lib.define("sequence_squares(Tensor[] d, Tensor[] u) -> (Tensor, Tensor)")
 _lib.define(
     "conv_squares(Tensor[] d, Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups,"
@@ -34,8 +37,8 @@ _lib.define(
     " int[] dilation, int groups) -> (Tensor, Tensor)"
 )
 _lib.define(
-    "dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False, Tensor? samples=None)"
-    " -> (Tensor, Tensor)"
+    "dense_pull_back(Tensor[] d, Tensor weight, Tensor? gate=None, bool squared=False, Tensor? samples=None,"
+    " bool coarse=False) -> (Tensor, Tensor)"
 )
 _lib.define(
     "softmax_pull_back(Tensor f, Tensor scale, Tensor last, Tensor? gate, Tensor weight, Tensor? before,"
@@ -55,7 +58,9 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("autoflip::squared_matmul", lib=_lib)
-def _(d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _(
+    d: Tensor, a: Tensor, squared: bool = False, samples: Tensor | None = None, coarse: bool = False
+) -> tuple[Tensor, Tensor]:
     return d.new_empty(d.shape[1], a.shape[1]), torch.empty((), dtype=torch.int64)
 
 
@@ -91,6 +96,7 @@ def _(
     gate: Tensor | None = None,
     squared: bool = False,
     samples: Tensor | None = None,
+    coarse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     size = len(d[0]), weight.shape[1]
     return weight.new_empty(size if squared else (len(d), *size)), torch.empty((), dtype=torch.int64)

@@ -29,7 +29,9 @@ __all__ = [
 ]
 
 
-def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tensor | None = None) -> Tensor:
+def squared_matmul(
+    d: Tensor, a: Tensor, *, squared: bool = False, samples: Tensor | None = None, coarse: bool = False
+) -> Tensor:
     """Sum the squared per-sample gradients of a dense layer: ``D[o, k] = sum_n d[n, o]^2 a[n, k]^2``.
 
     Args:
@@ -38,6 +40,7 @@ def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tens
         squared: ``d`` holds squares already, such as the sum of several factors'.
         samples: ``(N,)``, int64, device of ``d``: the row of ``a`` that each row of ``d`` is of, ``a[samples[n]]``
             in place of ``a[n]``. A sample's rows cost as much as one where they follow each other.
+        coarse: squares may round to bfloat16 (sums are float32), where the CPU multiplies tiles of it.
 
     Returns:
         ``(O, K)``, dtype of ``d``.
@@ -62,7 +65,7 @@ def squared_matmul(d: Tensor, a: Tensor, *, squared: bool = False, samples: Tens
         )
     d, a = d.detach().contiguous(), a.detach().contiguous()
     op = torch.ops.autoflip.squared_matmul.default if traced() else _hessian.squared_matmul
-    return op(d, a, squared, None if samples is None else samples.contiguous())[0]
+    return op(d, a, squared, None if samples is None else samples.contiguous(), coarse)[0]
 
 
 def sequence_squares(d: Factors, u: Tensor | Sequence[Tensor]) -> Tensor:
@@ -177,6 +180,7 @@ def dense_pull_back(
     *,
     squared: bool = False,
     samples: Tensor | None = None,
+    coarse: bool = False,
 ) -> Tensor:
     """Return a dense layer's gradient at its input, behind a ReLU: ``v[q] = (d[q] @ weight) * (gate > 0)``.
 
@@ -188,6 +192,7 @@ def dense_pull_back(
         squared: return ``sum_q v[q]^2``, which then never holds all factors.
         samples: ``(N,)``, int64, device of ``d``: the row of ``gate`` that each row of ``d`` is of,
             ``gate[samples[n]]`` in place of ``gate[n]``; ``gate`` may have any number of rows then.
+        coarse: ``d`` and ``weight`` may round to bfloat16 (sums are float32), where the CPU multiplies tiles of it.
 
     Returns:
         ``(Q, N, K)``, or ``(N, K)`` when ``squared``; dtype of ``d``.
@@ -216,7 +221,7 @@ def dense_pull_back(
         )
     gate = None if gate is None else gate.detach().contiguous()
     samples = None if samples is None or gate is None else samples.contiguous()
-    arguments = d, weight.detach().contiguous(), gate, squared, samples
+    arguments = d, weight.detach().contiguous(), gate, squared, samples, coarse
     op = torch.ops.autoflip.dense_pull_back.default if traced() else _hessian.dense_pull_back
     return op(*arguments)[0]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from autoflip.ops import _hessian, backend, reference
 
-__all__ = ["rademacher"]
+__all__ = ["flips", "rademacher"]
 
 
 def rademacher(
@@ -48,3 +50,10 @@ def rademacher(
         start = int(reference.rademacher_start(seed, stream))
         return _hessian.cuda_rademacher(start, tuple(shape), device).to(dtype)
     return reference.rademacher(seed, stream, tuple(shape)).to(device, dtype)
+
+
+@lru_cache(maxsize=16)
+def flips(block: int, width: int) -> Tensor:
+    """Return ``(block, width)`` signs: a Hadamard matrix, whose rows are orthogonal, beside itself."""
+    rows = [[1.0 - 2 * ((i & row).bit_count() & 1) for i in range(block)] for row in range(block)]
+    return torch.tensor(rows).repeat(1, -(-width // block))[:, :width]

@@ -1,4 +1,4 @@
-"""Factors of softmax's second derivative ``scale (diag p - p p^T)``, row by row; rows dealt by their weights.
+"""Factors of softmax's second derivative ``scale (diag p - p p^T)``, row by row.
 
 The factor has the likeliest class first. Where two classes compete, as in a trained model, its first column is nearly
 all there is: a draw of signs then has next to no variance, while the symmetric root's columns would cancel or add up
@@ -19,7 +19,7 @@ from autoflip.ops import _hessian, backend
 from autoflip.ops import reference_softmax as reference
 from autoflip.ops._hessian_registered import traced
 
-__all__ = ["deal_rows", "softmax_columns", "softmax_draw", "softmax_factor", "softmax_pull_back", "softmax_weight"]
+__all__ = ["softmax_columns", "softmax_draw", "softmax_factor", "softmax_pull_back", "softmax_weight"]
 
 backend.register("softmax_draw", "cpp", optional=True)
 
@@ -54,8 +54,8 @@ def softmax_columns(f: Tensor, scale: Tensor) -> Tensor:
     """
     if f.dim() != 2:
         raise ValueError(f"softmax_columns: f has shape {tuple(f.shape)}; wanted (N, classes)")
-    _check("softmax_columns", f, scale, 1)
-    if (kernels := _kernels(f)) is None:
+    check_scale("softmax_columns", f, scale, 1)
+    if (kernels := rows_kernels(f)) is None:
         return reference.softmax_columns(f, scale)
     f, scale = f.detach().contiguous(), scale.to(f).contiguous()
     out = f.new_empty(f.shape[1] - 1, *f.shape)
@@ -78,10 +78,10 @@ def softmax_draw(f: Tensor, scale: Tensor, signs: Tensor, dim: int = 1) -> Tenso
     Raises:
         ValueError: shapes do not fit.
     """
-    _check("softmax_draw", f, scale, dim)
+    check_scale("softmax_draw", f, scale, dim)
     if signs.shape != f.shape:
         raise ValueError(f"softmax_draw: signs have shape {tuple(signs.shape)}, f {tuple(f.shape)}; wanted the same")
-    if (kernels := _kernels(f)) is None:
+    if (kernels := rows_kernels(f)) is None:
         return reference.softmax_draw(f, scale, signs, dim)
     f, scale, signs = f.detach().contiguous(), scale.to(f).contiguous(), signs.to(f).contiguous()
     out = torch.empty_like(f)
@@ -126,7 +126,7 @@ def softmax_pull_back(
     if f.dim() != 2 or last.dim() != 2 or weight.dim() != 2:
         got = ", ".join(str(tuple(t.shape)) for t in (f, last, weight))
         raise ValueError(f"softmax_pull_back: f, last and weight have shapes {got}; wanted two dimensions each")
-    _check("softmax_pull_back", f, scale, 1)
+    check_scale("softmax_pull_back", f, scale, 1)
     sizes = {
         "last": (last, (f.shape[1], last.shape[1])),
         "gate": (gate, (f.shape[0], last.shape[1])),
@@ -160,8 +160,8 @@ def softmax_weight(f: Tensor, scale: Tensor, dim: int = 1) -> Tensor:
     Raises:
         ValueError: shapes do not fit.
     """
-    _check("softmax_weight", f, scale, dim)
-    if (kernels := _kernels(f)) is None:
+    check_scale("softmax_weight", f, scale, dim)
+    if (kernels := rows_kernels(f)) is None:
         return reference.softmax_weight(f, scale, dim)
     f, scale = f.detach().contiguous(), scale.to(f).contiguous()
     out = torch.empty(len(f), dtype=torch.float64)
@@ -169,42 +169,8 @@ def softmax_weight(f: Tensor, scale: Tensor, dim: int = 1) -> Tensor:
     return out
 
 
-def deal_rows(weight: Tensor, budget: float, most: int, chance: float) -> tuple[Tensor, ...]:
-    """Deal about ``budget`` rows to samples by their weights, most to the heaviest.
-
-    A sample is due ``m = min(budget weight / sum, most)`` rows: from one on it gets k, the power of two below, else one
-    with the chance m (systematic sampling, Madow 1949, begun at ``chance``).
-
-    Args:
-        weight: ``(N,)``, float64 on the CPU, no entry below 0, some above.
-        budget: rows.
-        most: of one sample, a power of two.
-        chance: in [0, 1).
-
-    Returns:
-        ``(samples, turns, scale)``: of each row its sample, which of its sample's rows it is, and ``k^-1/2`` or
-        ``m^-1/2``. int64 but for scale, float64; a sample's rows are next to each other.
-
-    Raises:
-        ValueError: weight is of another dtype, device or shape.
-    """
-    if weight.dtype != torch.float64 or weight.device.type != "cpu" or weight.dim() != 1:
-        raise ValueError(
-            f"deal_rows: weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; wanted torch.float64 (N,) "
-            "on the CPU"
-        )
-    kernels = backend.extension("_C")[0] if backend.serve("softmax_draw", weight.device) == "cpp" else None
-    if kernels is None:
-        return reference.deal_rows(weight, budget, most, chance)
-    weight = weight.contiguous()
-    kinds = torch.int64, torch.int64, torch.float64
-    parts = [torch.empty(len(weight) * most, dtype=kind) for kind in kinds]
-    out = (part.data_ptr() for part in parts)
-    count = kernels.deal_rows(weight.data_ptr(), len(weight), budget, most, chance, *out)
-    return tuple(part[:count] for part in parts)
-
-
-def _check(op: str, f: Tensor, scale: Tensor, dim: int) -> None:
+def check_scale(op: str, f: Tensor, scale: Tensor, dim: int) -> None:
+    """Raise ValueError unless ``scale`` is shaped like ``f`` with one class."""
     wanted = (*f.shape[:dim], 1, *f.shape[dim + 1 :])
     if tuple(scale.shape) != wanted:
         raise ValueError(
@@ -212,7 +178,7 @@ def _check(op: str, f: Tensor, scale: Tensor, dim: int) -> None:
         )
 
 
-def _kernels(f: Tensor) -> Any:
+def rows_kernels(f: Tensor) -> Any:
     """Return the C++ kernels where they can: float32 rows with at least one class on the CPU."""
     if f.dim() != 2 or f.dtype != torch.float32 or f.shape[1] == 0:
         return None

@@ -13,6 +13,14 @@ struct CoarseKernels {
   // As in hessian.h; d is bfloat16 with outputs next to each other.
   int64_t (*sequence_squares)(const uint16_t* const* d, const StepsInput* u, float* out, const StepsShape&,
                               int threads);
+  // As in hessian.h; null where looking for zeros in float32 is faster.
+  decltype(HessianKernels::squared_matmul_scratch) squared_matmul_scratch;
+  decltype(HessianKernels::squared_matmul) squared_matmul;
+  // As in hessian.h, with scratch for all factors' rows; null where a library's float32 product is as fast.
+  int64_t (*dense_pull_back_scratch)(int64_t rows, int64_t outputs, int threads);
+  int64_t (*dense_pull_back)(const float* const* d, const float* w, const float* gate, const int64_t* at,
+                             float* out, float* scratch, int64_t factors, int64_t samples, int64_t outputs,
+                             int64_t columns, bool squared, int threads);
 };
 
 extern const CoarseKernels coarse_bf16, coarse_amx;

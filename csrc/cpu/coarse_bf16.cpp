@@ -5,10 +5,11 @@
 #include "cpu/lstm_walk_impl.h"
 
 namespace autoflip {
-const CoarseKernels coarse_bf16 = {lstm_back<Halves, uint16_t>, squares_of_steps<Halves, uint16_t>};
+const CoarseKernels coarse_bf16 = {
+    lstm_back<Halves, uint16_t>, squares_of_steps<Halves, uint16_t>, nullptr, nullptr, nullptr, nullptr};
 }
 #else  // another kind of CPU, or a compiler from before these instructions
 namespace autoflip {
-const CoarseKernels coarse_bf16 = {nullptr, nullptr};
+const CoarseKernels coarse_bf16 = {};
 }
 #endif

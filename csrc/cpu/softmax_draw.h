@@ -21,4 +21,17 @@ void softmax_steps(const float* f, const float* scale, float* own, float* step, 
 // out[n] = scale[n] (1 - sum p^2)
 void softmax_weight(const float* f, const float* scale, double* out, int64_t rows, int64_t classes);
 
+// How rows are dealt (cpu/deal.h); `alike` is a share of the samples.
+struct Deal {
+  double budget;
+  int64_t most;
+  double alike, chance;
+};
+// Rows dealt by softmax_weight: sample[r], and v[r] = softmax_draw of it with its signs (times those of a
+// Hadamard matrix's row, orthogonal to the sample's other rows) by the row's scale. Room for `budget` rows
+// and one of each sample. Returns how many there are: 0 where more than `alike` of the samples carry the
+// weight, or none does.
+int64_t softmax_deal(const float* f, const float* scale, const float* signs, int64_t samples, int64_t classes,
+                     const Deal& how, int64_t* sample, float* v);
+
 }  // namespace autoflip
