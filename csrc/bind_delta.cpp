@@ -68,11 +68,12 @@ void delta_within(uintptr_t mask, uintptr_t offsets, uintptr_t ranks, int64_t nu
 bool delta_gather(uintptr_t x, uintptr_t base, uintptr_t words, uintptr_t offsets, int64_t n, uintptr_t out,
                   int threads) {
   const int64_t* ranks = at<int64_t>(offsets);
+  const bool nt = ranks[chunks_of(n)] >= kAroundCaches;
   int bad = 0;
   each_chunk(n, threads, [&](int64_t word, int64_t first, int64_t size, int64_t c) {
     const float* b = base ? at<float>(base) + first : nullptr;
     if (kernels().gather(at<float>(x) + first, b, at<uint64_t>(words) + word, size, ranks[c + 1] - ranks[c],
-                         at<float>(out) + ranks[c])) {
+                         nt, at<float>(out) + ranks[c])) {
 #pragma omp atomic write
       bad = 1;
     }

@@ -45,8 +45,9 @@ struct DeltaKernels {
   // out = the mask's bits at the ranks that are set: bit `first`.. of the num_ranks bits of `ranks`
   void (*within)(const uint64_t* mask, int64_t num_words, const uint64_t* ranks, int64_t num_ranks,
                  int64_t first, uint64_t* out);
-  // out = (x - base)[kept]; base may be null; returns whether any of the n differences is NaN or infinite
-  bool (*gather)(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept,
+  // out = (x - base)[kept]; base may be null; returns whether any of the n differences is NaN or infinite;
+  // nt: around the caches
+  bool (*gather)(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept, bool nt,
                  float* out);
   // out[kept] = values, 0 elsewhere
   void (*expand)(const float* values, const uint64_t* words, int64_t n, int64_t kept, float* out);

@@ -209,19 +209,49 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
 }
 #endif
 
+// Whole lines around the caches: a store into a line that no cache holds reads it first. `out` is 64-byte
+// aligned.
+inline void stream_lines(const float* from, int64_t n, float* out) {
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < n; i += 16) _mm512_stream_ps(out + i, _mm512_loadu_ps(from + i));
+#elif defined(__AVX2__)
+  for (int64_t i = 0; i < n; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(from + i));
+#else
+  std::memcpy(out, from, size_t(n) * 4);
+#endif
+}
+
 // At low density vectors overlap where they are stored: into lines that the first cache holds that costs
-// nothing, into far ones a quarter of the time.
-bool gather(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept, float* out) {
-  if (n <= kStep || 4 * kept > n) return gather_once(x, base, words, n, kept, out);
-  alignas(64) float panel[kStep + kSlack];
+// nothing, into far ones a quarter of the time. nt: whole lines go around the caches.
+bool gather(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t kept, bool nt,
+            float* out) {
+  if (n <= kStep || (!nt && 4 * kept > n)) return gather_once(x, base, words, n, kept, out);
+  constexpr int64_t kLine = 16;
+  alignas(64) float panel[kLine + kStep + kSlack];
+  int64_t held = 0, head = nt ? -int64_t(uintptr_t(out) / 4) & (kLine - 1) : 0;  // what is left of a line
   bool bad = false;
   for (int64_t start = 0; start < n; start += kStep) {
-    const int64_t size = lesser(kStep, n - start), held = count(words + start / 64, (size + 63) / 64);
-    bad |=
-        gather_once(x + start, base ? base + start : nullptr, words + start / 64, size, held + kSlack, panel);
-    std::memcpy(out, panel, size_t(held) * 4);
-    out += held;
+    const int64_t size = lesser(kStep, n - start), fresh = count(words + start / 64, (size + 63) / 64);
+    bad |= gather_once(x + start, base ? base + start : nullptr, words + start / 64, size, fresh + kSlack,
+                       panel + held);
+    held += fresh;
+    const int64_t before = lesser(head, held), lines = nt ? (held - before) & -kLine : 0;
+    std::memcpy(out, panel, size_t(nt ? before : held) * 4);
+    if (nt) {
+      stream_lines(panel + before, lines, out + before);
+      out += before + lines;
+      head -= before;
+      held -= before + lines;
+      std::memmove(panel, panel + before + lines, size_t(held) * 4);
+    } else {
+      out += held;
+      held = 0;
+    }
   }
+  std::memcpy(out, panel, size_t(held) * 4);
+#if defined(__AVX2__)
+  if (nt) _mm_sfence();
+#endif
   return bad;
 }
 

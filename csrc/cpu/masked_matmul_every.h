@@ -65,6 +65,23 @@ struct OfTile {
   AF_INLINE vec take(int64_t v) const { return load(at + v * kVector); }
   AF_INLINE void next() { at += kBackWide; }
 };
+// Those of the weight, which become a tile on their way: multiply-adds hide what that takes.
+struct ToTile {
+  const float* at;
+  const uint16_t* bits;
+  int64_t cols, words;
+  float* tile;
+  AF_INLINE vec take(int64_t v) const {
+    const vec kept = _mm512_maskz_loadu_ps(__mmask16(bits[v]), at + v * kVector);
+    store(tile + v * kVector, kept);
+    return kept;
+  }
+  AF_INLINE void next() {
+    at += cols;
+    bits += words;
+    tile += kBackWide;
+  }
+};
 struct OfWeight {
   const float* at;
   const uint16_t* bits;
@@ -91,6 +108,12 @@ AF_INLINE void meet_columns(Weights weights, int64_t rows, const float* dy, int6
                        AF_LAMBDA { sum[s.value][v.value] = fma(d, ws[v.value], sum[s.value][v.value]); });
     });
   }
+  if (live >= V * kVector)  // whole vectors, without a question for each
+    return unroll<0, S * V>([&](auto i) AF_LAMBDA {
+      constexpr int s = decltype(i)::value / V, v = decltype(i)::value % V;
+      float* to = dx + s * dx_stride + v * kVector;
+      store(to, first ? sum[s][v] : load(to) + sum[s][v]);
+    });
   unroll<0, S * V>([&](auto i) AF_LAMBDA {
     constexpr int s = decltype(i)::value / V, v = decltype(i)::value % V;
     float* to = dx + s * dx_stride + v * kVector;
@@ -103,14 +126,18 @@ AF_INLINE void meet_columns(Weights weights, int64_t rows, const float* dy, int6
 
 constexpr int kAbreast = 6;  // samples whose sums of a tile's columns lie in registers
 
-// the tile's V vectors of columns of dx of all samples
+// V vectors of columns of dx of all samples; the first ones fill the tile for those behind them
 template <int V>
-void meet_samples(const float* tile, int64_t rows, int64_t cols, const float* dy, int64_t n,
+void meet_samples(const ToTile& weights, int64_t rows, int64_t cols, const float* dy, int64_t n,
                   int64_t dy_stride, bool first, float* dx, int64_t dx_stride) {
   int64_t i = 0;
   const auto some = [&](auto count) AF_LAMBDA {
-    meet_columns<count.value, V>(OfTile{tile}, rows, dy + i * dy_stride, dy_stride, first, cols,
-                                 dx + i * dx_stride, dx_stride);
+    const float* from = dy + i * dy_stride;
+    float* to = dx + i * dx_stride;
+    if (i == 0)
+      meet_columns<count.value, V>(weights, rows, from, dy_stride, first, cols, to, dx_stride);
+    else
+      meet_columns<count.value, V>(OfTile{weights.tile}, rows, from, dy_stride, first, cols, to, dx_stride);
     i += count.value;
   };
   while (n - i >= kAbreast + 4 || n - i == kAbreast) some(Int<kAbreast>{});
@@ -218,15 +245,8 @@ void every_back(const float* w, const uint16_t* bits, const float* dy, int64_t n
   const int64_t shares = threads > 1 ? least(chunks, 2 * threads) : 1;
   const int64_t each = rows ? ceil_div(rows, ceil_div(rows, kBackHigh)) : 1;  // rows of a tile: equal shares
   if (rows == 0) return void(__builtin_memset(dx, 0, std::size_t(n * cols) * sizeof(float)));
-  // a weight that the cache holds is read again sooner than copied: 784x200 took 26 us for 33 at 16 samples
-  if (n <= 3 * kStrips && rows * cols < kPackFrom) {
-    const int64_t parts = ceil_div(n, kStrips);
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = n * i / parts, some = n * (i + 1) / parts - begin;
-      kMeetStrips.of(some)(w, bits, dy + begin * rows, rows, cols, dx + begin * cols, threads);
-    }
-    return;
-  }
+  // a few samples meet a weight that the cache holds where it stands
+  if (n <= kStrips && rows * cols < kPackFrom) return kMeetStrips.of(n)(w, bits, dy, rows, cols, dx, threads);
   deal(shares, threads, [&](int64_t t) AF_LAMBDA {
     alignas(64) float tile[kBackHigh * kBackWide];
     const int64_t begin = chunks * t / shares * kBackWide,
@@ -235,8 +255,8 @@ void every_back(const float* w, const uint16_t* bits, const float* dy, int64_t n
       const int64_t high = least(each, rows - row);
       for (int64_t col = begin; col < end; col += kBackWide) {
         const int64_t wide = least(kBackWide, end - col);
-        fill_tile<kBackWide>(w + row * cols + col, cols, bits + row * words + col / 16, high, wide, tile);
-        kMeetSamples.of(ceil_div(wide, kVector))(tile, high, wide, dy + row, n, rows, row == 0, dx + col,
+        const ToTile weights = {w + row * cols + col, bits + row * words + col / 16, cols, words, tile};
+        kMeetSamples.of(ceil_div(wide, kVector))(weights, high, wide, dy + row, n, rows, row == 0, dx + col,
                                                  cols);
       }
     }

@@ -11,6 +11,7 @@ constexpr int kTileRows = 6, kTileVectors = kVector == 16 ? 4 : 2;  // 24 sums o
 constexpr int64_t kTileColumns = kVector * kTileVectors;
 constexpr int64_t kOuterTiles = 1024 / kTileColumns;  // tiles of columns whose x is packed at once
 constexpr int64_t kOuterWords = 1024 / 16;            // of their bits, a row
+constexpr int64_t kOuterFloats = 4096;  // of x that the first-level cache holds beside a tile of dy
 
 int64_t outer_scratch(int64_t n, int64_t rows) {
   return n * (ceil_div(rows, kTileRows) * kTileRows + kOuterTiles * kTileColumns);
@@ -97,6 +98,13 @@ void outer_tile(const float* dy, const float* x, const Bits& bits, int64_t n, in
                        AF_LAMBDA { sums[r.value][v.value] = fma(d, xs[v.value], sums[r.value][v.value]); });
     });
   }
+#if defined(__AVX512F__)
+  if (!past && rows >= kTileRows && live >= V * kVector)  // a whole tile, without a question for each vector
+    return unroll<0, kTileRows * V>([&](auto i) AF_LAMBDA {
+      constexpr int r = decltype(i)::value / V, v = decltype(i)::value % V;
+      store(dw + r * cols + v * kVector, _mm512_maskz_mov_ps(__mmask16(bits.row[r][v]), sums[r][v]));
+    });
+#endif
   unroll<0, kTileRows>([&](auto r) AF_LAMBDA {
     if (r.value < rows)
       unroll<0, V>([&](auto v) AF_LAMBDA {
@@ -118,8 +126,12 @@ void outer(const float* dy, const float* x, const Kept& kept, int64_t n, int64_t
     const int64_t row = t * kTileRows, live = rows - row < kTileRows ? rows - row : kTileRows;
     for (int64_t i = 0; i < n; ++i) copy_six(dy + i * rows + row, live, scratch + (t * n + i) * kTileRows);
   }
-  for (int64_t first = 0; first < col_tiles; first += kOuterTiles) {
-    const int64_t tiles = col_tiles - first < kOuterTiles ? col_tiles - first : kOuterTiles;
+  // Where the cache holds dw, as much of x at once as stays near for all its rows; else along the rows of dw,
+  // so that its pages are met one after the other.
+  const int64_t near = rows * cols < kPackFrom ? kOuterFloats / (kTileColumns * n + 1) : kOuterTiles;
+  const int64_t together = near < 1 ? 1 : least(near, kOuterTiles);
+  for (int64_t first = 0; first < col_tiles; first += together) {
+    const int64_t tiles = least(together, col_tiles - first);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t c = 0; c < tiles; ++c) {
       const int64_t col = (first + c) * kTileColumns,
@@ -133,7 +145,6 @@ void outer(const float* dy, const float* x, const Kept& kept, int64_t n, int64_t
           for (int64_t j = 0; j < kTileColumns; ++j) to[j] = j < live ? from[j] : 0;
       }
     }
-    // along the rows of dw, so that its pages are met one after the other
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < row_tiles; ++t) {
       uint16_t own[kTileRows][kOuterWords];
