@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -172,6 +173,12 @@ void factor_squares(const Addresses& d, uintptr_t out, int64_t count) {
   }
 }
 
+bool all_finite(const std::vector<std::pair<uintptr_t, int64_t>>& tensors) {
+  for (const auto& [address, count] : tensors)
+    if (!kernels().finite(at<const float>(address), count)) return false;
+  return true;
+}
+
 bool all_rows(uintptr_t rows, int64_t samples, int64_t count) {
   const int64_t* row = at<int64_t>(rows);
   bool all = true;
@@ -230,6 +237,8 @@ void bind_hessian(pybind11::module_& m) {
   m.def("softmax_pull", softmax_pull, "returns the multiply-adds that ran", release());
   m.def("factor_squares", factor_squares, release());
   m.def("all_rows", all_rows, "whether each is a row of that many");
+  m.def("all_finite", all_finite, "whether tensors (address, number of values) hold no NaN or Inf",
+        release());
   m.def("gate_rows", gate_rows, release());
   m.def("softmax_draw", draw, release());
   m.def("softmax_columns", columns, release());

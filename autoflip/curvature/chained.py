@@ -147,9 +147,9 @@ class Linear(Chained):
             return
         x = self.input()
         for i, rows in enumerate(self.segments):
-            d = squared[rows]
+            d, read = self.cut(squared, rows), self.cut(x, rows)
             if "weight" in self.params:
-                product = ops.squared_matmul(d, x[rows], squared=True, samples=self.samples, coarse=self.coarse)
+                product = ops.squared_matmul(d, read, squared=True, samples=self.samples, coarse=self.coarse)
                 yield i, "weight", product
             if "bias" in self.params:
                 yield i, "bias", d.sum(0)

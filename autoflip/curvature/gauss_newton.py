@@ -145,8 +145,8 @@ class GaussNewton:
     @cached_property
     def layers(self) -> list[Layer]:
         """The layers whose parameters' squares are summed where they ran."""
-        graph, ran = self.graph, self.ran
-        layers = [] if graph.coupled else [one for one in ran if graph.alone(one, ran, self.problem.params)]
+        graph = self.graph
+        layers = [] if graph.coupled else graph.alone(self.ran, self.problem.params)
         for layer in layers:
             layer.seen_through(graph.readers)
         for layer in layers:

@@ -54,12 +54,16 @@ class Graph:
     layer_nodes: Set[Any]
     readers: Mapping[Any, Sequence[Any]]
 
-    def alone(self, layer: Layer, ran: Sequence[Layer], params: Mapping[str, Tensor]) -> bool:
-        """Tell whether this run of a layer, of all those that ``ran``, is all that its parameters do."""
+    def alone(self, ran: Sequence[Layer], params: Mapping[str, Tensor]) -> list[Layer]:
+        """Return those runs of layers, of all that ``ran``, that are all that their parameters do."""
         names = {id(p): name for name, p in params.items()}
-        own = {id(p) for p in layer.params.values()} & names.keys()
-        once = sum(not own.isdisjoint(map(id, other.params.values())) for other in ran) == 1
-        return once and layer.edge.node in self.layer_nodes and all(self.uses.get(names[i]) == 1 for i in own)
+        owned = [[i for p in layer.params.values() if (i := id(p)) in names] for layer in ran]
+        runs = Counter(i for own in owned for i in own)
+        return [
+            layer
+            for layer, own in zip(ran, owned)
+            if own and layer.edge.node in self.layer_nodes and all(runs[i] == 1 == self.uses.get(names[i]) for i in own)
+        ]
 
 
 def inspect(output: Tensor, params: Mapping[str, Tensor], layer_nodes: Set[Any]) -> Graph:

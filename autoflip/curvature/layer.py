@@ -80,7 +80,7 @@ class Layer(ABC):
 
     def cut(self, tensor: Tensor, rows: slice) -> Tensor:
         """Return some samples' part of an input or output."""
-        return tensor[rows]
+        return tensor if rows.stop is None else tensor[rows]
 
     def take(self) -> Iterator[tuple[int, str, Tensor]]:
         """Yield (segment, parameter name, sums shaped like the parameter), and begin anew."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from autoflip import ops
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,8 +48,7 @@ class Problem:
                 "curvature: no parameter of the model requires grad, so there is nothing to take a second "
                 "derivative of; call requires_grad_() on those you mean"
             )
-        # a sum of finite numbers may overflow, so a hit is looked at again
-        if not all(math.isfinite(p.detach().sum()) for p in params.values()):
+        if not ops.all_finite(params.values()):
             for name, p in params.items():
                 _check_finite(f"parameter {name!r}", p)
         once = list({id(module): module for _, module in modules}.values())

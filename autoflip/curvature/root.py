@@ -8,7 +8,6 @@ sum over samples gets its block a sample by as many products as a sample has out
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -124,7 +123,7 @@ def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
     module = fn if type(fn) is nn.CrossEntropyLoss else _PLAIN_CROSS_ENTROPY if fn is F.cross_entropy else None
     if module is None or module.weight is not None or module.reduction == "none" or y.dtype != torch.int64:
         return None
-    if y.shape == f.shape[:1] and _labels(y, f.shape[1], module.ignore_index) and math.isfinite(f.sum()):
+    if y.shape == f.shape[:1] and _labels(y, f.shape[1], module.ignore_index) and ops.all_finite([f]):
         return f.new_full((len(f), 1), 1 / len(f) if module.reduction == "mean" else 1.0)
     problem.loss(f)  # says what is wrong with shapes, labels or finiteness
     valid = (y != module.ignore_index).to(f.dtype)

@@ -4,6 +4,7 @@
 from autoflip.ops import delta as delta
 
 # hessian
+from autoflip.ops._hessian import all_finite as all_finite
 from autoflip.ops._hessian import all_rows as all_rows
 
 # masked_matmul

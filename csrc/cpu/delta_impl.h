@@ -118,7 +118,8 @@ inline int64_t expand_word(const float* values, uint64_t word, int64_t size, flo
 // Of 64 entries so few are added one by one where eight lanes are all that a vector has.
 constexpr int64_t kOneByOne = 5;
 
-// Values are read in whole vectors while `kept` says that they are there. nt: stores go around the caches.
+// Values are read in whole vectors while `kept` says that they are there. nt: stores go around the caches,
+// and the caller fences them.
 template <bool kAdd>
 void expand_any(const float* values, const uint64_t* words, int64_t n, int64_t kept, float weight, bool nt,
                 float* out) {
@@ -146,7 +147,6 @@ void expand_any(const float* values, const uint64_t* words, int64_t n, int64_t k
       }
     }
   }
-  if (nt) _mm_sfence();
 #elif defined(__AVX2__)
   const __m256 factor = _mm256_set1_ps(weight);
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -173,7 +173,6 @@ void expand_any(const float* values, const uint64_t* words, int64_t n, int64_t k
       }
     }
   }
-  if (nt) _mm_sfence();
 #else
   (void)kept, (void)nt;
 #endif

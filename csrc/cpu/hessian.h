@@ -80,6 +80,8 @@ struct HessianKernels {
                               int threads);
   // out[i] = +-1, bit i % 64 of SplitMix64's word i / 64
   void (*rademacher)(uint64_t seed, uint64_t stream, float* out, int64_t count, int threads);
+  // whether no value is NaN or Inf
+  bool (*finite)(const float* x, int64_t count);
 };
 
 extern const HessianKernels kHessianBase;

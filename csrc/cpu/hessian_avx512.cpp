@@ -9,5 +9,5 @@ namespace autoflip {
 const HessianKernels kHessianAvx512 = {
     squares_scratch, squares,         pull_back_scratch, pull_back, squared_matmul_scratch,
     squared_matmul,  dense_pull_back, softmax_pull,      gate_rows, squares_of_steps<Floats, float>,
-    rademacher};
+    rademacher,      finite};
 }
