@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from autoflip.curvature import hutchinson, sketch
-from autoflip.curvature.arguments import METHODS, blocks_of, check_per, checked, matrix_of
+from autoflip.curvature.arguments import METHODS, blocks_of, check_counts, check_per, checked, matrix_of
 from autoflip.curvature.clients import client_diagonals, client_traces
 from autoflip.curvature.gauss_newton import GaussNewton
 from autoflip.curvature.problem import LossFn, Problem
@@ -187,6 +187,7 @@ def hvp(
         ValueError: a name, shape or dtype is not that of a parameter that requires grad; or as hessian_diagonal.
     """
     problem = Problem.of(model, loss_fn, batch)
+    check_counts(1, chunk)
     if not isinstance(vectors, Mapping) or not all(isinstance(v, Tensor) for v in vectors.values()):
         got = type(vectors).__name__
         if isinstance(vectors, Mapping):

@@ -8,7 +8,7 @@ from autoflip.curvature import sketch
 from autoflip.curvature.gauss_newton import GaussNewton
 from autoflip.curvature.problem import LossFn, Problem
 
-__all__ = ["METHODS", "blocks_of", "check_per", "checked", "matrix_of"]
+__all__ = ["METHODS", "blocks_of", "check_counts", "check_per", "checked", "matrix_of"]
 
 METHODS = ("auto", "ggn-mc", "ggn-exact", "hutchinson", "hutch++", "xtrace")
 # draws with orthogonal signs: their errors cancel; the spread of the blocks is what the standard error comes from
@@ -25,13 +25,18 @@ def checked(
     """
     if method not in METHODS:
         raise ValueError(f"curvature: there is no method {method!r}; there are {', '.join(METHODS)}")
-    if not all(isinstance(count, int) and count >= 1 for count in (num_probes, 1 if chunk is None else chunk)):
-        raise ValueError(f"curvature: num_probes={num_probes!r}, chunk={chunk!r}; both must be whole and at least 1")
+    check_counts(num_probes, chunk)
     if num_probes < sketch.LEAST.get(method, 1):
         raise ValueError(
             f"curvature: {method} with num_probes={num_probes}; it needs at least {sketch.LEAST[method]} products"
         )
     return Problem.of(model, loss_fn, batch)
+
+
+def check_counts(num_probes: int, chunk: int | None) -> None:
+    """Raise ValueError unless both are numbers of something; ``chunk`` may be None."""
+    if not all(isinstance(count, int) and count >= 1 for count in (num_probes, 1 if chunk is None else chunk)):
+        raise ValueError(f"curvature: num_probes={num_probes!r}, chunk={chunk!r}; both must be whole and at least 1")
 
 
 def check_per(function: str, per: str) -> None:

@@ -133,6 +133,7 @@ class Linear(Chained):
         assert before is not None
         if squared:
             assert isinstance(before, Linear)
+            pulled = before.alike(pulled)
             before.squared = pulled if before.squared is None else before.squared.add_(pulled)
             return
         for d in pulled:

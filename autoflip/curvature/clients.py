@@ -141,10 +141,16 @@ def _look(group: list[Problem], seed: int, chunk: int | None, look: Callable[[Ga
         return look(GaussNewton.of(problem, seed, chunk, [one.samples for one in group]))
 
 
+def _alike(a: Problem, b: Problem) -> bool:
+    pairs = (a.inputs, b.inputs), (a.target, b.target)
+    return all(s.shape[1:] == t.shape[1:] and (s.dtype, s.device) == (t.dtype, t.device) for s, t in pairs)
+
+
 def _groups(problems: list[Problem], samples: int) -> Iterator[list[Problem]]:
     group: list[Problem] = []
     for one in problems:
-        if group and sum(other.samples for other in group) + one.samples > samples:
+        full = group and sum(other.samples for other in group) + one.samples > samples
+        if full or (group and not _alike(group[0], one)):  # sequences of another length, say
             yield group
             group = []
         group.append(one)

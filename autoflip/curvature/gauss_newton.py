@@ -37,6 +37,7 @@ from autoflip.curvature.deal import Rows, rows_for
 from autoflip.curvature.graph import Graph, inspect
 from autoflip.curvature.layer import Layer
 from autoflip.curvature.layers import watch
+from autoflip.curvature.mixing import close, mixes
 from autoflip.curvature.problem import Problem
 from autoflip.curvature.recurrent import unrolled
 from autoflip.curvature.root import Root, output_root, side_by_side
@@ -133,7 +134,7 @@ class GaussNewton:
         except RuntimeError:  # a batch of another size does not pass
             return GaussNewton.of(self.problem, self.seed, self.chunk)
         gn = replace(self, output=output, ran=ran, rows=rows)
-        alike = output.shape[0] == len(at) and _close(output.detach(), whole[at])
+        alike = output.shape[0] == len(at) and close(output.detach(), whole[at])
         apart = alike and not gn.rest and not gn.graph.coupled
         return gn if apart else GaussNewton.of(self.problem, self.seed, self.chunk)
 
@@ -144,9 +145,14 @@ class GaussNewton:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """The layers whose parameters' squares are summed where they ran."""
+        """The layers whose parameters' squares are summed where they ran: none where samples are not independent."""
+        layers = [] if self.graph.coupled else self._alone()
+        chained = layers and self._chained(layers)  # nothing mixes there; rows that were dealt were looked at before
+        return layers if chained or self.rows is not None or not mixes(self.problem, self.output) else []
+
+    def _alone(self) -> list[Layer]:
         graph = self.graph
-        layers = [] if graph.coupled else graph.alone(self.ran, self.problem.params)
+        layers = graph.alone(self.ran, self.problem.params)
         for layer in layers:
             layer.seen_through(graph.readers)
         for layer in layers:
@@ -159,16 +165,22 @@ class GaussNewton:
     @cached_property
     def chain(self) -> list[Chained] | None:
         """The layers, where gradients pass from the output to all of them by hand; samples do not mix there."""
-        fed = {id(layer.before) for layer in self.layers}
-        last = [layer for layer in self.layers if id(layer) not in fed]
-        chain = [layer for layer in self.layers if isinstance(layer, Chained)]
-        whole = len(last) == 1 and len(chain) == len(self.layers) and not self.rest
+        return self._chained(self.layers)
+
+    def _chained(self, layers: list[Layer]) -> list[Chained] | None:
+        fed = {id(layer.before) for layer in layers}
+        last = [layer for layer in layers if id(layer) not in fed]
+        chain = [layer for layer in layers if isinstance(layer, Chained)]
+        whole = len(last) == 1 and len(chain) == len(layers) and not self._left(layers)
         return chain if whole and last[0].edge.node is self.output.grad_fn else None
 
     @cached_property
     def rest(self) -> list[str]:
         """Names of the parameters that no layer owns."""
-        owned = {id(p) for layer in self.layers for p in layer.params.values()}
+        return self._left(self.layers)
+
+    def _left(self, layers: list[Layer]) -> list[str]:
+        owned = {id(p) for layer in layers for p in layer.params.values()}
         return [name for name, p in self.problem.params.items() if id(p) not in owned and name in self.graph.uses]
 
     def against_exact(self) -> str:
@@ -273,7 +285,8 @@ class GaussNewton:
         clients = [total] + [{} for _ in (self.layers[0].segments[1:] if self.layers else ())]
         for layer in reversed(self.layers):  # a layer's flush may feed the one before it
             for client, short, value in layer.take():
-                clients[client][names[id(layer.params[short])]] = value
+                param = layer.params[short]
+                clients[client][names[id(param)]] = value.to(param.dtype)
         params = self.problem.params
         # a parameter that the output does not depend on has no curvature
         return [
@@ -289,8 +302,3 @@ def _forward(problem: Problem) -> tuple[Tensor, list[Layer]]:
     modules, samples = problem.modules, problem.samples
     with watch(modules, samples) as ran, unrolled(modules, samples, ran):
         return problem.output(), ran
-
-
-def _close(got: Tensor, want: Tensor) -> bool:
-    # another batch size is another order of sums; another sample's influence is off by far more
-    return bool((got - want).abs().max() <= torch.finfo(got.dtype).eps ** 0.5 * want.abs().max())

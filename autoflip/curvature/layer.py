@@ -64,9 +64,13 @@ class Layer(ABC):
 
     def add(self, d: Tensor) -> None:
         """Take in one factor's gradient at the layer's output."""
-        self.waiting.append(d)
+        self.waiting.append(self.alike(d))
         if len(self.waiting) >= self.chunk:
             self.flush()
+
+    def alike(self, d: Tensor) -> Tensor:
+        """Return a gradient in the type of what the layer read: autocast inside a model has the two apart."""
+        return d.to(self.x.dtype) if d.dtype != self.x.dtype and self.x.is_floating_point() else d
 
     def flush(self) -> None:
         """Square what waits and add it up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,11 @@ class Problem:
             raise ValueError(
                 f"curvature: batch is {type(batch).__name__}, wanted a pair of tensors (inputs, target); "
                 "for a model with other inputs wrap it in a module that takes one tensor"
+            )
+        if not isinstance(model, nn.Module) or not callable(loss_fn):
+            raise ValueError(
+                f"curvature: model is {type(model).__name__} and loss_fn {type(loss_fn).__name__}; wanted an nn.Module "
+                "and a function of (output, target)"
             )
         inputs, target = batch
         if inputs.dim() == 0 or inputs.shape[0] == 0:
@@ -86,7 +91,13 @@ class Problem:
         Raises:
             ValueError: the loss is not a scalar, or is NaN or Inf; then the message says where that came from.
         """
-        loss = self.loss_fn(output, self.target)
+        try:
+            loss = self.loss_fn(output, self.target)
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"curvature: loss_fn fails on an output of shape {tuple(output.shape)}, {output.dtype}, and a target "
+                f"of shape {tuple(self.target.shape)}, {self.target.dtype}: {error}"
+            ) from error
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
@@ -97,14 +108,19 @@ class Problem:
             _check_finite("the batch's inputs", self.inputs)
             _check_finite("the batch's target", self.target)
             raise ValueError(
-                f"curvature: the loss is {loss.item()}; look for diverged weights, or for logits that overflow "
-                "(log of a softmax instead of log_softmax)"
+                f"curvature: the loss is {loss.item()}; look for diverged weights, for logits that overflow (log of a "
+                "softmax instead of log_softmax), or for a mean over no sample (all targets ignored)"
             )
         return loss
 
     @contextmanager
     def undisturbed(self, seed: int) -> Iterator[None]:
-        """Leave buffers (running statistics), random state and grad mode as they were; dropout draws from ``seed``."""
+        """Leave buffers (running statistics), random state and grad mode as they were; dropout draws from ``seed``.
+
+        Autocast around the call is off inside: a second derivative is of the parameters' own type.
+        """
+        if not isinstance(seed, int):
+            raise ValueError(f"curvature: seed={seed!r}; wanted a whole number (int)")
         buffers = [(b, b.detach().clone()) for m in self.modules for b in m._buffers.values() if b is not None]
         devices = {p.device.index or 0 for p in self.params.values() if p.is_cuda}
         # not torch.manual_seed: it reseeds every device, and those that are not in use would not be restored
@@ -112,7 +128,11 @@ class Problem:
         states = [generator.get_state() for generator in generators]
         # entered only where they are on: a small model is done in the time that a few contexts take
         inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-        with inference, nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+        kinds = {p.device.type for p in self.params.values()}
+        casts = [torch.autocast(kind, enabled=False) for kind in kinds if torch.is_autocast_enabled(kind)]
+        with ExitStack() as entered:
+            for context in (inference, *casts, *([] if torch.is_grad_enabled() else [torch.enable_grad()])):
+                entered.enter_context(context)
             try:
                 for generator in generators:
                     generator.manual_seed(seed % (1 << 63))

@@ -129,6 +129,8 @@ class _Unrolled:
         gx = F.linear(x, w_ih, b_ih)
         # the hidden products' gradient is read off where their bias comes in; without one, where a zero does
         entry = x.new_zeros(()).requires_grad_() if b_hh is None else b_hh
+        if not entry.requires_grad and w_hh.requires_grad:
+            entry = entry.detach().requires_grad_()  # a frozen bias: its gradient is looked at, nobody keeps it
         gh, run = entry.expand(gx.shape), Run()
         results: tuple[Tensor, ...] = _GRU.apply(run, gx, gh, w_hh, *start)
         for kind, read, written in (("ih", x, gx), ("hh", run.read, gh)):
