@@ -183,3 +183,21 @@ def test_without_trials_the_dense_product_is_taken(monkeypatch):
     layer = sparse.MaskedLinear(512, 256).bfloat16()
     layer.set_mask(pack.mask)
     assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_first_call_of_a_shape_may_be_in_inference_mode(kind, dtype, autocast, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(trials, "_chosen", {})
+    torch.manual_seed(0)
+    if kind == "linear":
+        layer, x = sparse.MaskedLinear(300, 200), torch.randn(64, 300)
+    else:
+        layer, x = sparse.MaskedConv2d(16, 32, 3), torch.randn(4, 16, 12, 12)
+    layer.set_mask(torch.rand(layer.weight.shape) < 0.1)
+    layer, x = layer.to(dtype), x.to(dtype)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=autocast):
+        got = layer(x)
+    with torch.autocast("cpu", enabled=autocast):
+        torch.testing.assert_close(layer(x).detach(), got.clone())

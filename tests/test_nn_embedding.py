@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autoflip import nn as sparse
+from autoflip import sparsify
 
 ROWS, SIZE = 11, 6
 
@@ -148,3 +149,23 @@ def test_errors():
     with pytest.raises(ValueError, match="entry by entry"):
         sparse.MaskedEmbedding(3, 2).set_mask(torch.ones(2, 3, dtype=torch.bool))
     assert torch.equal(sparse.MaskedEmbedding.from_pretrained(torch.ones(3, 2)).weight, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sparse_gradients_of_tables_that_sparsify_keeps_are_masked(tied):
+    mask, seen = torch.rand(20, 8) < 0.5, torch.tensor([[3, 3, 7], [1, 0, 3]])
+    grads = []
+    for sparse_gradient in (True, False):
+        torch.manual_seed(0)
+        bag = nn.EmbeddingBag(20, 8, sparse=sparse_gradient)
+        model = nn.ModuleDict({"bag": bag})
+        if tied:
+            model["table"] = nn.Embedding(20, 8, sparse=sparse_gradient)
+            model["table"].weight = bag.weight
+        sparsify(model, {"bag.weight": mask})
+        model["bag"](seen).sum().backward()
+        grads.append(model["bag"].weight.grad)
+    assert grads[0].is_sparse
+    assert torch.equal(grads[0].to_dense(), grads[1])
+    assert not grads[1][~mask].any()
+    assert grads[1].any()

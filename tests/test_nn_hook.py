@@ -217,3 +217,17 @@ def test_compiled_and_differentiated_by_transforms(kind):
     torch.testing.assert_close(rows, want)
     tangent = torch.func.grad(lambda x: F.relu(layer(x)).sum())(x)
     assert tangent.shape == x.shape
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_buffer_that_is_replaced_takes_the_old_hook_with_it(kind):
+    layer, x = layer_of(kind)
+    layer(x).sum().backward()
+    layer.weight.grad = None
+    with torch.no_grad():
+        layer.weight.add_(1)  # not zero under any mask: the weight itself is not multiplied by
+    layer.weight_mask = ~layer.weight_mask
+    layer(x).sum().backward()
+    kept = layer.weight_mask
+    assert (layer.weight.grad[kept] != 0).all()
+    assert not layer.weight.grad[~kept].any()

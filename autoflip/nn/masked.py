@@ -163,10 +163,12 @@ class Masked(nn.Module):
         """
         state = self.__dict__
         look = looker(mask) if weight is state.get("_own") else None
+        hooked = state.get("_hooked")
         if look is None or not look(weight):
+            if hooked is not None and hooked[0] is not mask:
+                self._unhook()  # of a mask that is the layer's no more
             return False
         if weight.requires_grad:
-            hooked = state.get("_hooked")
             if hooked is None or hooked[0] is not mask:
                 handle = weight.register_hook(gradient_hook(mask))
                 self._unhook()  # after: a graph may still wait for its gradient

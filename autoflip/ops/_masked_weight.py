@@ -139,6 +139,10 @@ def _select_kernel(weight: Tensor, mask: Tensor) -> Tensor:
 
 def select(weight: Tensor, mask: Tensor) -> Tensor:
     """Return ``torch.where(mask, weight, 0)``, on the CPU about 20 times as fast; equal shapes, any number of dims."""
+    if weight.layout is torch.sparse_coo:  # an embedding's gradient: rows
+        found = weight.coalesce()
+        values = torch.where(mask[found.indices().unbind()], found.values(), 0)
+        return torch.sparse_coo_tensor(found.indices(), values, found.shape, is_coalesced=True, check_invariants=False)
     if not _word(weight):
         return torch.where(mask, weight, 0)
     if weight.requires_grad and torch.is_grad_enabled():

@@ -137,7 +137,9 @@ def _faster(
             f"masked {sizes} n{n} {name} density {trials.near(density)} layout {''.join('nl'[f] for f in last)} "
             f"threads {torch.get_num_threads()} {weight.dtype} to {narrow}"
         )
-        pack.narrow[key] = trials.choose(text, _ways(pack, n, x, weight, narrow, dense, wide), seconds=0.05) == "wide"
+        with trials.unseen():  # inference mode has no gradients to time
+            ways = _ways(pack, n, x, weight, narrow, dense, wide)
+        pack.narrow[key] = trials.choose(text, ways, seconds=0.05) == "wide"
     return pack.narrow[key]
 
 
