@@ -189,6 +189,7 @@ def test_without_trials_the_dense_product_is_taken(monkeypatch):
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_the_first_call_of_a_shape_may_be_in_inference_mode(kind, dtype, autocast, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTOFLIP_CACHE", str(tmp_path))
+    monkeypatch.setenv("AUTOFLIP_TRIALS", "on")
     monkeypatch.setattr(trials, "_chosen", {})
     torch.manual_seed(0)
     if kind == "linear":
