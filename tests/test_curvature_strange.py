@@ -87,6 +87,19 @@ def test_samples_that_mix_are_not_squared_one_by_one(net):
     assert error.max() < 5  # standard errors, of 57 entries
 
 
+def test_a_model_that_runs_only_once_is_taken_to_look_at_each_sample_by_itself():
+    class Once(Graph):
+        turns = iter([None])
+
+        def forward(self, x):
+            next(self.turns)
+            return self.b(self.a(x).tanh())
+
+    batch = torch.randn(8, 5), torch.arange(8) % 3
+    result = curvature.hessian_diagonal(Once(), F.cross_entropy, batch, method="ggn-mc")
+    assert all(value.isfinite().all() for value in result.values())
+
+
 def test_clients_whose_samples_mix_are_looked_at_one_by_one():
     torch.manual_seed(0)
     model = Centred().double()

@@ -58,7 +58,8 @@ class Masked(nn.Module):
     The mask of parameter ``weight`` is the non-persistent buffer ``weight_mask``; a parameter without one is
     kept whole. ``state_dict()`` has torch's keys and shows pruned entries as zeros, and loading sets them to zero.
     What an optimizer from before the mask (momentum) or a write into the parameter leaves at a pruned entry counts
-    for nothing in ``forward``, and ``state_dict()`` sets it to zero.
+    for nothing in ``forward``, and ``state_dict()`` sets it to zero. A loss that reads the parameter itself (a penalty)
+    gives pruned entries a gradient of their own, unless the layer multiplies densely, where a hook masks what comes.
     """
 
     def __getstate__(self) -> dict[str, Any]:
