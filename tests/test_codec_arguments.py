@@ -58,6 +58,18 @@ def test_levels_are_those_of_the_codes():
     refused("encode: levels=7 with values='bf16', wanted None", codec.encode, DELTA, levels=7)
 
 
+@pytest.mark.parametrize("values, levels", [("int8", 40), ("int4", 3)])
+def test_levels_leave_room_for_the_largest_scale(values, levels):
+    huge = {"w": torch.full((2, 3), 3e38)}
+    message = rf"encode: 'w' has entries of 3e\+38, too large for levels={levels}, .* leave levels out"
+    refused(message, codec.encode, huge, values=values, levels=levels)
+    full = {"int8": 127, "int4": 7}[values]
+    for most in (None, full):
+        assert codec.decode(codec.encode(huge, values=values, levels=most))["w"].isfinite().all()
+    held = {"w": torch.full((2, 3), 3.4e38 * levels / full)}
+    assert codec.decode(codec.encode(held, values=values, levels=levels))["w"].isfinite().all()
+
+
 def test_keys_of_the_rounding_are_whole():
     refused("encode: seed=1.5, wanted a whole number", codec.encode, DELTA, seed=1.5)
     refused("encode: client='a', wanted a whole number", codec.encode, DELTA, client="a")
@@ -94,3 +106,45 @@ def test_a_view_with_gaps_is_read():
         codec.decode(memoryview(b"abc")[3:])
     with pytest.raises(codec.DecodeError, match="Limits.max_bytes"):
         codec.decode(view, limits=codec.Limits(max_bytes=10))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [torch.arange(2)[::2], torch.zeros(1, 2, dtype=torch.int32)[:, ::2], torch.tensor([True, False])[::2]],
+    ids=["vector", "matrix", "bool"],
+)
+def test_one_integer_of_a_view_with_gaps_is_read(view):
+    assert torch.equal(codec.decode(codec.encode({"n": view}))["n"], view)
+    assert torch.equal(codec.decode_patch(codec.encode_patch({"n": view}))["n"], view)
+    patch = codec.encode_patch({"n": view}, {"n": view})
+    assert torch.equal(codec.decode_patch(patch, {"n": view})["n"], view)
+
+
+@pytest.mark.parametrize("masks", [None, MASKS], ids=["dense", "masked"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+def test_a_cap_refuses_before_anything_is_added(values, masks):
+    schema = codec.Schema.of({"v": torch.zeros(300), "w": torch.zeros(30, 40), "n": torch.tensor(0)})
+    masks = masks and MaskSet({"w": torch.ones(30, 40, dtype=torch.bool).tril()})
+
+    def add(largest, cap, number=3):
+        delta = {"v": torch.full((300,), -1.0), "w": torch.full((30, 40), 0.5), "n": torch.tensor(number)}
+        delta["w"][20, 7] = -largest
+        blob = codec.encode(delta, masks=masks, values=values, rounding="nearest", schema=schema)
+        sums = {n: torch.zeros(t.shape) for n, t in delta.items()}
+        try:
+            codec.accumulate(blob, sums, 2.0, masks=masks, schema=schema, cap=cap)
+        except codec.DecodeError:
+            assert not any(t.any() for t in sums.values())
+            raise
+        return float(sums["w"][20, 7])
+
+    for cap in (8.0, 96.0, 2.0**20):  # the largest that is let in, and the first bf16 above it
+        assert add(cap, cap) == pytest.approx(-2 * cap)
+        with pytest.raises(codec.DecodeError, match=f"the update moves 'w' by more than {cap:g}".replace("+", r"\+")):
+            add(cap * 1.0078125, cap)
+    assert add(1e37, None) == pytest.approx(-2e37, rel=0.01)
+    with pytest.raises(codec.DecodeError, match="moves 'n' by more than 8"):
+        add(1.0, 8.0, number=-9)
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="wanted a number above 0"):
+            add(1.0, wrong)

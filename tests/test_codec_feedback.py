@@ -87,3 +87,28 @@ def test_errors_leave_the_residual_alone():
     assert all(torch.equal(feedback.residual[n], t) for n, t in before.items())
     again = codec.Feedback(feedback.residual)
     assert again.encode(delta) == feedback.encode(delta)
+
+
+def test_what_is_left_over_waits_for_an_update_that_has_its_name():
+    feedback = codec.Feedback()
+    a, b = {"a": torch.tensor([[0.4, 1.0]])}, {"b": torch.tensor([[0.3, 1.0]])}
+    feedback.encode(a | b)
+    left = feedback.residual["a"].clone()
+    assert left.any()
+    feedback.encode(b)
+    assert torch.equal(feedback.residual["a"], left)
+    again = codec.Feedback({"a": left})
+    assert feedback.encode(a) == again.encode(a)
+    assert set(feedback.residual) == {"a", "b"}
+
+
+def test_of_equal_magnitudes_the_first_travel():
+    delta = {"u": torch.ones(4, 5), "b": torch.ones(3), "v": -torch.ones(2, 10)}
+    delta["v"][1, 3] = -2.0
+    got = codec.decode(codec.Feedback().encode(delta, values="fp32", top=0.2))
+    assert got["u"].flatten().nonzero().flatten().tolist() == list(range(7))
+    assert got["v"].nonzero().tolist() == [[1, 3]]
+    assert got["b"].all()
+    delta["v"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'v' has 1 entries of 20 that are NaN"):
+        codec.Feedback().encode(delta, values="fp32", top=0.2)

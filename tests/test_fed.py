@@ -1,8 +1,10 @@
 """The round end to end, on real payloads: what it costs is what ran, and nothing a client does breaks it."""
 
 import copy
+import re
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -245,14 +247,10 @@ def _flip(self, payload, handle):
 
 
 def _stale(self, payload, handle):
-    from dataclasses import replace
-
     return replace(Message.unpack(handle(self, payload)), round=99).pack()
 
 
 def _greedy(self, payload, handle):
-    from dataclasses import replace
-
     return replace(Message.unpack(handle(self, payload)), examples=10**6).pack()
 
 
@@ -273,8 +271,6 @@ def test_a_bad_client_costs_its_own_update_only(monkeypatch, change, reason):
         errors = {c.client: c.error for c in record.clients}
         assert errors.pop(1)
         assert set(errors.values()) == {None}
-    import re
-
     assert re.search(reason, next(c.error for c in result.records[0].clients if c.client == 1))
 
 
@@ -284,6 +280,25 @@ def test_the_aggregate_equals_the_honest_clients_alone(monkeypatch):
     _with_client(monkeypatch, _raise)
     without = fed.run(_config("fed.against=none", "fed.fraction=1.0", "fed.rounds=2"))
     assert all(torch.equal(with_garbage.params[k], without.params[k]) for k in without.params)
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("size", [1e37, 1e30, 2e6])
+def test_an_absurd_update_costs_its_own_update_only_in_every_round(monkeypatch, size, values):
+    def huge(self, payload, handle):
+        message = Message.unpack(handle(self, payload))
+        at = self.workshop.locate(self.held.masks)
+        delta = {name: torch.full(shape, size) for name, shape in at.schema.shapes.items()}
+        frame = codec.encode(delta, masks=at.inside, schema=at.schema, values=values)
+        return replace(message, frames=(frame, *message.frames[1:])).pack()
+
+    _with_client(monkeypatch, huge)
+    result = fed.run(_config("fed.against=none", "fed.fraction=1.0"))
+    assert {r.phase for r in result.records} == {"exploration", "training"}
+    for record in result.records:
+        errors = {c.client: c.error for c in record.clients}
+        assert re.fullmatch(r"the update moves '[\w.]+' by more than 1e\+06", errors.pop(1))
+        assert set(errors.values()) == {None}
 
 
 def test_below_the_quorum_the_round_fails_in_words(monkeypatch):

@@ -21,9 +21,9 @@ def locate(masks):
     return Coordinates(SCHEMA, masks)
 
 
-def a_round(held=None, **options):
+def a_round(held=None, number=0, **options):
     strategy = METHODS["autoflip"](fed.Config(), MODEL)
-    state = ServerState(PARAMS)
+    state = ServerState(PARAMS, round=number)
     return Round(strategy, state.holding(held or {}), locate, **options)
 
 
@@ -58,6 +58,19 @@ def test_nobody_answers_twice_or_unasked():
     with pytest.raises(codec.DecodeError, match="client 4, which was not asked"):
         work.take(4, answer(offered, client=4, change=9.0), 5)
     assert all(torch.equal(value, before[name]) for name, value in work.aggregator.mean().items())
+
+
+@pytest.mark.parametrize("phase", ["exploration", "training"])
+@pytest.mark.parametrize("cap, most", [(None, 1e6), (4.0, 4.0)])
+def test_an_update_beyond_the_cap_is_refused_and_changes_nothing(cap, most, phase):
+    work = a_round(cap=cap) if phase == "exploration" else a_round(cap=cap, number=10)
+    assert (work.sums is None) == (phase == "training")
+    offered = {client: work.offer(client) for client in (3, 4)}
+    work.take(3, answer(offered[3], change=most), 5)
+    with pytest.raises(codec.DecodeError, match=r"the update moves '0.weight' by more than"):
+        work.take(4, answer(offered[4], client=4, change=1.01 * most), 5)
+    assert work.lost == {4}
+    assert all(bool((value == most).all()) for value in work.aggregator.mean().values())
 
 
 def test_who_lost_what_it_held_says_so_once():

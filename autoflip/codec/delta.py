@@ -77,8 +77,8 @@ def encode(
         The frame; its length is what crosses the link.
 
     Raises:
-        ValueError: NaN or infinity in a tensor (named), a tensor without data, masks or schema that do not fit, unknown
-            options.
+        ValueError: NaN or infinity in a tensor (named), values too large for ``levels``, a tensor without data, masks
+            or schema that do not fit, unknown options.
 
     Source: fixed rounding and blocks as in QSGD (NeurIPS 2017); the format is docs/wire_format.md.
 
@@ -140,12 +140,12 @@ def encode(
 
 # the keyword ``values`` of encode() hides the module of that name in there
 _key, _write_values, _check_levels = values.rounding_key, values.write_values, values.check_levels
+_check_scales, _plain_bytes = values.check_scales, values.plain_bytes
 
 
 def _code(entry: Entry, tensor: Tensor, where: Selection, how: Rounding) -> tuple[Coding, Stream]:
     if entry.kind:
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return Coding(WHOLE, INT, entry.numel), raw
+        return Coding(WHOLE, INT, entry.numel), _plain_bytes(tensor)
     x = selection.single(tensor)
     stream, finite = where.coded or delta_stream.code(
         x, where.entries, where.codec, how.key, levels=how.levels_of(where.codec)
@@ -156,6 +156,7 @@ def _code(entry: Entry, tensor: Tensor, where: Selection, how: Rounding) -> tupl
             f"encode: {entry.name!r} has {bad} entries of {entry.numel} that are NaN or infinite (in float32); "
             "training diverged: lower the learning rate, or leave this update out"
         )
+    _check_scales(entry.name, stream, how.levels_of(where.codec))
     return Coding(where.coding, where.codec, stream.count, where.k, stream.blocks), stream
 
 
@@ -248,6 +249,7 @@ def accumulate(
     schema: Schema | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     base_id: bytes | None = None,
+    cap: float | None = None,
 ) -> None:
     """``sums[name] += weight * decode(blob)[name]`` in place, without making the dense update.
 
@@ -262,16 +264,19 @@ def accumulate(
         schema: as in :func:`decode`.
         limits: as in :func:`decode`.
         base_id: as in :func:`decode`.
+        cap: a frame that moves an entry by more, before the weight, is refused; None = none is.
 
     Raises:
-        DecodeError: whatever is wrong with the frame, or it does not fit ``sums``.
-        ValueError: ``weight`` is not finite, ``sums`` holds other than dense float32 or float64, or another
-            argument is of the wrong type.
+        DecodeError: whatever is wrong with the frame, or it does not fit ``sums`` or ``cap``.
+        ValueError: ``weight`` is not finite, ``cap`` is not above 0, ``sums`` holds other than dense float32 or
+            float64, or another argument is of the wrong type.
     """
     arguments.check_reader("accumulate", masks=masks, schema=schema, limits=limits, base_id=base_id)
     arguments.check_tensors("accumulate: sums", sums)
     if not math.isfinite(weight):
         raise ValueError(f"accumulate: weight={weight}, wanted a finite number")
+    if cap is not None and not cap > 0:
+        raise ValueError(f"accumulate: cap={cap}, wanted a number above 0, or None for no bound")
     for name, total in sums.items():
         if total.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"accumulate: sums[{name!r}] is {total.dtype}, wanted torch.float32 or torch.float64")
@@ -283,6 +288,9 @@ def accumulate(
         elif entry.name in sums or not entry.kind:
             have = tuple(sums[entry.name].shape) if entry.name in sums else "no tensor"
             raise DecodeError(f"frame holds {entry.name!r} of shape {entry.shape}, sums holds {have} of that name")
+    for entry, _, update in steps:
+        if cap is not None and values.exceeds(update, cap):
+            raise DecodeError(f"the update moves {entry.name!r} by more than {cap:g}")
     for entry, mask, update in steps:
         total = sums[entry.name]
         if isinstance(update, Tensor):

@@ -54,11 +54,13 @@ class Feedback:
         """Code ``delta`` plus what is left over, and remember what this frame leaves out.
 
         Args:
-            delta: as in :func:`encode`. Integer tensors travel whole and leave nothing over.
+            delta: as in :func:`encode`. Integer tensors travel whole and leave nothing over. What is left over of
+                names that it lacks waits for an update that has them.
             masks: as in :func:`encode`; entries outside it are dropped from the residual too.
             values: as in :func:`encode`.
             top: share, above 0 to 1, of the entries (of ``masks`` where it covers them) of tensors with two or more
-                dimensions that travel: those of largest magnitude, one cut through all of them. The rest waits.
+                dimensions that travel: those of largest magnitude, one cut through all of them, the first ones of
+                equal ones. The rest waits.
             options: ``schema``, ``seed``, ``entropy``, ... of :func:`encode`; not ``rounding``.
 
         Returns:
@@ -78,7 +80,8 @@ class Feedback:
         inside = {n: t * masks[n] if masks is not None and n in masks else t for n, t in carried.items()}
         blob = encode(_largest(inside, masks, top), masks=masks, values=values, rounding="nearest", **options)
         sent = decode(blob, masks=masks, schema=options.get("schema"))
-        self.residual = {n: inside[n] - sent[n] for n, t in inside.items() if t.is_floating_point()}
+        waiting = {n: t for n, t in self.residual.items() if n not in inside}
+        self.residual = waiting | {n: t - sent[n] for n, t in inside.items() if t.is_floating_point()}
         return blob
 
     def _carried(self, name: str, tensor: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class Feedback:
 
 
 def _largest(tensors: Mapping[str, Tensor], masks: MaskSet | None, top: float) -> dict[str, Tensor]:
-    """Zero all but the largest entries; at least one entry is kept."""
+    """Zero all but the largest entries, the first ones of equal ones; at least one entry is kept."""
     chosen = {n: t.abs() for n, t in tensors.items() if t.is_floating_point() and t.dim() > 1 and t.numel()}
     if top == 1 or not chosen:
         return dict(tensors)
@@ -105,4 +108,8 @@ def _largest(tensors: Mapping[str, Tensor], masks: MaskSet | None, top: float) -
     held = sum(int(masks[n].sum()) if masks is not None and n in masks else t.numel() for n, t in chosen.items())
     keep = max(1, round(top * held))
     cut = magnitudes.kthvalue(len(magnitudes) - keep + 1).values
-    return {n: torch.where(chosen[n] >= cut, t, torch.zeros(())) if n in chosen else t for n, t in tensors.items()}
+    kept = ~(magnitudes < cut)  # NaN stays, for encode() to name
+    if spare := int(kept.count_nonzero()) - keep:
+        kept[(magnitudes == cut).nonzero().flatten()[-spare:]] = False
+    parts = dict(zip(chosen, kept.split([t.numel() for t in chosen.values()]), strict=True))
+    return {n: torch.where(parts[n].view(t.shape), t, torch.zeros(())) if n in parts else t for n, t in tensors.items()}

@@ -117,7 +117,7 @@ def _sum(words: np.ndarray, held: np.ndarray) -> np.ndarray:
 def _words(entry: Entry, tensor: Tensor, mask: Pack | None) -> np.ndarray:
     """Return the kept entries as uint16 bf16 words, or the bytes of an integer tensor."""
     if entry.kind:
-        return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return values.plain_bytes(tensor)
     kept, _ = ops.gather(tensor.detach().to(torch.float32), mask)
     return torch.from_numpy(kept).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
+from torch import Tensor
 
 from autoflip.codec import arguments
 from autoflip.codec.packing import Buffer
@@ -37,7 +38,10 @@ __all__ = [
     "check",
     "check_finite_words",
     "check_levels",
+    "check_scales",
+    "exceeds",
     "from_words",
+    "plain_bytes",
     "read_values",
     "rounding_key",
     "to_words",
@@ -63,6 +67,40 @@ def check_levels(levels: int | None, codec: int) -> None:
         )
     if not 1 <= arguments.whole("encode", "levels", levels) <= LEVELS[codec]:
         raise ValueError(f"encode: levels={levels}, wanted 1 to {LEVELS[codec]}, the largest code of {NAMES[codec]}")
+
+
+def check_scales(name: str, coded: Coded, levels: int | None) -> None:
+    """Raise ValueError where fewer ``levels`` than the codec has made a scale that no reader takes."""
+    most = LEVELS.get(coded.kind, 0)
+    if levels is None or levels >= most or not len(coded.scales):
+        return
+    largest = float(coded.scales.max())
+    if largest > codes.largest_scale(most):
+        raise ValueError(
+            f"encode: {name!r} has entries of {levels * largest:.3g}, too large for levels={levels}, at most "
+            f"{levels * codes.largest_scale(most):.3g}: readers refuse their scale; leave levels out"
+        )
+
+
+def plain_bytes(tensor: Tensor) -> np.ndarray:
+    """Return the bytes of an integer or bool tensor, in the order of its entries."""
+    # numpy's view: torch's wants a stride of one even of a single entry, where contiguous() leaves any stride alone
+    return tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8)
+
+
+def exceeds(coded: Coded | Tensor, cap: float) -> bool:
+    """Tell whether a value of a valid stream is above ``cap`` in magnitude; values are made only where one may be."""
+    if isinstance(coded, Tensor):  # of integers
+        return bool((coded.double().abs() > cap).any())
+    if not coded.count:
+        return False
+    if coded.kind in _PLANES:  # the highest byte holds the sign and all but the last bit of the exponent
+        bound = np.float32(min(cap, float(np.finfo(np.float32).max)))
+        if int((coded.streams[-1] & 0x7F).max()) < int(bound.view(np.uint32)) >> 24:
+            return False
+    elif LEVELS[coded.kind] * float(coded.scales.max()) <= cap:
+        return False
+    return float(streams.decode(coded, None).abs().max()) > cap
 
 
 def rounding_key(seed: int, round: int, client: int, tensor: int) -> tuple[int, int]:

@@ -147,8 +147,11 @@ class GaussNewton:
     def layers(self) -> list[Layer]:
         """The layers whose parameters' squares are summed where they ran: none where samples are not independent."""
         layers = [] if self.graph.coupled else self._alone()
-        chained = layers and self._chained(layers)  # nothing mixes there; rows that were dealt were looked at before
-        return layers if chained or self.rows is not None or not mixes(self.problem, self.output) else []
+        if layers and (chained := self._chained(layers)):
+            self.__dict__["chain"] = chained  # nothing mixes there
+            return layers
+        known = self.rows is not None or self.graph.by_rows(self.output)  # rows that were dealt were looked at before
+        return layers if known or not mixes(self.problem, self.output) else []
 
     def _alone(self) -> list[Layer]:
         graph = self.graph

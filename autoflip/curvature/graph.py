@@ -29,6 +29,14 @@ _PRODUCT_NAMES = """
     Mul Mm Addmm Bmm Baddbmm Mv Addmv Dot Linear Convolution MkldnnConvolution PreluKernel
     masked_linear
 """
+# what leaves samples apart whatever its arguments are, on a tensor whose first axis counts them (sums and products of
+# two may broadcast)
+_ROW_NAMES = """
+    Convolution MkldnnConvolution Relu LeakyRelu Gelu Silu Elu Tanh Sigmoid Softplus Neg NativeGroupNorm
+    NativeLayerNorm NativeBatchNorm MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D MkldnnMaxPool2D NativeDropout
+"""
+_BY_ROWS = frozenset(_ROW_NAMES.split())
+_RESHAPES = frozenset(("View", "UnsafeView", "ReshapeAlias"))
 _LEAF = "torch::autograd::AccumulateGrad"
 _LINEAR = frozenset(_LINEAR_NAMES.split())
 _PRODUCTS = frozenset(_PRODUCT_NAMES.split())
@@ -53,6 +61,24 @@ class Graph:
     uses: Mapping[str, int]
     layer_nodes: Set[Any]
     readers: Mapping[Any, Sequence[Any]]
+
+    def by_rows(self, output: Tensor) -> bool:
+        """Tell whether each operation before ``output`` surely leaves samples apart; the first axis counts them."""
+        samples = len(output)
+        for node in (output.grad_fn, *self.readers):
+            kind = node.name().partition("Backward")[0]
+            if kind in _RESHAPES:
+                if not node._saved_self_sym_sizes or node._saved_self_sym_sizes[0] != samples:
+                    return False
+            elif kind in ("Mm", "Addmm", "T"):  # the last operand is a weight, or one turned round
+                last = node.next_functions[-1][0]
+                if last is not None and last.name() not in (_LEAF, "TBackward0"):
+                    return False
+                if last is None and kind != "T":
+                    return False
+            elif kind not in _BY_ROWS and kind != _LEAF:
+                return False
+        return True
 
     def alone(self, ran: Sequence[Layer], params: Mapping[str, Tensor]) -> list[Layer]:
         """Return those runs of layers, of all that ``ran``, that are all that their parameters do."""

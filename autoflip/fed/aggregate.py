@@ -43,10 +43,15 @@ class Aggregator:
         """Sum of the weights of all updates so far."""
         return sum(part.weight for part in self._parts.values())
 
-    def add(self, frame: bytes, weight: float, masks: MaskSet | None) -> None:
-        """Decode one delta and add it; a damaged frame raises DecodeError and changes nothing."""
+    def add(self, frame: bytes, weight: float, masks: MaskSet | None, cap: float | None = None) -> None:
+        """Decode one delta and add it; one that is damaged or moves an entry by more than ``cap`` changes nothing.
+
+        Raises:
+            DecodeError: it is.
+        """
         part = self._part(masks)
-        codec.accumulate(frame, part.sums, weight, masks=part.at.inside, schema=part.at.schema, limits=self.limits)
+        at, limits = part.at, self.limits
+        codec.accumulate(frame, part.sums, weight, masks=at.inside, schema=at.schema, limits=limits, cap=cap)
         part.weight += weight
 
     def add_decoded(self, delta: Mapping[str, Tensor], weight: float, masks: MaskSet | None) -> None:

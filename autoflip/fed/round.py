@@ -18,7 +18,8 @@ from autoflip.fed.strategies import Strategy
 
 __all__ = ["Round"]
 
-_ABSURD = 1e12  # the square of more would drown all guidance
+_MOST = 1e6  # training moves no entry by more in a round; sums of far larger updates overflow
+_ABSURD = 1e12  # more would drown all guidance
 
 
 class Round:
@@ -30,7 +31,7 @@ class Round:
         locate: masks -> coordinates of what travels under them.
         seed: of the stochastic rounding.
         slow: clients that get the narrow model.
-        cap: an update that moves an entry by more is refused; None: nothing is, but while guidance gathers (1e12).
+        cap: an update that moves an entry by more is refused, and so is guidance of more; None: 1e6 and 1e12.
         current: ids of views that were made from exactly ``state.params``: who holds one is sent nothing more.
     """
 
@@ -117,8 +118,9 @@ class Round:
         if len(message.frames) != trained + probed:
             raise codec.DecodeError(f"the update has {len(message.frames)} frames, wanted {trained + probed}")
         weight, masks = float(message.examples), view.masks
-        if self.sums is None and self._cap is None:  # added as it is decoded
-            self.aggregator.add(message.frames[0], weight, masks)
+        most_moved, most_guidance = (_MOST, _ABSURD) if self._cap is None else (self._cap, self._cap)
+        if self.sums is None and trained:  # added as it is decoded
+            self.aggregator.add(message.frames[0], weight, masks, most_moved)
             return
         at = self.locate(masks)
         delta = {name: torch.zeros(shape) for name, shape in at.schema.shapes.items()}
@@ -128,10 +130,10 @@ class Round:
         if probed:
             probe = codec.decode(message.frames[-1], schema=self._schema)
             powers = {name: p**self.ask.power for name, p in probe.items()}
-        cap = _ABSURD if self._cap is None else self._cap
-        for name, t in (*delta.items(), *(powers or {}).items()):
-            if t.numel() and float(t.abs().max()) > cap:
-                raise codec.DecodeError(f"the update moves {name!r} by more than {cap:g}")
+        for tensors, cap in ((delta, most_moved), (powers or {}, most_guidance)):
+            for name, t in tensors.items():
+                if t.numel() and float(t.abs().max()) > cap:
+                    raise codec.DecodeError(f"the update moves {name!r} by more than {cap:g}")
         self.aggregator.add_decoded(delta, weight, masks)
         if self.sums is not None:
             self.sums.add(at.expand(delta), weight, powers)

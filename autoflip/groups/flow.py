@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.nn.utils import rnn
+from torch import nn
 
+from autoflip.groups.trace import is_leaf
 from autoflip.groups.units import Axis, Groups
 
-__all__ = ["Flow", "Size", "Value", "graphs_of"]
-
-_OWN = ("torch.nn.", "torch.ao.nn.", "autoflip.nn.")
+__all__ = ["Flow", "Size", "Value", "fit"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,16 @@ class Value:
     stack: tuple[tuple[int, ...], ...] = ()
     batch: bool = False
 
-    def dim(self, dim: int) -> int:
-        """Return ``dim`` counted from the end; a tensor of unknown rank is one row per example."""
-        return dim if dim < 0 else dim - (self.rank or 1 - self.axis)
+    def dim(self, dim: int) -> int | None:
+        """Return ``dim`` counted from the end; None where it may be any, that of the units too.
+
+        Dimension 0 of a tensor of unknown rank is that of the batch: some dimension before the units.
+        """
+        if dim < 0:
+            return dim
+        if self.rank is None:
+            return None if dim else self.axis - 1
+        return dim - self.rank if dim < self.rank else None
 
 
 @dataclass(frozen=True)
@@ -47,59 +51,18 @@ class Size:
     dim: int | None = None
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, *, buffers: bool) -> None:
-        super().__init__(autowrap_functions=(rnn.pack_padded_sequence, rnn.pad_packed_sequence))
-        self.proxy_buffer_attributes = buffers
-        self._autowrap_search.append(rnn)  # also where they are called as nn.utils.rnn.pack_padded_sequence
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _own(m)
-
-
-def _own(module: nn.Module) -> bool:
-    return f"{type(module).__module__}.".startswith(_OWN) and not isinstance(module, nn.Sequential)
-
-
-def graphs_of(model: nn.Module) -> Iterator[fx.Graph]:
-    """Yield the model's graph; where ``forward`` asks for ``training``, one per mode."""
-    defaults = {
-        name: p.default
-        for name, p in inspect.signature(model.forward).parameters.items()
-        if p.default is None or isinstance(p.default, (bool, int, float, str))
-    }
-    if _own(model):  # the tracer always enters the root; a bare layer must stay one node
-        model, defaults = nn.Sequential(model), {}
-    asks = any(
-        "training" in getattr(getattr(type(m).forward, "__code__", None), "co_names", ())
-        for m in model.modules()
-        if not _own(m) and type(m) is not nn.Sequential
-    )
-    modes = {m: m.training for m in model.modules()}
-    try:
-        for mode in (False, True) if asks else (model.training,):
-            if asks:
-                model.train(mode)
-            try:
-                yield _Tracer(buffers=False).trace(model, concrete_args=defaults or None)
-            except Exception:  # self.table[: x.size(0)]: a tensor cannot be cut by a size that is not known yet
-                yield _Tracer(buffers=True).trace(model, concrete_args=defaults or None)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 class Flow:
     """Walk graphs of one model and collect what happens to every unit."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.bare = _own(model)
+        self.bare = is_leaf(model)
         self.parent: list[int] = []
         self.layer: list[str] = []
         self.frozen: dict[int, str] = {}
         self.reasons: dict[str, str] = {}
         self.impure: set[int] = set()
+        self.whole: dict[str, str] = {}
         self.axes: dict[tuple[str, int], tuple[bool, tuple[int, ...]]] = {}
         self.families: dict[str, list[tuple[int, ...]]] = {}
         self.sizes: dict[str, tuple[int, ...]] = {}
@@ -146,7 +109,7 @@ class Flow:
             for ids in (what.ids, *what.stack):
                 self.freeze_ids(ids, reason)
         elif isinstance(what, Size):
-            if what.dim is None or what.value.dim(what.dim) == what.value.axis:
+            if what.dim is None or what.value.dim(what.dim) in (None, what.value.axis):
                 self.freeze(what.value, reason)
         elif isinstance(what, dict):
             self.freeze(tuple(what.values()), reason)
@@ -192,8 +155,20 @@ class Flow:
             self.freeze_ids(self.axes.pop(key)[1], f"{path} also reads something else")
         self.axes[key] = (False, ())
 
+    def read_itself(self, name: str) -> None:
+        """Keep the layer whole that owns tensor ``name`` (or is ``name``): forward does with it what it likes."""
+        modules = dict(self.model.named_modules())
+        owner = name.rpartition(".")[0]
+        parts = modules[name].named_modules(prefix=name) if name in modules else [(owner, modules.get(owner))]
+        for path, module in parts:
+            if module is not None and is_leaf(module) and not isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+                self.whole.setdefault(path, f"forward reads {name} itself")
+
     def groups(self) -> Groups:
         """Return what was found, units numbered in the order of the forward pass."""
+        for (tensor, _), (_, ids) in self.axes.items():
+            if why := self.whole.get(tensor.rpartition(".")[0]):
+                self.freeze_ids(ids, why)
         roots = [self.find(unit) for unit in range(len(self.parent))]
         read = {roots[unit] for produces, ids in self.axes.values() if not produces for unit in ids}
         self.freeze_ids([unit for unit, root in enumerate(roots) if root not in read], "no layer reads it")
@@ -201,7 +176,7 @@ class Flow:
         index = torch.tensor([number[root] for root in roots], dtype=torch.int64)
         removable = torch.ones(len(number), dtype=torch.bool)
         pure = torch.ones(len(number), dtype=torch.bool)
-        reasons = dict(self.reasons)
+        reasons = self.whole | self.reasons
         for unit, why in self.frozen.items():
             removable[index[unit]] = False
             reasons.setdefault(self.layer[unit], why)

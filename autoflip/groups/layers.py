@@ -14,7 +14,7 @@ from autoflip.groups.flow import Flow, Value, fit
 from autoflip.groups.rules import POOLS
 from autoflip.groups.shapes import flatten, softmax, spatial
 
-__all__ = ["call_module"]
+__all__ = ["call_module", "hooked"]
 
 _ZERO = (  # f(0) = 0
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.Tanh, nn.SiLU, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish),
@@ -34,6 +34,10 @@ def call_module(flow: Flow, module: nn.Module, path: str, args: tuple, kwargs: d
     if not isinstance(x, Value):
         flow.freeze((args, kwargs), f"read by {path} in a way that is not known")
         return Value()
+    if any(hooked(part) for part in module.modules()):
+        flow.reasons[path] = "a hook may change what it reads or returns"
+        flow.freeze((args, kwargs), f"read by {path}, which has a hook")
+        return Value()
     for kinds, rule in _MODULES:
         if isinstance(module, kinds):
             return rule(flow, module, path, x, rest)
@@ -46,6 +50,12 @@ def call_module(flow: Flow, module: nn.Module, path: str, args: tuple, kwargs: d
             _feed_forward(flow, inner, part)
     flow.freeze((args, kwargs), f"read by {path} ({type(module).__name__}), which is kept whole")
     return Value()
+
+
+def hooked(module: nn.Module) -> bool:
+    """Tell whether somebody's hooks may change what a module reads or returns; autoflip's own change neither."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(not (getattr(hook, "__module__", None) or "").startswith("autoflip.") for hook in hooks)
 
 
 def _linear(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
@@ -98,7 +108,9 @@ def _norm(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
     grouped = isinstance(module, nn.GroupNorm)
     size = module.num_channels if grouped else module.num_features
     ids = fit(x, size)
-    if not ids or x.dim(1) != x.axis:
+    stateless = getattr(module, "weight", None) is None and getattr(module, "running_mean", None) is None
+    flat = isinstance(module, nn.modules.instancenorm._InstanceNorm) and (x.rank or 0) < 3  # (N, C) is (C, L) to it
+    if not ids or flat or not _second(x, checked=not stateless):
         flow.freeze(x, f"read by {path}, whose {size} channels do not fit")
         return replace(x, ids=())
     if grouped:  # the channels of a group are averaged together, so they go together
@@ -107,7 +119,7 @@ def _norm(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
             flow.tie(ids[start : start + 1] * width, ids[start : start + width])
     for name in ("weight", "bias", "running_mean", "running_var"):
         flow.record(module, path, name, 0, ids, produces=True)
-    if getattr(module, "weight", None) is None and getattr(module, "running_mean", None) is None:
+    if stateless:
         if len(flow.sizes.setdefault(path, ids)) == len(ids):
             flow.tie(flow.sizes[path], ids)
         else:
@@ -117,13 +129,22 @@ def _norm(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
     return replace(x, ids=ids, spread="")
 
 
+def _second(x: Value, *, checked: bool) -> bool:
+    """Tell whether the units lie along dimension 1, as per-channel layers want them.
+
+    Where the rank is not known they are taken to, if the layer has tensors whose size is ``checked``: should they
+    not, the smaller layer raises.
+    """
+    return checked if x.rank is None else x.dim(1) == x.axis
+
+
 def _embedding(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
     ids = flow.new(path, module.embedding_dim)
     flow.record(module, path, "weight", 1, ids, produces=True)
     if module.max_norm is not None:
         flow.freeze_ids(ids, "max_norm depends on the whole row")
     bag = isinstance(module, nn.EmbeddingBag)
-    return Value(rank=2 if bag else (x.rank or 2) + 1, ids=ids, batch=x.batch and not bag)
+    return Value(rank=2 if bag else x.rank and x.rank + 1, ids=ids, batch=x.batch and not bag)
 
 
 def _recurrent(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Any:
@@ -183,7 +204,7 @@ def _prelu(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
 
 def _norm_like(flow: Flow, module: Any, path: str, x: Value) -> Value:
     ids = fit(x, module.num_parameters)
-    if not ids or x.dim(1) != x.axis:
+    if not ids or not _second(x, checked=True):
         flow.freeze(x, f"read by {path}, whose channels do not fit")
         return replace(x, ids=())
     flow.record(module, path, "weight", 0, ids, produces=True)

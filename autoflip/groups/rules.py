@@ -13,7 +13,7 @@ from torch.nn.utils import rnn
 from autoflip.groups.flow import Flow, Size, Value
 from autoflip.groups.shapes import SHAPES, index, spatial
 
-__all__ = ["POOLS", "call_function"]
+__all__ = ["HARMLESS", "POOLS", "call_function"]
 
 
 def _words(text: str) -> list[str]:
@@ -39,7 +39,7 @@ _OTHERS = _words(
     " softmax log_softmax interpolate pad expand_as"
 )
 _PACKED = ("pack_padded_sequence", "pad_packed_sequence")
-_HARMLESS = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad")
+HARMLESS = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad")
 
 
 def _known_functions() -> dict[Any, str]:
@@ -63,11 +63,12 @@ def call_function(flow: Flow, target: Any, args: tuple, kwargs: dict) -> Any:
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     x, rest = (args[0], args[1:]) if args else (None, ())
-    if name in _BINARY and len(args) == 2:
+    if name in _BINARY and len(args) == 2 and not _holds(kwargs):
         return _binary(flow, name, x, rest[0])
     if name in ("cat", "concat", "concatenate") and isinstance(x, (tuple, list)):
         return _cat(flow, list(x), rest[0] if rest else kwargs.get("dim", 0))
-    if isinstance(x, Value) and not x.stack and name:
+    tensors = name in (*_ZERO, *_ELEMENT, *POOLS) and name != "to" and _holds((rest, kwargs))
+    if isinstance(x, Value) and not x.stack and name and not tensors:
         if name in _ZERO or name in _ELEMENT:
             if name in _ELEMENT:
                 flow.impure.update(x.ids)
@@ -89,10 +90,17 @@ def call_function(flow: Flow, target: Any, args: tuple, kwargs: dict) -> Any:
 _CONSTANT = "forward reshapes with sizes of its own; x.flatten(1) can be followed"
 
 
+def _holds(what: Any) -> bool:
+    """Tell whether there are tensors, or sizes of tensors, in a container of arguments."""
+    if isinstance(what, (tuple, list, dict)):
+        return any(_holds(item) for item in (what.values() if isinstance(what, dict) else what))
+    return isinstance(what, (Value, Size))
+
+
 def _look(flow: Flow, name: str, args: tuple, kwargs: dict) -> Any:
     """Answer x.shape, x.size(), x[...], and items of tuples."""
     x, key = args[0], args[1] if len(args) > 1 else kwargs.get("dim")
-    if isinstance(x, Value) and (name == "size" or (name == "getattr" and key in _HARMLESS)):
+    if isinstance(x, Value) and (name == "size" or (name == "getattr" and key in HARMLESS)):
         return Size(x, key if name == "size" else None) if name == "size" or key == "shape" else None
     if name == "getitem" and isinstance(x, Size) and x.dim is None and isinstance(key, int):
         return Size(x.value, key)
@@ -139,7 +147,7 @@ def _broadcast(flow: Flow, name: str, x: Value, y: Value) -> Value | None:
 
 
 def _rank(x: Value, y: Value) -> int | None:
-    return max(x.rank, y.rank) if x.rank and y.rank else x.rank or y.rank
+    return max(x.rank, y.rank) if x.rank and y.rank else None
 
 
 def _alike(x: Value, y: Value) -> bool:
@@ -151,9 +159,12 @@ def _cat(flow: Flow, parts: list[Any], dim: Any) -> Value:
     if all(isinstance(p, Value) and p.ids and not p.stack and not p.spread for p in parts) and isinstance(dim, int):
         assert isinstance(first, Value)
         if all(p.axis == first.axis and p.rank == first.rank for p in parts):
-            if first.dim(dim) == first.axis:
+            if first.rank is None and dim == 1:  # taken for one row per example; otherwise no reader fits
+                first = replace(first, rank=1 - first.axis)
+            at = first.dim(dim)
+            if at == first.axis:
                 return replace(first, ids=tuple(unit for p in parts for unit in p.ids))
-            if all(len(p.ids) == len(first.ids) for p in parts):
+            if at is not None and all(len(p.ids) == len(first.ids) for p in parts):
                 for p in parts[1:]:
                     flow.tie(first.ids, p.ids)
                 return replace(first, batch=False)

@@ -18,6 +18,8 @@ def index(x: Value, key: tuple) -> Value | None:
     if ... in key:
         at = key.index(...)
         key = key[:at] + (slice(None),) * (x.rank - len(key) + 1) + key[at + 1 :]
+    if len(key) > x.rank:
+        return None
     key += (slice(None),) * (x.rank - len(key))
     at = x.rank + x.axis
     if x.ids and key[at] != slice(None):
@@ -38,10 +40,14 @@ def spatial(flow: Flow, x: Value, dims: int, name: str) -> Value:
 def flatten(flow: Flow, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value | None:
     """Repeat units over the dimensions that are merged with theirs; None where that cannot be followed."""
     if not x.ids or x.rank is None and x.axis == -1 and (start_dim, end_dim) == (1, -1):
-        # a tensor of unknown rank whose units lie last: one row per example
+        # a tensor of unknown rank whose units lie last: their list repeats, or there is nothing to flatten
         whole = (start_dim, end_dim) == (1, -1)
-        return replace(x, rank=2 if whole else None, batch=x.batch and start_dim > 0)
+        if x.spread == "each":
+            return None
+        return replace(x, rank=2 if whole else None, spread="tile" if x.ids else "", batch=x.batch and start_dim > 0)
     start, end = x.dim(start_dim), x.dim(end_dim)
+    if start is None or end is None:
+        return None
     if start >= end:
         return x
     if start == x.dim(0):
@@ -100,7 +106,7 @@ def _expand_as(flow: Flow, x: Value, other: Any) -> Value | None:
 
 def _permute(flow: Flow, x: Value, *dims: Any) -> Value | None:
     order = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-    if not all(isinstance(d, int) for d in order):
+    if not all(isinstance(d, int) for d in order) or x.rank not in (None, len(order)):
         return None
     at = [d % len(order) for d in order]
     axis = at.index(len(order) + x.axis) - len(order) if x.ids else -1
@@ -111,6 +117,8 @@ def _transpose(flow: Flow, x: Value, dim0: int, dim1: int) -> Value | None:
     if x.rank is None and x.ids and (dim0 >= 0 or dim1 >= 0):
         return None
     a, b = x.dim(dim0), x.dim(dim1)
+    if a is None or b is None:
+        return None if x.ids else Value()
     batch = x.batch and x.rank is not None and -x.rank not in (a, b)
     return replace(x, batch=batch, axis=b if x.axis == a else a if x.axis == b else x.axis)
 
@@ -119,7 +127,7 @@ def _squeeze(flow: Flow, x: Value, dim: Any = None) -> Value | None:
     if not isinstance(dim, int) or x.rank is None:
         return None if x.ids else Value()
     at = x.dim(dim)
-    if x.ids and at == x.axis:
+    if at is None or (x.ids and at == x.axis):
         return None
     return replace(
         x, rank=x.rank - 1, axis=x.axis + (1 if x.ids and at > x.axis else 0), batch=x.batch and at != -x.rank
@@ -138,7 +146,7 @@ def softmax(flow: Flow, x: Value, dim: Any = None, **_: Any) -> Value | None:
     """Pass x on if the sum does not run across its units."""
     if not x.ids:
         return x
-    if not isinstance(dim, int) or x.rank is None or x.dim(dim) == x.axis:
+    if not isinstance(dim, int) or x.rank is None or x.dim(dim) in (None, x.axis):
         flow.freeze(x, "read by softmax across units")
         return Value(rank=x.rank)
     flow.impure.update(x.ids)
@@ -149,8 +157,8 @@ def _reduce(flow: Flow, x: Value, dim: Any = None, keepdim: bool = False, **_: A
     dims: Sequence[Any] = (dim,) if isinstance(dim, int) else dim if isinstance(dim, (tuple, list)) else ()
     if not x.ids or not dims or not all(isinstance(d, int) for d in dims):
         return None if x.ids else Value()
-    at = {x.dim(d) for d in dims}
-    if x.axis in at or x.spread:
+    at = {at for d in dims if (at := x.dim(d)) is not None}
+    if len(at) < len(dims) or x.axis in at or x.spread:
         return None
     batch = x.batch and not (x.rank is None or -x.rank in at)
     if keepdim:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoflip.groups import Groups, find_groups
+from autoflip.groups.trace import untouched
 from autoflip.masks import MaskSet
 from autoflip.nn.linear import select
 from autoflip.nn.plan import Plan
@@ -32,8 +33,9 @@ def compact(
 
     Args:
         model: plain or sparsified; it is not changed.
-        example_inputs: one input, or a tuple of arguments, that the small model is run on once (no gradients,
-            eval mode), only to find out here rather than later that ``forward`` has sizes written into it.
+        example_inputs: one input, or a tuple of arguments: how many dimensions they have decides what can be followed
+            (:func:`autoflip.groups.find_groups`), and the small model is run on them once (no gradients, eval mode),
+            only to find out here rather than later that ``forward`` has sizes written into it.
         masks: which entries are kept; default: those the model's masked layers hold.
         groups: :func:`autoflip.groups.find_groups` of the same model, to save tracing it again.
 
@@ -48,7 +50,7 @@ def compact(
     from autoflip.nn.convert import densify, masks_of  # here: the package imports this module first
 
     masks = masks_of(model) if masks is None else masks
-    groups = find_groups(model) if groups is None else groups
+    groups = find_groups(model, example_inputs) if groups is None else groups
     named = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     masks.check(named)
     dead = _dead(groups, masks, named)
@@ -204,15 +206,13 @@ def _columns(tensor: Any) -> int:
 
 def _try(small: nn.Module, example_inputs: Any) -> None:
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    modes = {m: m.training for m in small.modules()}
     try:
-        with torch.no_grad():
-            small.eval()(*args)
+        with untouched(small), torch.no_grad():
+            for module in small.modules():
+                module.training = False
+            small(*args)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
             f"compact: the small model does not run on example_inputs ({error}). Do they suit the full model? "
             "If so, forward or a hook relies on a size that changed; pass groups=Groups() to leave every size alone"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
