@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -128,11 +128,7 @@ class Problem:
         states = [generator.get_state() for generator in generators]
         # entered only where they are on: a small model is done in the time that a few contexts take
         inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-        kinds = {p.device.type for p in self.params.values()}
-        casts = [torch.autocast(kind, enabled=False) for kind in kinds if torch.is_autocast_enabled(kind)]
-        with ExitStack() as entered:
-            for context in (inference, *casts, *([] if torch.is_grad_enabled() else [torch.enable_grad()])):
-                entered.enter_context(context)
+        with inference, nullcontext() if torch.is_grad_enabled() else torch.enable_grad(), _no_autocast(devices):
             try:
                 for generator in generators:
                     generator.manual_seed(seed % (1 << 63))
@@ -145,6 +141,16 @@ class Problem:
                     if not torch.equal(buffer, before):
                         with torch.no_grad():
                             buffer.copy_(before)
+
+
+def _no_autocast(devices: set[int]) -> AbstractContextManager[object]:
+    kinds = [kind for kind in ("cpu", "cuda")[: 1 + bool(devices)] if torch.is_autocast_enabled(kind)]
+    if not kinds:
+        return nullcontext()
+    entered = ExitStack()
+    for kind in kinds:
+        entered.enter_context(torch.autocast(kind, enabled=False))
+    return entered
 
 
 def _trainable(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
