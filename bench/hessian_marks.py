@@ -44,7 +44,7 @@ def table(path: Path = RESULTS) -> list[str]:
     equal, machine = content.get("equal_error"), content["machine"]
     text = (
         "Gauss-Newton diagonals by draws (the LSTM's of bfloat16 products with float32 sums, where the CPU has them, "
-        "in AMX's tiles if it has those) "
+        "in AMX's tiles, through dense layers too, if it has those) "
         "and exactly, then traces of the Hessian by as many probes. "
     )
     if equal:  # where PyHessian was installed
