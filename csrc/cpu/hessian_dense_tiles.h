@@ -53,6 +53,16 @@ inline void panel_words(const float* first, const float* second, int64_t width, 
   }
 }
 
+// A panel of `count` rows, which row_of gives: words of two of them each, zeros up to `room` words.
+template <bool kSquared, class RowOf>
+inline void fill_panel(RowOf row_of, int64_t count, int64_t room, int64_t width, float* panel) {
+  for (int64_t j = 0; 2 * j < count; ++j)
+    panel_words<kSquared>(row_of(2 * j), 2 * j + 1 < count ? row_of(2 * j + 1) : nullptr, width,
+                          panel + j * kPanel);
+  int64_t words = (count + 1) / 2;
+  std::memset(panel + words * kPanel, 0, sizeof(float) * (room - words) * kPanel);
+}
+
 // v's sums over the rows of each of `some` groups from `begin` on, as words [output][word]; `row` has room
 // for two.
 inline void tiled_rows(const float* d, const DenseGroups& groups, int64_t begin, int64_t some, int64_t O,
@@ -91,11 +101,8 @@ inline int64_t squared_matmul_tiles(const float* d, const float* a, const int64_
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < panels; ++p) {
         int64_t first = p * kPanel, width = least(kPanel, K - first);
-        for (int64_t j = 0; 2 * j < some; ++j) {
-          auto of = [&](int64_t u) { return a + groups.from[begin + u] * K + first; };
-          panel_words<true>(of(2 * j), 2 * j + 1 < some ? of(2 * j + 1) : nullptr, width, panel + j * kPanel);
-        }
-        std::memset(panel + (some + 1) / 2 * kPanel, 0, sizeof(float) * (room - (some + 1) / 2) * kPanel);
+        auto row_of = [&](int64_t u) { return a + groups.from[begin + u] * K + first; };
+        fill_panel<true>(row_of, some, room, width, panel);
         for (int64_t o = 0; o < O; o += Tiles::kRows)
           for (int64_t c = 0; c < width; c += Tiles::kColumns) {
             int64_t high = least(Tiles::kRows, O - o), wide = least(Tiles::kColumns, width - c);
@@ -134,11 +141,7 @@ inline int64_t dense_pull_back_tiles(const float* const* d, const float* w, cons
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < panels; ++p) {
       int64_t first = p * kPanel, width = least(kPanel, K - first);
-      for (int64_t j = 0; 2 * j < O; ++j) {
-        const float* row = w + 2 * j * K + first;
-        panel_words<false>(row, 2 * j + 1 < O ? row + K : nullptr, width, panel + j * kPanel);
-      }
-      std::memset(panel + (O + 1) / 2 * kPanel, 0, sizeof(float) * (room - (O + 1) / 2) * kPanel);
+      fill_panel<false>([&](int64_t o) { return w + o * K + first; }, O, room, width, panel);
       for (int64_t r = 0; r < rows; r += Tiles::kRows)
         for (int64_t c = 0; c < width; c += Tiles::kColumns) {
           int64_t high = least(Tiles::kRows, rows - r), wide = least(Tiles::kColumns, width - c);
