@@ -3,10 +3,6 @@
 # delta
 from autoflip.ops import delta as delta
 
-# hessian
-from autoflip.ops._hessian import all_finite as all_finite
-from autoflip.ops._hessian import all_rows as all_rows
-
 # masked_matmul
 from autoflip.ops._masked_matmul import linear_step as linear_step
 
@@ -34,6 +30,10 @@ from autoflip.ops.hessian import dense_pull_back as dense_pull_back
 from autoflip.ops.hessian import factor_squares as factor_squares
 from autoflip.ops.hessian import sequence_squares as sequence_squares
 from autoflip.ops.hessian import squared_matmul as squared_matmul
+
+# hessian
+from autoflip.ops.look import all_finite as all_finite
+from autoflip.ops.look import all_rows as all_rows
 
 # lstm
 from autoflip.ops.lstm import lstm_pull_back as lstm_pull_back

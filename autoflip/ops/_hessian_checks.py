@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from autoflip.ops import _hessian
+from autoflip.ops.look import all_rows
 
 Factors = Tensor | Sequence[Tensor]  # iterating gives one tensor a factor
 
@@ -28,7 +28,7 @@ def rows(op: str, samples: Tensor, d: Tensor, name: str, there: Tensor) -> None:
         )
     # a GPU's answer would have to be waited for; torch's own indexing finds them there
     asked = samples.device.type == "cpu" and not torch.compiler.is_compiling()
-    if asked and not _hessian.all_rows(samples, len(there)):
+    if asked and not all_rows(samples, len(there)):
         low, high = (int(v) for v in samples.aminmax())
         raise ValueError(f"{op}: samples holds rows {low} to {high} of {name}, which has {len(there)}")
 
