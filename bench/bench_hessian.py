@@ -126,7 +126,7 @@ def measure(case, passes, state="trained"):
     return rows
 
 
-def accuracy(cases=("cnn B64", "resnet8 B64"), seeds=9):
+def accuracy(cases=("cnn B64", "resnet8 B64", "mlp B256", "cnn B256"), seeds=9):
     """Return rows: errors at three stages of training, on mixed and on two-class batches; the truth is float64's."""
     rows = []
     for case in cases:

@@ -154,3 +154,20 @@ def test_samples_that_carry_alike_are_all_looked_at():
         gn = GaussNewton.of(Problem.of(model, loss, batch), 0, 5)
         assert gn.dealt(draws) is gn
         assert gn.rows is None
+
+
+@pytest.mark.parametrize(("draws", "share"), [(1, 0.75), (4, 1.75)])
+def test_rows_grow_with_the_root_of_a_large_batch(monkeypatch, draws, share):
+    budgets = {}
+
+    def spied(f, scale, seed, budget, *rest):
+        budgets[len(f)] = budget
+        return softmax_deal(f, scale, seed, budget, *rest)
+
+    softmax_deal = ops.softmax_deal
+    monkeypatch.setattr(ops, "softmax_deal", spied)
+    for count in (32, 128, 512):
+        model, (x, _) = make(mlp, count)
+        gn = GaussNewton.of(Problem.of(model, Heavy(), (x, torch.arange(count) % N)), 0, 5).dealt(draws)
+        assert gn.rows is not None
+    assert budgets == {32: share * 32, 128: share * 128, 512: share * 256}

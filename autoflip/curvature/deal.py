@@ -19,13 +19,15 @@ from autoflip import ops
 from autoflip.curvature.root import Root
 from autoflip.curvature.signs import signs_of
 
-# draws -> rows dealt, by samples of the batch: where the model runs again on them, and where its layers go on with them
+# draws -> rows dealt, by samples of the batch: where the model runs again on them, and where its layers go on.
+# An estimate errs by the root of its rows: beyond _ALL_COUNT samples, rows grow with the root of the batch only
 _AGAIN = {1: 0.75, 2: 1.0, 3: 1.125, 4: 1.25}
 _ONWARD = {1: 0.75, 2: 1.25, 3: 1.5, 4: 1.75}
 # rows of one sample; two orthogonal draws err less than four independent ones
 _MOST = 4
 # samples that carry the curvature, by samples of the batch: with more of them dealing saves less than it costs
 _MOST_ALIKE = 0.6
+_ALL_COUNT = 128
 _LEAST_SAMPLES = 32  # of fewer a draw each costs little more than the calls it makes
 
 
@@ -59,7 +61,8 @@ def rows_for(root: Root, output: Tensor, seed: int, draws: int, *, again: bool) 
     if draws not in budget or len(output) < _LEAST_SAMPLES:
         return None
     most = min(_MOST, 2 * power_from(draws), power_from(root.factors))
-    rows, chance = budget[draws] * len(output), float(torch.rand((), dtype=torch.float32))
+    rows = budget[draws] * min(len(output), (_ALL_COUNT * len(output)) ** 0.5)
+    chance = float(torch.rand((), dtype=torch.float32))
     if root.softmax is not None:
         f, scale = root.softmax
         found = ops.softmax_deal(f, scale, seed, rows, most, _MOST_ALIKE, chance)
