@@ -229,7 +229,7 @@ def factor_squares(d: Tensor) -> Tensor:
 
 def dense_pull_back(d: Tensor, weight: Tensor, gate: Tensor | None = None, squared: bool = False) -> Tensor:
     """``v[q, n] = (d[q, n] @ weight) * (gate[n] > 0)`` for ``d (Q, N, O)``; ``sum_q v[q]^2`` when ``squared``."""
-    v = (d.flatten(0, 1) @ weight).view(*d.shape[:2], -1)
+    v = (d.flatten(0, 1) @ weight).view(*d.shape[:2], weight.shape[1])
     if gate is not None:
         v = torch.ops.aten.threshold_backward(v, gate.expand_as(v), 0)
     return v.square().sum(0) if squared else v

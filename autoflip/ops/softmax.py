@@ -155,14 +155,14 @@ def softmax_weight(f: Tensor, scale: Tensor, dim: int = 1) -> Tensor:
         dim: of the classes.
 
     Returns:
-        ``(N,)``, floating; small values are as exact as large ones.
+        ``(N,)``, float64; small values are as exact as large ones.
 
     Raises:
         ValueError: shapes do not fit.
     """
     check_scale("softmax_weight", f, scale, dim)
     if (kernels := rows_kernels(f)) is None:
-        return reference.softmax_weight(f, scale, dim)
+        return reference.softmax_weight(f.double(), scale.double(), dim)
     f, scale = f.detach().contiguous(), scale.to(f).contiguous()
     out = torch.empty(len(f), dtype=torch.float64)
     kernels.softmax_weight(f.data_ptr(), scale.data_ptr(), out.data_ptr(), *f.shape)

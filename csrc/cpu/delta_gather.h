@@ -11,8 +11,9 @@
 namespace autoflip {
 namespace {
 
-constexpr int64_t kStep = 4096;  // entries at a time: 16 KB, half of the first cache
-constexpr int64_t kSlack = 64;   // whole vectors are stored and loaded past the last value
+constexpr int64_t kStep = 4096;   // entries at a time: 16 KB, half of the first cache
+constexpr int64_t kAhead = 1024;  // a page of them, at whose end prefetchers stop
+constexpr int64_t kSlack = 64;    // whole vectors are stored and loaded past the last value
 
 int64_t count(const uint64_t* words, int64_t num_words) {
   int64_t total = 0;
@@ -42,8 +43,6 @@ inline void fetch_step(const float* x) {
 }
 
 #if defined(__AVX512F__)
-constexpr int64_t kAhead = 1024;  // floats of a page, at whose end prefetchers stop
-
 // Where every line is not fetched ahead: the first ones of the page behind set its prefetcher going. x - base
 // at density 0.1 took 3.1 to 3.3 ms with it and 3.35 to 3.6 without (Zen 4, 10 M entries, memcpy 3.4 ms).
 inline void open_page(const float* x) {
@@ -136,15 +135,21 @@ bool gather_once(const float* x, const float* base, const uint64_t* words, int64
                            : gather_as<false>(x, base, words, n, kept, out);
 }
 
-// What is not zero of n entries, a multiple of 64, and where that is; `out` has room for n.
-bool gather_nonzero(const float* x, int64_t n, uint64_t* words, int64_t& kept, float* out) {
+template <bool kFetch>
+bool gather_nonzero_as(const float* x, int64_t n, uint64_t* words, int64_t& kept, float* out) {
   __m512 sum = _mm512_setzero_ps();
   kept = 0;
   for (int64_t w = 0; w < n / 64; ++w) {
-    if (w % (kAhead / 64) == 0) open_page(x + 64 * w);
-    kept += gather_64<false, false, true, false, true>(x + 64 * w, nullptr, words[w], sum, out + kept);
+    if (!kFetch && w % (kAhead / 64) == 0) open_page(x + 64 * w);
+    kept += gather_64<false, kFetch, true, false, true>(x + 64 * w, nullptr, words[w], sum, out + kept);
   }
   return _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) != 0;
+}
+
+// What is not zero of n entries, a multiple of 64, and where that is; `out` has room for n.
+bool gather_nonzero(const float* x, int64_t n, uint64_t* words, int64_t& kept, float* out) {
+  return fetches_ahead() ? gather_nonzero_as<true>(x, n, words, kept, out)
+                         : gather_nonzero_as<false>(x, n, words, kept, out);
 }
 #elif defined(__AVX2__)
 // kCheck: tells of NaN and infinity.

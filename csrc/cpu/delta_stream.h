@@ -44,7 +44,7 @@ void unpack_nibbles(const uint8_t* pairs, int64_t n, int8_t* codes) {  // writes
 }
 
 // Values of ranks first.. (a multiple of 256 for codes with scales) into their places in the streams.
-void code_values(const float* values, int64_t n, int64_t first, const DeltaCoding& c) {
+void code_values(const float* values, int64_t n, int64_t first, const DeltaCoding& c, Ahead ahead) {
   if (c.kind == kFp32) {
     for (int b = 0; b < 4; ++b) {
       uint8_t* plane = c.streams[b] + first;
@@ -54,12 +54,29 @@ void code_values(const float* values, int64_t n, int64_t first, const DeltaCodin
     round_bf16_planes(values, n, c.key, first, c.streams[0] + first, c.streams[1] + first);
   } else if (c.kind == kInt8) {
     quantise(values, n, c.levels, c.largest, c.key, first, reinterpret_cast<int8_t*>(c.streams[0]) + first,
-             c.scales + first / kDeltaBlock);
+             c.scales + first / kDeltaBlock, ahead);
   } else {
     int8_t codes[kStep + kDeltaBlock];
-    quantise(values, n, c.levels, c.largest, c.key, first, codes, c.scales + first / kDeltaBlock);
+    quantise(values, n, c.levels, c.largest, c.key, first, codes, c.scales + first / kDeltaBlock, ahead);
     pack_nibbles(codes, n, c.streams[0] + first / 2);
   }
+}
+
+void code_values(const float* values, int64_t n, int64_t first, const DeltaCoding& c) {
+  code_values(values, n, first, c, {});
+}
+
+// Of the next step, behind what this one asked for itself. x - base as int8 took 0.84 of the time at density
+// 0.5 (Emerald Rapids); narrower vectors compute longer, and ask for what is not zero in steps of their own.
+Ahead ahead_of(const float* x, const float* base, int64_t left) {
+#if defined(__AVX512F__)
+  const bool asks = fetches_ahead();
+#else
+  const bool asks = false;
+#endif
+  const int64_t skipped = kStep + kAhead;
+  if (!asks || left <= skipped) return {};
+  return {x + skipped, base ? base + skipped : nullptr, lesser(kStep - kAhead, left - skipped)};
 }
 
 bool encode(const float* x, const float* base, const uint64_t* words, int64_t n, int64_t rank,
@@ -99,7 +116,7 @@ bool encode(const float* x, const float* base, const uint64_t* words, int64_t n,
       rank += done;
     }
     const int64_t ready = blocks ? (held - done) & -kDeltaBlock : held - done;
-    code_values(s.values + done, ready, rank, c);
+    code_values(s.values + done, ready, rank, c, ahead_of(x + start, from, n - start));
     rank += ready;
     held -= done + ready;
     std::memmove(s.values, s.values + done + ready, size_t(held) * 4);
