@@ -247,7 +247,10 @@ def test_errors_name_what_does_not_fit():
         sparse.sparsify(model, {"fc.weight": torch.ones(2, 2, dtype=torch.bool)})
     with pytest.raises(ValueError, match="torch.bool"):
         sparse.sparsify(model, {"fc.weight": torch.ones(64, 288)})
-    assert type(model.fc) is nn.Linear
+    hollow = net().to("meta")
+    with pytest.raises(ValueError, match="'fc.weight' is on the meta device, without values; call model.to_empty"):
+        sparse.sparsify(hollow, {"fc.weight": torch.ones(64, 288, dtype=torch.bool)})
+    assert type(model.fc) is type(hollow.fc) is nn.Linear
     with pytest.raises(ValueError, match="entry by entry"):
         sparse.MaskedLinear(3, 2).set_mask(torch.ones(3, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="no mask fits 'weight'; wanted one of weight_ih_l0"):

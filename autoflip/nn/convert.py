@@ -44,18 +44,26 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
     that moved are written. Masked layers ignore them in any case; other parameters (the list above) are not set to
     zero by a call of a part of the model alone, of a compiled forward pass, or under ``torch.func``.
 
-    ``masks`` replaces what an earlier call applied: afterwards ``masks_of(model) == MaskSet(masks)``.
+    ``masks`` replaces what an earlier call applied: afterwards ``masks_of(model) == MaskSet(masks)`` (a masked layer
+    that the model holds under several names comes under each of them).
 
     Args:
         model: any module; changed in place.
         masks: a :class:`MaskSet`, or name in ``model.state_dict()`` -> bool tensor of that shape.
 
     Raises:
-        ValueError: a mask names no tensor of the model or has another shape; the model is unchanged then.
+        ValueError: a mask names no tensor of the model or has another shape, or one on the meta device, where nothing
+            can be zero; the model is unchanged then.
     """
     wanted = masks if isinstance(masks, MaskSet) else MaskSet(masks)
     tensors = _named_tensors(model)
     wanted.check(tensors)
+    for name in wanted:
+        if tensors[name].is_meta:
+            raise ValueError(
+                f"sparsify: {name!r} is on the meta device, without values; call model.to_empty(device=...) and load "
+                "the weights first"
+            )
     densify(model)
 
     by_module: dict[str, dict[str, Tensor]] = {}
