@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip import nn, ops
-from autoflip.ops import Pack, backend, paths, trials
+from autoflip.ops import Pack, backend, conv_paths, paths, trials
 
 
 @pytest.fixture
@@ -226,3 +226,20 @@ def test_what_stands_for_a_batch_is_never_far_from_it():
         assert lanes <= those * 1.5
         assert n <= 32 or those <= lanes  # as badly filled as any
     assert paths.bucket(5000) == 512
+
+
+def test_what_stands_for_a_batch_of_images_is_never_larger():
+    assert {conv_paths.bucket(n) for n in range(300)} == {*range(1, 6), 7, 8, 9, 13, 16, 17, 25, 32, 33, 49, 64, 65}
+    for n in range(1, 300):
+        stands = conv_paths.bucket(n)
+        assert stands <= n
+        assert n > 64 or n <= 1.5 * stands
+        assert n > 64 or -(-stands // 16) == -(-n // 16)  # vectors of 16 samples
+        assert n <= 64 or (n % 16 == 0) == (stands == 64)
+
+
+def test_few_images_are_tried_below_a_density_only():
+    mask = torch.zeros(64, 64, 3, 3, dtype=torch.bool)
+    for n, density, wanted in ((1, 0.05, True), (1, 0.1, False), (4, 0.2, True), (4, 0.3, False), (40, 0.8, False)):
+        assert conv_paths.tried(mask, int(density * mask.numel()), n, 256) == wanted
+    assert conv_paths.tried(mask[:8], mask[:8].numel(), 40, 2560)  # few channels, all kept

@@ -17,7 +17,7 @@ from torch import Tensor
 from autoflip.ops import _masked_conv as conv_steps
 from autoflip.ops import _masked_matmul as linear_steps
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops import trials
+from autoflip.ops import conv_paths, trials
 from autoflip.ops.pack import Pack
 from autoflip.ops.paths import bucket
 
@@ -89,7 +89,7 @@ def narrow_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
     dense = partial(F.conv2d, stride=pack.stride, padding=pack.padding, dilation=pack.dilation)
     stride = f" stride {pack.stride}" * (pack.stride > 1)
     name = f"padding {pack.padding} dilation {pack.dilation}{stride} path {parts.path}"
-    if not _faster(pack, name, min(64, bucket(len(x))), x, weight, narrow, dense, wide):
+    if not _faster(pack, name, conv_paths.bucket(len(x)), x, weight, narrow, dense, wide):
         return None
     return _rounded(wide, x, weight, bias, narrow)
 
