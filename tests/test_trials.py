@@ -218,24 +218,25 @@ def test_result_is_the_same_on_either_side_of_a_choice(kept):
     torch.testing.assert_close(y, x @ (w * mask).T, rtol=0, atol=64 * torch.finfo(torch.float32).eps * 300**0.5)
 
 
-def test_what_stands_for_a_batch_is_never_far_from_it():
-    kept = {paths.bucket(n) for n in range(1, 2000)}
-    assert kept == {1, 2, 4, 8, 16, 17, 32, 33, 49, 64, 65, 97, 128, 129, 193, 256, 257, 385, 512}
-    for n in range(1, 513):
-        lanes, those = -(-n // 16), -(-paths.bucket(n) // 16)  # vectors of 16 samples
-        assert lanes <= those * 1.5
-        assert n <= 32 or those <= lanes  # as badly filled as any
-    assert paths.bucket(5000) == 512
+@pytest.mark.parametrize("most", [64, 512])
+def test_what_stands_for_a_batch_is_no_larger_and_fills_vectors_as_badly(most):
+    kept = {paths.bucket(n, most) for n in range(1, 2000)}
+    small = {1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 25, 32, 33, 49, 64, 65}
+    assert kept == (small if most == 64 else small | {97, 128, 129, 193, 256, 257, 385, 512, 513})
+    for n in range(1, most + 1):
+        stands = paths.bucket(n, most)
+        assert stands <= n <= 1.5 * stands
+        lanes, those = -(-n // 16), -(-stands // 16)  # vectors of 16 samples
+        assert those <= lanes <= those * 1.5
+    assert [paths.bucket(n, most) for n in (most + 1, most + 16, 5000, 5008)] == [most + 1, most, most + 1, most]
+    assert paths.bucket(0) == 1
 
 
-def test_what_stands_for_a_batch_of_images_is_never_larger():
-    assert {conv_paths.bucket(n) for n in range(300)} == {*range(1, 6), 7, 8, 9, 13, 16, 17, 25, 32, 33, 49, 64, 65}
-    for n in range(1, 300):
-        stands = conv_paths.bucket(n)
-        assert stands <= n
-        assert n > 64 or n <= 1.5 * stands
-        assert n > 64 or -(-stands // 16) == -(-n // 16)  # vectors of 16 samples
-        assert n <= 64 or (n % 16 == 0) == (stands == 64)
+def test_a_rule_counts_lanes_that_are_not_filled():
+    assert [paths.filled(n) for n in (16, 64, 8, 24)] == [1, 1, 0.5, 0.75]
+    limit = paths.RULE["avx512"]["forward"][0][1]
+    if backend.extension("_C")[0] is not None and backend.extension("_C")[0].isa() == "avx512":
+        assert [paths.rule(n, 512, 2304, 0.9 * limit) for n in (16, 17, 25)] == ["sparse", "dense", "dense"]
 
 
 def test_few_images_are_tried_below_a_density_only():

@@ -23,9 +23,9 @@ from autoflip.ops import paths, trials
 from autoflip.ops._masked_conv_kernels import Parts
 from autoflip.ops._masked_weight import CPP
 
-__all__ = ["Trial", "bucket", "few_channels", "tried"]
+__all__ = ["MOST", "Trial", "few_channels", "tried"]
 
-LANES = 16  # samples are SIMD lanes; AVX2 has half as many
+MOST = 64  # images: a trial of more would take long to say the same
 LEAST_BATCH = 5  # of fewer samples, kernels are tried below a density alone: a share of a vector's lanes is filled
 # multiply-adds of the dense convolution below which calls cost more than products: of any batch and density the
 # kernels' whole step, two calls, may then be the faster one
@@ -43,20 +43,6 @@ RULE = {
 }
 
 
-def bucket(n: int) -> int:
-    """Return the batch size that stands for ``n``: the fewest that share its half of a doubling, 65 at most.
-
-    A vector of samples costs the kernels as much half empty as full, while dense pays for each: what 8 samples chose at
-    density 0.3 had 5 take 1.4 times dense. Powers of two stand for themselves, and 64 for more that fill their vectors.
-    """
-    if n > 64:
-        return 64 + (n % LANES > 0)
-    whole = 1 << max(0, n - 1).bit_length()
-    if n <= 4 or n == whole:
-        return max(1, n)
-    return 1 + (3 * whole // 4 if n > 3 * whole // 4 else whole // 2)
-
-
 def few_channels(mask: Tensor) -> bool:
     """Tell whether so few channels go in or out that the sparse kernels may gain at any density."""
     return min(mask.shape[:2]) < FEW_CHANNELS
@@ -66,7 +52,7 @@ def tried(mask: Tensor, kept: int, n: int, positions: int) -> bool:
     """Tell whether the sparse kernels may gain for ``n`` samples whose outputs have so many positions each."""
     if n * positions * mask.numel() < SMALL_WORK:
         return trials.enabled()
-    return kept <= min(TRIED_BELOW, n / LANES) * mask.numel() or (n >= LEAST_BATCH and few_channels(mask))
+    return kept <= min(TRIED_BELOW, n / paths.LANES) * mask.numel() or (n >= LEAST_BATCH and few_channels(mask))
 
 
 class Trial:
@@ -106,8 +92,8 @@ class Trial:
         if not trials.enabled():
             if self.last:
                 return "ddd"
-            limits, filled = RULE[CPP.isa()], self.n / (-(-self.n // LANES) * LANES)
-            return "".join("s" if density < limits[step] * filled else "d" for step in kernels.STEPS)
+            limits, share = RULE[CPP.isa()], paths.filled(self.n)
+            return "".join("s" if density < limits[step] * share else "d" for step in kernels.STEPS)
         shape = "x".join(map(str, mask.shape))
         form = " channels last" * self.last + " but in x" * (self.last and not self.x_last)
         stride = f" stride {self._bare.stride}" * (self._bare.stride > 1)

@@ -70,7 +70,7 @@ class ConvPack:
             return None
         n, _, height, width = x.shape
         x_last, last = weights.channels_last(x), weights.channels_last(weight)
-        key = (conv_paths.bucket(n), height, width, x_last, x_last or last, torch.get_num_threads())
+        key = (paths.bucket(n, conv_paths.MOST), height, width, x_last, x_last or last, torch.get_num_threads())
         if key not in self._parts:
             self._parts[key] = self._make_parts(*key[:5])
         return self._parts[key]

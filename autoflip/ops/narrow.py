@@ -89,7 +89,7 @@ def narrow_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
     dense = partial(F.conv2d, stride=pack.stride, padding=pack.padding, dilation=pack.dilation)
     stride = f" stride {pack.stride}" * (pack.stride > 1)
     name = f"padding {pack.padding} dilation {pack.dilation}{stride} path {parts.path}"
-    if not _faster(pack, name, conv_paths.bucket(len(x)), x, weight, narrow, dense, wide):
+    if not _faster(pack, name, bucket(len(x), conv_paths.MOST), x, weight, narrow, dense, wide):
         return None
     return _rounded(wide, x, weight, bias, narrow)
 

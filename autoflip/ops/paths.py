@@ -21,9 +21,10 @@ from autoflip.ops import _masked_matmul as steps
 from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend, trials
 
-__all__ = ["PATHS", "bucket", "chunk", "letters", "rule"]
+__all__ = ["LANES", "PATHS", "bucket", "chunk", "filled", "letters", "rule"]
 
 PATHS = ("auto", "sparse", "dense")
+LANES = 16  # rows or images that a vector holds; AVX2's hold half as many
 # multiply-adds of the dense product below which :func:`rule` takes no sparse call
 LEAST_WORK = 400_000
 # seconds that whole steps are timed for in a row. After another way a step finds the weight in memory, not in the
@@ -53,17 +54,24 @@ RULE: dict[str, dict[str, tuple[tuple[int, float], ...]]] = {
 }
 
 
-def bucket(n_rows: int) -> int:
-    """Return the batch size that stands for ``n_rows``: itself where that is a power of two, 512 at most.
+def bucket(n_rows: int, most: int = 512) -> int:
+    """Return the batch size that stands for ``n_rows``: the fewest rows that share its half of a doubling.
 
-    Beyond 32 others are taken for the fewest rows that share their half of a doubling: 33 or 49 for up to 64. Those
-    fill vectors as badly as any: what pays for 64 rows cost 33 of them up to 1.27 times dense, what pays for 256 cost
-    200 of them 1.08 to 1.14 times.
+    A vector of rows costs the kernels as much half empty as full, while dense pays for each: what pays for 64 rows cost
+    33 of them up to 1.27 times dense, what pays for 8 images cost 5 of them 1.4 times. Powers of two stand for
+    themselves. More than ``most`` are taken for that many where they fill their vectors, else for one more.
     """
-    whole = min(512, 1 << max(0, n_rows - 1).bit_length())
-    if whole <= 16 or n_rows >= whole or 24 < n_rows <= 32:
-        return whole
+    if n_rows > most:
+        return most + (n_rows % LANES > 0)
+    whole = 1 << max(0, n_rows - 1).bit_length()
+    if n_rows <= 4 or n_rows == whole:
+        return max(1, n_rows)
     return 1 + (3 * whole // 4 if n_rows > 3 * whole // 4 else whole // 2)
+
+
+def filled(n_rows: int) -> float:
+    """Return the share of their vectors' lanes that so many rows fill."""
+    return n_rows / (-(-n_rows // LANES) * LANES)
 
 
 def chunk(n_rows: int, density: float, letter: str = "s", entries: int = 0) -> int:
@@ -140,7 +148,7 @@ def rule(n_rows: int, out_features: int, in_features: int, density: float, *, st
     if module is None or n_rows * out_features * in_features < LEAST_WORK:
         return "dense"
     limit = max((d for least, d in RULE[module.isa()][step] if n_rows >= least), default=0.0)
-    return "sparse" if density < limit else "dense"
+    return "sparse" if density < limit * filled(n_rows) else "dense"
 
 
 def letters(
