@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Cost", "count_flops", "layer_flops", "machine", "measure", "synchronise"]
@@ -73,8 +74,8 @@ def count_flops(work: Callable[[], Any]) -> int:
 def layer_flops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     """Return weight name -> FLOPs of a Linear's, convolution's or RNN's weight in the forward pass of one example.
 
-    ``2 * entries * places``: places are a convolution's output positions, a sequence's steps, 1 otherwise. Weights
-    that do not run are missing; a layer that runs twice counts twice.
+    ``2 * entries * places``: places are a convolution's output positions (a transposed one's input positions), a
+    sequence's steps, 1 otherwise. Weights that do not run are missing; a layer that runs twice counts twice.
 
     Args:
         model: it runs once, on a copy, in evaluation mode.
@@ -83,8 +84,11 @@ def layer_flops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     twin, found = copy.deepcopy(model).eval(), Counter[str]()
 
     def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def add(layer: nn.Module, _: Any, output: Any) -> None:
-            y = output[0] if isinstance(output, tuple) else output
+        def add(layer: nn.Module, inputs: Any, output: Any) -> None:
+            # a transposed convolution multiplies where it reads
+            y = inputs[0] if isinstance(layer, _ConvTransposeNd) else output
+            y = y.data if isinstance(y, PackedSequence) else y[0] if isinstance(y, tuple) else y
+            y = y.data if isinstance(y, PackedSequence) else y
             places = y.numel() // (y.shape[1 if isinstance(layer, _ConvNd) else -1] * len(example))
             for name, weight in layer.named_parameters(path, recurse=False):
                 if weight.ndim >= 2:

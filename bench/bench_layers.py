@@ -66,7 +66,8 @@ def cases(section: str) -> list[dict]:
             + grid("conv", CONV, [16], DENSITIES)
         ),
         "never-slower": lambda: (
-            grid("linear", ODD, [1, 2, 7, 16, 33, 64, 200, 512], every) + grid("conv", ODD_CONV, [1, 7, 32], every)
+            grid("linear", ODD, [1, 2, 7, 16, 33, 40, 64, 200, 512], every)
+            + grid("conv", ODD_CONV, [1, 5, 7, 17, 32], every)
         ),
         "threads": lambda: (
             grid("linear", ["784x200", "2304x512", "4096x4096"], [64, 256], [0.5, 0.2, 0.1, 0.05])

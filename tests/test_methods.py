@@ -108,7 +108,9 @@ def test_a_bad_client_costs_its_own_update_only(method, monkeypatch):
 
 def test_a_probe_beyond_reason_is_refused(monkeypatch):
 
-    monkeypatch.setattr(explore, "absolute_gradient", lambda model, x, y, loss: {"fc2.bias": torch.full((10,), 1e20)})
+    monkeypatch.setattr(
+        explore, "absolute_gradient", lambda model, x, y, loss, seed: {"fc2.bias": torch.full((10,), 1e20)}
+    )
     with pytest.raises(fed.RoundError, match="moves 'fc2.bias' by more than"):
         fed.run(_config("fed.method=ssfl", "fed.against=none"))
 

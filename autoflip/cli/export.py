@@ -33,6 +33,7 @@ def to_onnx(run_dir: Path, target: Path) -> Path:
 
     from autoflip import nn
     from autoflip.fed import data, models
+    from autoflip.fed.norms import to_group_norm
     from autoflip.masks import MaskSet
 
     config = load_config(run_dir / "config.toml", [])
@@ -40,6 +41,8 @@ def to_onnx(run_dir: Path, target: Path) -> Path:
     dataset = data.load(config.data.name, config.data.root or None)
     name = models.default_for(dataset.name) if config.model.name == "auto" else config.model.name
     model = models.build(name, input_shape=dataset.input_shape, num_classes=dataset.num_classes)
+    if config.model.norm == "group":
+        model = to_group_norm(model)
     try:
         model.load_state_dict(load((run_dir / "model.safetensors").read_bytes()))
     except (SafetensorError, RuntimeError) as error:

@@ -13,11 +13,11 @@ __all__ = ["load_config", "overrides_of"]
 
 def overrides_of(**options: Any) -> list[str]:
     """Turn options into ``section.key=value`` overrides; keys are written ``section__key``, None is left out."""
-    return [
-        f"{key.replace('__', '.')}={json.dumps(str(value)) if isinstance(value, (str, Path)) else value}"
-        for key, value in options.items()
-        if value is not None
-    ]
+
+    def text(value: Any) -> str:
+        return json.dumps(str(value), ensure_ascii=False) if isinstance(value, (str, Path)) else str(value)
+
+    return [f"{key.replace('__', '.')}={text(value)}" for key, value in options.items() if value is not None]
 
 
 def load_config(path: Path | None, overrides: list[str]) -> Any:

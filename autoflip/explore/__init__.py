@@ -148,13 +148,18 @@ def curvature_diagonal(
 
 
 def absolute_gradient(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn, *, examples: int = 128
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn, *, seed: int, examples: int = 128
 ) -> dict[str, Tensor]:
-    """Return name -> ``|dL/dw|`` of the mean loss on at most ``examples`` examples; the model stays as it is."""
+    """Return name -> ``|dL/dw|`` of the mean loss on at most ``examples`` examples; the model stays as it is.
+
+    Dropout draws from ``seed``; torch's generator is left as it was.
+    """
     twin = copy.deepcopy(model).train()
     names, parameters = zip(*((n, p) for n, p in twin.named_parameters() if p.requires_grad), strict=True)
-    loss = loss_fn(twin(inputs[:examples]), targets[:examples])
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        loss = loss_fn(twin(inputs[:examples]), targets[:examples])
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {n: g.abs() for n, g in zip(names, found, strict=True) if g is not None}
 
 

@@ -58,18 +58,20 @@ class Client:
         """
         start, cpu = time.perf_counter(), time.process_time()
         self._uncharged = self._uncharged_cpu = 0.0
-        message = Message.unpack(payload)
-        base = self.held if message.base != NO_VIEW else None
-        if message.base != (base.id if base is not None else NO_VIEW):
-            reply = Message(RESYNC, message.round, self.id).pack()
-        else:
+        try:
+            message = Message.unpack(payload)
+            base = self.held if message.base != NO_VIEW else None
+            if message.base != (base.id if base is not None else NO_VIEW):
+                return Message(RESYNC, message.round, self.id).pack()
             view = receive(message, base, self.workshop.locate, self.strategy.downlink)
-            self.held = view if self.strategy.stateful else None
             reply = self._work(message, view).pack()
-        meter.synchronise()
-        self.cost.seconds += time.perf_counter() - start - self._uncharged
-        self.cpu_seconds += time.process_time() - cpu - self._uncharged_cpu
-        return reply
+            # last: a client that fails still holds what the server believes that it holds
+            self.held = view if self.strategy.stateful else None
+            return reply
+        finally:  # failed work took its time, too
+            meter.synchronise()
+            self.cost.seconds += time.perf_counter() - start - self._uncharged
+            self.cpu_seconds += time.process_time() - cpu - self._uncharged_cpu
 
     @contextmanager
     def _not_charged(self) -> Iterator[None]:
@@ -136,7 +138,8 @@ class Client:
         def gradient() -> None:
             whole = self.workshop.prepare(None)  # a pruned weight has a gradient too
             whole.load(prepared.at.expand(view.params))
-            found.update(explore.absolute_gradient(whole.model, *data))
+            seed = derive(self.config.fed.seed, "gradient", wire["round"], self.id)
+            found.update(explore.absolute_gradient(whole.model, *data, seed=seed))
 
         # counting slows it by its dispatch overhead only: one pass on a large batch
         self.cost.flops += meter.count_flops({"curvature": curvature, "gradient": gradient}[kind])

@@ -11,6 +11,7 @@ from torch import Tensor
 from autoflip import codec
 from autoflip.fed.coordinates import Coordinates, Locate
 from autoflip.fed.message import EXPLORE, NO_VIEW, TRAIN, Message
+from autoflip.fed.norms import floored
 from autoflip.fed.state import View, make_view
 from autoflip.masks import MaskSet
 
@@ -111,4 +112,4 @@ def _moved(held: View, base: Mapping[str, Tensor], frame: bytes, masks: MaskSet 
     """Return ``base`` after a quantised difference: the same additions at both ends, so the same bits."""
     change = codec.decode(frame, masks=at.inside, schema=at.schema, base_id=held.id)
     moved = {name: value.float() + change[name] for name, value in base.items()}
-    return make_view(moved, masks, torch.bfloat16, at.inside)
+    return make_view(floored(moved), masks, torch.bfloat16, at.inside)

@@ -29,7 +29,7 @@ def femnist(root: Path) -> Dataset:
     def convert(where: str, x: list, y: list) -> tuple[Tensor, Tensor]:
         try:
             pixels = np.asarray(x, np.float32)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise DataError(f"{where}: x is not numbers ({error}); wanted 784 in [0, 1] a sample") from error
         if pixels.shape != (len(y), 784) or not (pixels.min() >= 0 and pixels.max() <= 1):
             raise DataError(f"{where}: x has shape {pixels.shape}; wanted (N, 784) in [0, 1]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,7 +95,10 @@ def run(config: Config | None = None, *, out: str | Path | None = None, sinks: I
         job = _Job(config)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomically(folder / "config.toml", config.to_toml().encode())
+            written, text = folder / "config.toml", config.to_toml().encode()
+            if written.exists() and written.read_bytes() != text:
+                os.replace(written, folder / "config.toml.old")  # the user's own, maybe with comments
+            checkpoint.write_atomically(written, text)
             checkpoint.save(folder, job.states, 0, config.fingerprint())
             (folder / "records.jsonl").touch()  # last: only a folder that can be resumed holds a run
         return job.finish(folder, [], list(sinks))
@@ -114,7 +118,7 @@ def resume(run_dir: str | Path, *, sinks: Iterable[Sink] = ()) -> Result:
     config = Config.load(folder / "config.toml")
     states, count = checkpoint.load(folder, config.fingerprint())
     path = folder / "records.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
     if len(lines) < count:
         raise checkpoint.CheckpointError(
             f"{path} has {len(lines)} records but the checkpoint counts {count}; start the run again"
@@ -194,6 +198,7 @@ class _Job:
         if config.model.norm == "group":
             self.blank = to_group_norm(self.blank)
         start = {k: v.detach().clone() for k, v in self.blank.state_dict().items() if v.is_floating_point()}
+        _warm_up(self.blank, name, self.dataset)  # says what does not fit
         strategies = {method: METHODS[method](config, self.blank, self.dataset.train.x[:2]) for method in self.methods}
         self.states = states or {method: s.begin(ServerState(dict(start))) for method, s in strategies.items()}
         if set(self.states) != set(self.methods) or any(
@@ -201,7 +206,6 @@ class _Job:
             for s in self.states.values()
         ):
             raise checkpoint.CheckpointError("the checkpoint is of other methods or another model than config.toml")
-        _warm_up(self.blank, name, self.dataset)
         self.servers = {method: self._server(method, s, start, parts) for method, s in strategies.items()}
 
     def _server(self, method: str, strategy: Strategy, start: dict[str, Tensor], parts: list[Tensor]) -> Server:
@@ -245,6 +249,8 @@ class _Job:
                 if folder is not None:
                     with (folder / "records.jsonl").open("a", encoding="utf-8") as file:
                         file.write(json.dumps(record.as_dict()) + "\n")
+                        file.flush()
+                        os.fsync(file.fileno())  # a checkpoint must not outlive the records that it counts
                     checkpoint.save(folder, self.states, len(records), self.config.fingerprint())
                 for sink in sinks:
                     sink(record)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-__all__ = ["has_norms", "to_group_norm"]
+__all__ = ["floored", "has_norms", "to_group_norm"]
 
 
 def has_norms(model: nn.Module) -> bool:
     """Tell whether a model has a normalisation layer of torch's."""
     return any(isinstance(layer, (_NormBase, nn.GroupNorm, nn.LayerNorm)) for layer in model.modules())
+
+
+def floored(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``params`` with no running variance below 0.
+
+    Where a channel falls silent its variance goes from 1 to next to nothing; the difference, and what clients hold, are
+    rounded at the size of the former, and a variance below 0 makes every output NaN.
+    """
+    return {name: t.clamp_min(0) if name.endswith("running_var") else t for name, t in params.items()}
 
 
 def to_group_norm(model: nn.Module, groups: int = 8) -> nn.Module:

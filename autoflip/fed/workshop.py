@@ -40,6 +40,11 @@ class Prepared:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     _flops: dict[tuple, int] = field(default_factory=dict)
+    _whole: dict[str, Tensor] = field(default_factory=dict)  # integer buffers as they were at the start
+
+    def __post_init__(self) -> None:
+        state = self.model.state_dict()
+        self._whole = {name: t.detach().clone() for name, t in state.items() if not t.is_floating_point()}
 
     def load(self, params: Mapping[str, Tensor]) -> None:
         """Copy full-size ``params`` in."""
@@ -51,8 +56,8 @@ class Prepared:
             for name, tensor in self.model.state_dict(keep_vars=True).items():
                 if name in small:
                     tensor.copy_(small[name])
-                elif not tensor.is_floating_point():
-                    tensor.zero_()  # num_batches_tracked: no client sees another's count
+                elif name in self._whole:
+                    tensor.copy_(self._whole[name])  # num_batches_tracked: no client sees another's count
 
     def read(self) -> dict[str, Tensor]:
         """Return parameters and floating buffers, small, row-major; not copied where they lie so already."""

@@ -82,7 +82,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
                 f"If the run was stopped, finish it: autoflip resume {folder}"
             )
     records: dict[str, list[Record]] = {}
-    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "records.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         if line.strip():
             record = _json(folder / "records.jsonl", line, number)

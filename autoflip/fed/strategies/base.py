@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from autoflip.explore import Sums
 from autoflip.fed.config import Config
+from autoflip.fed.norms import floored
 from autoflip.fed.optimizers import OPTIMIZERS
 from autoflip.fed.state import Guidance, ServerState, make_view
 from autoflip.masks import MaskSet
@@ -86,8 +87,9 @@ class Strategy:
         """Move the parameters along the clients' mean update; return them and the optimizer's new memory."""
         make = OPTIMIZERS[self.optimizer]
         if make is None:
-            return {name: value + mean[name] for name, value in state.params.items()}, state.memory
-        return make(self.config.server).step(state.params, mean, state.memory, self.weights, state.masks)
+            return floored({name: value + mean[name] for name, value in state.params.items()}), state.memory
+        moved, memory = make(self.config.server).step(state.params, mean, state.memory, self.weights, state.masks)
+        return floored(moved), memory
 
     def guidance(self, state: ServerState, params: Mapping[str, Tensor], sums: Sums) -> Guidance | None:
         """Return the guidance after a round from ``state`` to ``params`` whose updates are in ``sums``."""
