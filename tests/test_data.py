@@ -165,6 +165,7 @@ HOSTILE = {
     "memo of 2^31": lambda p: b"\x80\x02}r\xff\xff\xff\x7f.",
     "a string of 2 GB": lambda p: b"\x80\x02T\xff\xff\xff\x7fabc.",
     "deep nesting": lambda p: b"\x80\x02" + b"(" * 100000 + b"t" * 100000 + b".",
+    "tuples to hash": lambda p: b"\x80\x02}(K\x01" + b"\x85" * 3_000_000 + b"K\x01u.",
     "persistent id": lambda p: b"\x80\x02Pabc\n.",
     "empty": lambda p: b"",
     "text": lambda p: b"<html>not found</html>",
@@ -348,6 +349,20 @@ def test_har_that_does_not_add_up(tmp_path, change, message):
     write_har(tmp_path, **change)
     with pytest.raises(DataError, match=f"har.npz: .*{message}"):
         data.load("har", tmp_path)
+
+
+def test_damaged_archives_are_named(tmp_path):
+    write_har(tmp_path)
+    path = tmp_path / "HAR" / "har.npz"
+    good = path.read_bytes()
+    for at in (4, 6, 8):  # version, flags (1: encrypted) and method of the first entry, here and in the directory
+        damaged = bytearray(good)
+        for head, skipped in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+            place = good.index(head) + at + skipped
+            damaged[place] ^= 0x61
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(DataError, match="har.npz: cannot be read"):
+            data.load("har", tmp_path)
 
 
 def test_har_cut_off(tmp_path):

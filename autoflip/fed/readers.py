@@ -152,6 +152,10 @@ def _pixels(path: Path, value: Any) -> np.ndarray:
     raise DataError(f"{path}: 'data' is not an (N, 3072) uint8 array; wanted one row of 3x32x32 bytes an image")
 
 
+_TUPLES = frozenset(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"))
+_MOST_TUPLES = 1000
+
+
 def read_cifar(path: Path, labels: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (images ``(N, 3, 32, 32)`` uint8, labels ``(N,)`` int64) of one batch of CIFAR's Python version.
 
@@ -167,8 +171,12 @@ def read_cifar(path: Path, labels: str, classes: int) -> tuple[np.ndarray, np.nd
         DataError: the pickle asks for another name, or does not hold a batch.
     """
     try:
-        raw = path.read_bytes()
+        raw, tuples = path.read_bytes(), 0
         for opcode, argument, _ in pickletools.genops(raw):
+            # one inside the other, a million deep, end the process when they are hashed; a batch has a handful
+            tuples += opcode.name in _TUPLES
+            if tuples > _MOST_TUPLES:
+                raise pickle.UnpicklingError(f"it makes more than {_MOST_TUPLES} tuples")
             # the C unpickler allocates a memo as long as the largest index it meets, tens of GB if a file says so
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(raw):
                 raise pickle.UnpicklingError(f"it numbers an object {argument} in {len(raw)} bytes")
