@@ -148,7 +148,7 @@ def curvature_diagonal(
 
 
 def absolute_gradient(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn, *, seed: int, examples: int = 128
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn, *, seed: int = 0, examples: int = 128
 ) -> dict[str, Tensor]:
     """Return name -> ``|dL/dw|`` of the mean loss on at most ``examples`` examples; the model stays as it is.
 
