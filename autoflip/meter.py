@@ -86,7 +86,7 @@ def layer_flops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def add(layer: nn.Module, inputs: Any, output: Any) -> None:
             # a transposed convolution multiplies where it reads
-            y = inputs[0] if isinstance(layer, _ConvTransposeNd) else output
+            y = inputs[0] if inputs and isinstance(layer, _ConvTransposeNd) else output
             y = y.data if isinstance(y, PackedSequence) else y[0] if isinstance(y, tuple) else y
             y = y.data if isinstance(y, PackedSequence) else y
             places = y.numel() // (y.shape[1 if isinstance(layer, _ConvNd) else -1] * len(example))

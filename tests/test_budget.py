@@ -142,6 +142,9 @@ def test_narrow_models_with_norms_take_longer_steps_once_they_are_narrow(monkeyp
     assert factors("resnet8-group") == factors("resnet8") == [1, 2, 2]
     assert factors("resnet8-group", "prune.lr_factor=1.5") == factors("mlp", "prune.lr_factor=1.5") == [1, 1.5, 1.5]
     assert METHODS["fedavg"](_config(), build("resnet8", input_shape=(1, 8, 8), num_classes=10)).lr_factor(3) == 1
+    norms = build("resnet8", input_shape=(1, 8, 8), num_classes=10)
+    assert METHODS["autoflip-paper"](_config(), norms, torch.zeros(2, 1, 8, 8)).lr_factor(3) == 1  # no channel goes
+    assert METHODS["autoflip"](_config("prune.channels=1"), norms, torch.zeros(2, 1, 8, 8)).lr_factor(3) == 1
 
     taken = []
     real = explore.local_steps

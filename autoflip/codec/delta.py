@@ -280,6 +280,10 @@ def accumulate(
     for name, total in sums.items():
         if total.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"accumulate: sums[{name!r}] is {total.dtype}, wanted torch.float32 or torch.float64")
+        if total.requires_grad or any(step == 0 and size > 1 for step, size in zip(total.stride(), total.shape)):
+            raise ValueError(
+                f"accumulate: sums[{name!r}] requires grad or is expanded, wanted plain memory; pass .detach().clone()"
+            )
     found, where, streams = _open(blob, masks, schema, limits, base_id)
     steps: list[tuple[Entry, Pack | None, Tensor | Coded]] = []
     for entry, mask, stream in zip(found.entries, where, streams, strict=True):

@@ -200,7 +200,10 @@ def _har(root: Path) -> Dataset:
     held = readers.class_ids(path, is_test, len(x), 2).astype(bool)
     if held.all() or not held.any():
         raise DataError(f"{path}: is_test marks {held.sum()} of {len(x)} windows; wanted some of each")
-    x = x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        x = x.astype(np.float32)
+    if not np.isfinite(x).all():
+        raise DataError(f"{path}: x holds values beyond float32; wanted finite floats (N, 9, 128)")
     mean = x[~held].mean((0, 2), keepdims=True, dtype=np.float64)
     std = np.maximum(x[~held].std((0, 2), keepdims=True, dtype=np.float64), 1e-6)
     x = ((x - mean) / std).astype(np.float32)

@@ -97,11 +97,21 @@ class _MaskedRNN(Masked):
         # arguments that do not fit go the dense way, where torch says what is wrong with them
         if x.shape[2] != self.input_size or len(state) != count or any(s.shape != first for s in state):
             return None
+        if any(p is not None and p.shape != self._shape_of(name) for name, p in self._parameters.items()):
+            return None
         y, last = self._run(x, state)
         y = y.transpose(0, 1) if self.batch_first and input.dim() == 3 else y
         if input.dim() == 2:
             y, last = y.squeeze(1), tuple(s.squeeze(1) for s in last)
         return y, last if self.mode == "LSTM" else last[0]
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape that torch gives a parameter of this layer."""
+        gates = (4 if self.mode == "LSTM" else 3) * self.hidden_size
+        if name.startswith("bias"):
+            return (gates,)
+        below = self.input_size if "_l0" in name else self.hidden_size * (2 if self.bidirectional else 1)
+        return (gates, self.hidden_size if name.startswith("weight_hh") else below)
 
     def _run(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         lasts: list[tuple[Tensor, ...]] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autoflip.ops import backend
@@ -111,7 +112,8 @@ def _count_holders() -> None:
     """Show the extension gradients that autograd alone holds: how many references that is differs between torchs."""
     # autocast would cast the weight, and so hold a gradient of the cast beside ours
     plain = torch.autocast("cpu", enabled=False)
-    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), plain:
+    alone = temporarily_clear_interpreter_stack()  # the first call may be inside a function transform
+    with _disable_current_modes(), alone, torch.inference_mode(False), torch.enable_grad(), plain:
         weight = torch.zeros(2, 2, requires_grad=True)
         weight.register_hook(CPP.masked_gradient_probe)
         (2 * weight).sum().backward()

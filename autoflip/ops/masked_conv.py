@@ -143,6 +143,7 @@ def conv_job(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack) -> 
         and (weights.kernel_here(x, weight) if bias is None else weights.kernel_here(x, weight, bias))
         and weight.shape == pack.mask.shape
         and x.shape[1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
         and not torch.is_autocast_enabled("cpu")
     )
     return pack.job(x, weight) if here else None
@@ -161,7 +162,7 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
         ``(N, O, H', W')``, dtype of ``x``. The gradient of ``weight`` is exactly zero at pruned entries.
 
     Raises:
-        ValueError: the mask does not cover the weight, or ``x`` does not fit it.
+        ValueError: the mask does not cover the weight, or ``x`` or ``bias`` does not fit it.
 
     Cost: ``2 * N * H' * W' * pack.kept`` FLOPs on the sparse path, the same for each gradient; on the dense path
     ``2 * N * H' * W' * O * C * KH * KW``.
@@ -174,6 +175,10 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
         )
     if x.dim() not in (3, 4) or x.shape[-3] != mask.shape[1]:
         raise ValueError(f"masked_conv2d: x has shape {tuple(x.shape)}, wanted (N, {mask.shape[1]}, H, W)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"masked_conv2d: bias has shape {tuple(bias.shape)}, wanted ({len(weight)},), one an output channel"
+        )
     if (y := narrow_conv2d(x, weight, bias, pack)) is not None:
         return y
     if (job := conv_job(x, weight, bias, pack)) is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autoflip.ops import _masked_kernels as kernels
+from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend, paths, trials
 from autoflip.ops._masked_matmul import Job
 
@@ -58,7 +60,8 @@ class Pack:
         self.narrow: dict[tuple[Any, ...], bool] = {}  # of autoflip.ops.narrow
         self._gradient: Tensor | None = None
         self._keeps = self.mask.numel() >= _KEEP_FROM
-        self._traced = self._make_parts(64, timed=False)
+        with trials.unseen() if weights.transformed() else nullcontext():  # a copy's first call may be in a transform
+            self._traced = self._make_parts(64, timed=False)
         # rows, threads, parts and plan of the last call: what most calls need
         self._recent: tuple[int, int, kernels.Parts, Any] = (-1, 0, self._traced, None)
 
@@ -127,7 +130,7 @@ class Pack:
             layout = self._bits()
         elif letter in kernels.HEIGHTS:
             layout = self._layout(kernels.make_block_layout, chunk, letter)
-        elif "s" in path:
+        elif path != "ddd":  # what is left of a mixed step's backward pass walks it, too
             case = n_rows, self.mask.numel(), self.density
             layout = self._layout(kernels.make_layout, chunk, paths.groups(*case), paths.back(*case))
         else:

@@ -46,7 +46,7 @@ class AutoFlip(Strategy):
         return Ask("exploration", self.config.explore.fraction, self.config.explore.epochs, self.probe)
 
     def lr_factor(self, round_number: int) -> float:
-        """As configured; else 2 in a model with normalisation layers, and 1 in other models and while exploring.
+        """As configured; else 2 in a model with normalisation layers that loses channels, 1 in others and exploring.
 
         What follows a norm does not grow with the weights before it, so that a step which is too long for a plain
         narrow model may be right there: with ``train.lr`` doubled ResNet-8 with GroupNorm ended higher
@@ -55,7 +55,7 @@ class AutoFlip(Strategy):
         """
         if not round_number:
             return 1.0
-        return self.config.prune.lr_factor or (2.0 if self._normalised else 1.0)
+        return self.config.prune.lr_factor or (2.0 if self._normalised and self._share < 1 else 1.0)
 
     def flops_exponent(self) -> float:
         """As configured; else 0.05, and 0 in a model with normalisation layers, where it was not tried.
@@ -177,6 +177,7 @@ class AutoFlipPaper(AutoFlip):
         self.optimizer = "none"
         self.average = 0.0
         self.probe = ""
+        self._share = 1.0  # no channel goes
 
     def ask(self, round_number: int) -> Ask:
         """Every client explores, as the paper has it."""
