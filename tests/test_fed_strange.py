@@ -1,6 +1,7 @@
 """Federated runs of unusual models, failing clients and odd folders."""
 
 import copy
+import dataclasses
 import sys
 import types
 
@@ -87,16 +88,19 @@ def test_a_gradient_with_dropout_draws_from_its_seed_alone():
     assert not torch.equal(first["2.weight"], other["2.weight"])
 
 
-def test_a_client_that_fails_holds_what_it_held_and_its_time_counts(monkeypatch, tmp_path):
-    plain, broken = client.Client._train, {(1, 0), (1, 1), (1, 2), (1, 3)}
+@pytest.mark.parametrize("kind", ["fails", "is refused"])
+def test_after_a_client_is_left_out_a_resumed_run_is_the_same(kind, monkeypatch, tmp_path):
+    plain = client.Client._work
 
-    def train(self, prepared, message, epochs):
-        loss = plain(self, prepared, message, epochs)
-        if (message.round, self.id) in broken and self.id % 2:
-            raise RuntimeError("out of battery")
-        return loss
+    def work(self, message, view):
+        reply = plain(self, message, view)
+        if message.round == 1 and self.id % 2:
+            if kind == "fails":
+                raise RuntimeError("out of battery")
+            return dataclasses.replace(reply, examples=10**6)  # more than it has
+        return reply
 
-    monkeypatch.setattr(client.Client, "_train", train)
+    monkeypatch.setattr(client.Client, "_work", work)
     config = fed.Config.load(overrides=[*SMALL, "fed.rounds=4", "fed.fraction=1.0", "fed.quorum=0"])
     whole = fed.run(config)
     failed = [c for c in whole.records[1].clients if c.error]
