@@ -41,10 +41,13 @@ class Prepared:
     cpu_seconds: float = 0.0
     _flops: dict[tuple, int] = field(default_factory=dict)
     _whole: dict[str, Tensor] = field(default_factory=dict)  # integer buffers as they were at the start
+    _stray: dict[str, Tensor] = field(default_factory=dict)  # the same of buffers that no state_dict has
 
     def __post_init__(self) -> None:
         state = self.model.state_dict()
         self._whole = {name: t.detach().clone() for name, t in state.items() if not t.is_floating_point()}
+        stray = {name: b for name, b in self.model.named_buffers() if name not in state and b.is_floating_point()}
+        self._stray = {name: b.detach().clone() for name, b in stray.items()}
 
     def load(self, params: Mapping[str, Tensor]) -> None:
         """Copy full-size ``params`` in."""
@@ -58,6 +61,10 @@ class Prepared:
                     tensor.copy_(small[name])
                 elif name in self._whole:
                     tensor.copy_(self._whole[name])  # num_batches_tracked: no client sees another's count
+
+            buffers = dict(self.model.named_buffers()) if self._stray else {}
+            for name, value in self._stray.items():  # no client sees another's
+                buffers[name].copy_(value)
 
     def read(self) -> dict[str, Tensor]:
         """Return parameters and floating buffers, small, row-major; not copied where they lie so already."""
