@@ -87,7 +87,7 @@ def layer_flops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
         def add(layer: nn.Module, inputs: Any, output: Any) -> None:
             # a transposed convolution multiplies where it reads
             y = inputs[0] if inputs and isinstance(layer, _ConvTransposeNd) else output
-            y = y.data if isinstance(y, PackedSequence) else y[0] if isinstance(y, tuple) else y
+            y = y[0] if isinstance(layer, nn.RNNBase) else y
             y = y.data if isinstance(y, PackedSequence) else y
             places = y.numel() // (y.shape[1 if isinstance(layer, _ConvNd) else -1] * len(example))
             for name, weight in layer.named_parameters(path, recurse=False):

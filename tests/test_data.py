@@ -339,6 +339,7 @@ def test_har_is_standardised_by_its_training_windows(tmp_path):
     [
         ({"x": np.zeros((12, 9, 127))}, r"wanted finite floats \(N, 9, 128\)"),
         ({"x": np.full((12, 9, 128), np.nan)}, "wanted finite floats"),
+        ({"x": np.full((12, 9, 128), 1e39)}, "wanted finite floats"),  # beyond float32
         ({"y": np.full(12, 6)}, "wanted 0..5"),
         ({"y": np.zeros(11, int)}, "11 labels for 12 samples"),
         ({"is_test": np.zeros(12, int)}, "is_test marks 0 of 12"),

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip import nn, ops
-from autoflip.ops import Pack, backend, conv_paths, paths, trials
+from autoflip.ops import Pack, backend, batches, conv_paths, paths, trials
 
 
 @pytest.fixture
@@ -220,20 +220,20 @@ def test_result_is_the_same_on_either_side_of_a_choice(kept):
 
 @pytest.mark.parametrize("most", [64, 512])
 def test_what_stands_for_a_batch_is_no_larger_and_fills_vectors_as_badly(most):
-    kept = {paths.bucket(n, most) for n in range(1, 2000)}
+    kept = {batches.bucket(n, most) for n in range(1, 2000)}
     small = {1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 25, 32, 33, 49, 64, 65}
     assert kept == (small if most == 64 else small | {97, 128, 129, 193, 256, 257, 385, 512, 513})
     for n in range(1, most + 1):
-        stands = paths.bucket(n, most)
+        stands = batches.bucket(n, most)
         assert stands <= n <= 1.5 * stands
         lanes, those = -(-n // 16), -(-stands // 16)  # vectors of 16 samples
         assert those <= lanes <= those * 1.5
-    assert [paths.bucket(n, most) for n in (most + 1, most + 16, 5000, 5008)] == [most + 1, most, most + 1, most]
-    assert paths.bucket(0) == 1
+    assert [batches.bucket(n, most) for n in (most + 1, most + 16, 5000, 5008)] == [most + 1, most, most + 1, most]
+    assert batches.bucket(0) == 1
 
 
 def test_a_rule_counts_lanes_that_are_not_filled():
-    assert [paths.filled(n) for n in (16, 64, 8, 24)] == [1, 1, 0.5, 0.75]
+    assert [batches.filled(n) for n in (16, 64, 8, 24)] == [1, 1, 0.5, 0.75]
     limit = paths.RULE["avx512"]["forward"][0][1]
     if backend.extension("_C")[0] is not None and backend.extension("_C")[0].isa() == "avx512":
         assert [paths.rule(n, 512, 2304, 0.9 * limit) for n in (16, 17, 25)] == ["sparse", "dense", "dense"]

@@ -11,7 +11,16 @@ from torch import Tensor
 from autoflip.codec.schema import Limits, Schema
 from autoflip.masks import MaskSet
 
-__all__ = ["check_base_id", "check_masks", "check_out", "check_reader", "check_schema", "check_tensors", "whole"]
+__all__ = [
+    "check_base_id",
+    "check_masks",
+    "check_out",
+    "check_reader",
+    "check_schema",
+    "check_sums",
+    "check_tensors",
+    "whole",
+]
 
 
 def whole(what: str, name: str, value: object) -> int:
@@ -37,6 +46,18 @@ def check_tensors(what: str, tensors: object) -> None:
         if tensor.layout != torch.strided or tensor.is_nested:
             kind = "nested" if tensor.is_nested else str(tensor.layout)
             raise ValueError(f"{what}: {name!r} is {kind}, wanted a dense tensor; write tensor.to_dense()")
+
+
+def check_sums(sums: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless ``sums`` maps names to memory that can be added to."""
+    check_tensors("accumulate: sums", sums)
+    for name, total in sums.items():
+        if total.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"accumulate: sums[{name!r}] is {total.dtype}, wanted torch.float32 or torch.float64")
+        if total.requires_grad or any(step == 0 and size > 1 for step, size in zip(total.stride(), total.shape)):
+            raise ValueError(
+                f"accumulate: sums[{name!r}] requires grad or is expanded, wanted plain memory; pass .detach().clone()"
+            )
 
 
 def check_masks(what: str, masks: object, name: str = "masks") -> None:

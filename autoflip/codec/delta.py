@@ -272,18 +272,11 @@ def accumulate(
             float64, or another argument is of the wrong type.
     """
     arguments.check_reader("accumulate", masks=masks, schema=schema, limits=limits, base_id=base_id)
-    arguments.check_tensors("accumulate: sums", sums)
+    arguments.check_sums(sums)
     if not math.isfinite(weight):
         raise ValueError(f"accumulate: weight={weight}, wanted a finite number")
     if cap is not None and not cap > 0:
         raise ValueError(f"accumulate: cap={cap}, wanted a number above 0, or None for no bound")
-    for name, total in sums.items():
-        if total.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"accumulate: sums[{name!r}] is {total.dtype}, wanted torch.float32 or torch.float64")
-        if total.requires_grad or any(step == 0 and size > 1 for step, size in zip(total.stride(), total.shape)):
-            raise ValueError(
-                f"accumulate: sums[{name!r}] requires grad or is expanded, wanted plain memory; pass .detach().clone()"
-            )
     found, where, streams = _open(blob, masks, schema, limits, base_id)
     steps: list[tuple[Entry, Pack | None, Tensor | Coded]] = []
     for entry, mask, stream in zip(found.entries, where, streams, strict=True):

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from autoflip.curvature import hutchinson, sketch
 from autoflip.curvature.arguments import METHODS, blocks_of, check_counts, check_per, checked, matrix_of
+from autoflip.curvature.choice import against_exact
 from autoflip.curvature.clients import client_diagonals, client_traces
 from autoflip.curvature.gauss_newton import GaussNewton
 from autoflip.curvature.problem import LossFn, Problem
@@ -108,7 +109,7 @@ def hessian_diagonal(
         if gn is None:
             name = "hutchinson" if method == "auto" else method
             return Diagonal(mean_of(_hessian_draws(problem, name, num_probes, seed, chunk)[0]), name, "hessian")
-        note = _against_exact(gn) if method == "auto" else ""
+        note = against_exact(gn) if method == "auto" else ""
         if method == "ggn-exact" or (method == "auto" and not note):
             return Diagonal(gn.exact()[0], "ggn-exact", matrix_of(gn))
         count = max(num_probes, _DIAGONAL_DRAWS) if method == "auto" else num_probes
@@ -156,7 +157,7 @@ def hessian_trace(
                 return trace_of(hutchinson.dots(problem, num_probes, seed, chunk), per, name, "hessian")
             draws, covariance = _hessian_draws(problem, name, num_probes, seed, chunk)
             return trace_of(draws, per, name, "hessian", covariance=covariance)
-        note = _against_exact(gn) if method == "auto" else ""
+        note = against_exact(gn) if method == "auto" else ""
         if method == "ggn-exact" or (method == "auto" and not note):
             return trace_of(iter(gn.exact()), per, "ggn-exact", matrix)
         count = max(num_probes, _TRACE_DRAWS) if method == "auto" else num_probes
@@ -231,9 +232,3 @@ def _hessian_draws(
     if method == "hutchinson":
         return hutchinson.draws(problem, count, seed, chunk), 0.0
     return sketch.draws(problem, method, count, seed, chunk)
-
-
-def _against_exact(gn: GaussNewton) -> str:
-    if gn.graph.curved:
-        return f"the model is curved ({', '.join(sorted(gn.graph.curved)[:3])}), so Gauss-Newton is an approximation"
-    return gn.against_exact()

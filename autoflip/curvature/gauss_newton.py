@@ -44,8 +44,6 @@ from autoflip.curvature.root import Root, output_root, side_by_side
 from autoflip.curvature.signs import signs_of
 
 Diagonal = dict[str, Tensor]
-# exact costs a backward pass a factor, and a product of the size of the forward pass's for layers that see maps
-_MAX_FACTORS, _MAX_MAPS = 16, 6
 _MOST_COARSE = 256  # draws: the mean of more may err by no more than rounding to bfloat16 does
 _MAX_BLOCK_BITS = 6  # a block of 64 draws is exact for up to 64 factors
 
@@ -185,19 +183,6 @@ class GaussNewton:
     def _left(self, layers: list[Layer]) -> list[str]:
         owned = {id(p) for layer in layers for p in layer.params.values()}
         return [name for name, p in self.problem.params.items() if id(p) not in owned and name in self.graph.uses]
-
-    def against_exact(self) -> str:
-        """Return why the exact diagonal would cost far more than some draws; empty when it would not."""
-        if self.output.shape[0] != self.problem.samples:
-            return f"the output has {self.output.shape[0]} rows for {self.problem.samples} samples"
-        if self.rest:
-            return f"{', '.join(self.rest[:3])} would take a backward pass for every sample and factor"
-        if self.root.factors > _MAX_FACTORS:
-            return f"the loss has {self.root.factors} factors a sample, a backward pass each"
-        whole, maps = sum(layer.work for layer in self.layers), sum(layer.work for layer in self.layers if layer.dense)
-        if self.root.factors * maps > _MAX_MAPS * whole:
-            return f"whole feature maps without pooling would be squared for each of {self.root.factors} factors"
-        return ""
 
     def exact(self) -> list[Diagonal]:
         """Return the diagonal of G, one a client.

@@ -64,10 +64,8 @@ class Client:
             if message.base != (base.id if base is not None else NO_VIEW):
                 return Message(RESYNC, message.round, self.id).pack()
             view = receive(message, base, self.workshop.locate, self.strategy.downlink)
-            reply = self._work(message, view).pack()
-            # last: a client that fails still holds what the server believes that it holds
             self.held = view if self.strategy.stateful else None
-            return reply
+            return self._work(message, view).pack()
         finally:  # failed work took its time, too
             meter.synchronise()
             self.cost.seconds += time.perf_counter() - start - self._uncharged

@@ -193,17 +193,16 @@ def _har(root: Path) -> Dataset:
         raise readers.missing(path, "the windows of UCI HAR as an .npz file", _HAR)
     arrays = readers.read_npz(path, ("x", "y", "subject", "is_test"))
     x, subject, is_test = (arrays[n] for n in ("x", "subject", "is_test"))
-    if x.ndim != 3 or x.shape[1:] != (9, 128) or x.dtype.kind != "f" or not np.isfinite(x).all():
-        raise DataError(f"{path}: x is {x.dtype} {x.shape}; wanted finite floats (N, 9, 128)")
+    kind = x.dtype
+    with np.errstate(all="ignore"):
+        x = x.astype(np.float32) if kind.kind == "f" else x
+    if x.ndim != 3 or x.shape[1:] != (9, 128) or kind.kind != "f" or not np.isfinite(x).all():
+        raise DataError(f"{path}: x is {kind} {x.shape}; wanted finite floats (N, 9, 128)")
     y = readers.class_ids(path, arrays["y"], len(x), 6)
     group = readers.class_ids(path, subject, len(x), 1 << 31)
     held = readers.class_ids(path, is_test, len(x), 2).astype(bool)
     if held.all() or not held.any():
         raise DataError(f"{path}: is_test marks {held.sum()} of {len(x)} windows; wanted some of each")
-    with np.errstate(over="ignore"):
-        x = x.astype(np.float32)
-    if not np.isfinite(x).all():
-        raise DataError(f"{path}: x holds values beyond float32; wanted finite floats (N, 9, 128)")
     mean = x[~held].mean((0, 2), keepdims=True, dtype=np.float64)
     std = np.maximum(x[~held].std((0, 2), keepdims=True, dtype=np.float64), 1e-6)
     x = ((x - mean) / std).astype(np.float32)

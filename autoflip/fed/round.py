@@ -56,7 +56,6 @@ class Round:
         self._schema = locate(None).schema
         self._sent: dict[tuple[bytes, bool], tuple[View, tuple[bytes, ...]]] = {}
         self._offered: dict[int, tuple[View, View | None]] = {}
-        self.refused: set[int] = set()  # whose answers were of no use: nobody knows what they hold
 
     def offer(self, client: int, *, whole: bool = False) -> bytes:
         """Return the payload that brings ``client`` up to date; ``whole``: it has lost what it held."""
@@ -156,5 +155,5 @@ class Round:
             params, masks, state.round + 1, state.views, state.held, memory=memory, narrow=narrow, average=average
         )
         if strategy.stateful:
-            following = following.holding(self.holders, self.refused)
+            following = following.holding(self.holders, self.lost)
         return replace(following, guidance=guidance) if strategy.may_prune(following) else following

@@ -125,7 +125,6 @@ class Server:
                 examples, loss = message.examples, message.loss
         except codec.DecodeError as fault:
             error = str(fault)
-            work.refused.add(client)
         record = ClientRecord(
             client=client,
             bytes_up=sum(r.cost.bytes_up for r in replies),

@@ -40,14 +40,12 @@ class Prepared:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     _flops: dict[tuple, int] = field(default_factory=dict)
-    _whole: dict[str, Tensor] = field(default_factory=dict)  # integer buffers as they were at the start
-    _stray: dict[str, Tensor] = field(default_factory=dict)  # the same of buffers that no state_dict has
+    _fixed: dict[str, Tensor] = field(default_factory=dict)  # buffers that do not travel, as they were at the start
 
     def __post_init__(self) -> None:
-        state = self.model.state_dict()
-        self._whole = {name: t.detach().clone() for name, t in state.items() if not t.is_floating_point()}
-        stray = {name: b for name, b in self.model.named_buffers() if name not in state and b.is_floating_point()}
-        self._stray = {name: b.detach().clone() for name, b in stray.items()}
+        # integers of the state_dict and floats that are not in it: masks are neither
+        state, buffers = self.model.state_dict(), self.model.named_buffers()
+        self._fixed = {n: b.detach().clone() for n, b in buffers if (n in state) != b.is_floating_point()}
 
     def load(self, params: Mapping[str, Tensor]) -> None:
         """Copy full-size ``params`` in."""
@@ -59,11 +57,8 @@ class Prepared:
             for name, tensor in self.model.state_dict(keep_vars=True).items():
                 if name in small:
                     tensor.copy_(small[name])
-                elif name in self._whole:
-                    tensor.copy_(self._whole[name])  # num_batches_tracked: no client sees another's count
-
-            buffers = dict(self.model.named_buffers()) if self._stray else {}
-            for name, value in self._stray.items():  # no client sees another's
+            buffers = dict(self.model.named_buffers()) if self._fixed else {}
+            for name, value in self._fixed.items():  # num_batches_tracked: no client sees another's count
                 buffers[name].copy_(value)
 
     def read(self) -> dict[str, Tensor]:

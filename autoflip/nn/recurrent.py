@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from autoflip.nn.masked import Masked
-from autoflip.ops import RecurrentPack, masked_recurrent, paths, recurrent_here, trials, version_of
+from autoflip.ops import RecurrentPack, batches, masked_recurrent, paths, recurrent_here, trials, version_of
 
 __all__ = ["MaskedGRU", "MaskedLSTM"]
 
@@ -148,7 +148,7 @@ class _MaskedRNN(Masked):
     def _choose(self, packs: list[RecurrentPack], steps: int, n: int) -> str:
         entries = sum(pack.input.mask.numel() + pack.state.mask.numel() for pack in packs)
         density = sum(pack.input.kept + pack.state.kept for pack in packs) / entries
-        n = paths.bucket(n)
+        n = batches.bucket(n)
         steps = min(steps, max(_TRIAL_STEPS, _TRIAL_WORK // (n * entries)))
         if not trials.enabled():
             return "sparse" if n >= 16 and density < _RULE and n * entries >= paths.LEAST_WORK else "dense"

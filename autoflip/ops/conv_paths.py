@@ -19,14 +19,14 @@ from autoflip.ops import _masked_conv as steps
 from autoflip.ops import _masked_conv_kernels as conv
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops import paths, trials
+from autoflip.ops import batches, paths, trials
 from autoflip.ops._masked_conv_kernels import Parts
 from autoflip.ops._masked_weight import CPP
 
 __all__ = ["MOST", "Trial", "few_channels", "tried"]
 
 MOST = 64  # images: a trial of more would take long to say the same
-LEAST_BATCH = 5  # of fewer samples, kernels are tried below a density alone: a share of a vector's lanes is filled
+LEAST_BATCH = 5  # images from which few channels are tried at any density; what is tried of others, see tried()
 # multiply-adds of the dense convolution below which calls cost more than products: of any batch and density the
 # kernels' whole step, two calls, may then be the faster one
 SMALL_WORK = 2_000_000
@@ -52,7 +52,7 @@ def tried(mask: Tensor, kept: int, n: int, positions: int) -> bool:
     """Tell whether the sparse kernels may gain for ``n`` samples whose outputs have so many positions each."""
     if n * positions * mask.numel() < SMALL_WORK:
         return trials.enabled()
-    return kept <= min(TRIED_BELOW, n / paths.LANES) * mask.numel() or (n >= LEAST_BATCH and few_channels(mask))
+    return kept <= min(TRIED_BELOW, n / batches.LANES) * mask.numel() or (n >= LEAST_BATCH and few_channels(mask))
 
 
 class Trial:
@@ -92,7 +92,7 @@ class Trial:
         if not trials.enabled():
             if self.last:
                 return "ddd"
-            limits, share = RULE[CPP.isa()], paths.filled(self.n)
+            limits, share = RULE[CPP.isa()], batches.filled(self.n)
             return "".join("s" if density < limits[step] * share else "d" for step in kernels.STEPS)
         shape = "x".join(map(str, mask.shape))
         form = " channels last" * self.last + " but in x" * (self.last and not self.x_last)

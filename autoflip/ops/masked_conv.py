@@ -17,7 +17,7 @@ from autoflip.ops import _masked_conv as steps
 from autoflip.ops import _masked_conv_kernels as conv
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops import backend, conv_paths, paths
+from autoflip.ops import backend, batches, conv_paths, paths
 from autoflip.ops._masked_conv import conv_step
 from autoflip.ops._masked_conv_kernels import Pair, Parts
 from autoflip.ops.narrow import narrow_conv2d
@@ -70,7 +70,7 @@ class ConvPack:
             return None
         n, _, height, width = x.shape
         x_last, last = weights.channels_last(x), weights.channels_last(weight)
-        key = (paths.bucket(n, conv_paths.MOST), height, width, x_last, x_last or last, torch.get_num_threads())
+        key = (batches.bucket(n, conv_paths.MOST), height, width, x_last, x_last or last, torch.get_num_threads())
         if key not in self._parts:
             self._parts[key] = self._make_parts(*key[:5])
         return self._parts[key]

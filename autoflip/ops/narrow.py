@@ -18,8 +18,8 @@ from autoflip.ops import _masked_conv as conv_steps
 from autoflip.ops import _masked_matmul as linear_steps
 from autoflip.ops import _masked_weight as weights
 from autoflip.ops import conv_paths, trials
+from autoflip.ops.batches import bucket
 from autoflip.ops.pack import Pack
-from autoflip.ops.paths import bucket
 
 if TYPE_CHECKING:
     from autoflip.ops.masked_conv import ConvPack

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops import backend, paths, trials
+from autoflip.ops import backend, batches, paths, trials
 from autoflip.ops._masked_matmul import Job
 
 __all__ = ["Pack"]
@@ -76,7 +76,7 @@ class Pack:
         """Return what the ops take for ``n_rows`` rows of x."""
         if torch.compiler.is_compiling():
             return self._traced  # a graph serves all batch sizes, and nothing can be built while it is traced
-        key = (paths.bucket(n_rows), torch.get_num_threads(), backend.wish())
+        key = (batches.bucket(n_rows), torch.get_num_threads(), backend.wish())
         found = self._parts.get(key)
         if found is None:
             with trials.unseen():  # a tensor made under a function transform would belong to it

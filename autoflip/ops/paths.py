@@ -20,11 +20,11 @@ from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_matmul as steps
 from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend, trials
+from autoflip.ops.batches import filled
 
-__all__ = ["LANES", "PATHS", "bucket", "chunk", "filled", "letters", "rule"]
+__all__ = ["PATHS", "chunk", "letters", "rule"]
 
 PATHS = ("auto", "sparse", "dense")
-LANES = 16  # rows or images that a vector holds; AVX2's hold half as many
 # multiply-adds of the dense product below which :func:`rule` takes no sparse call
 LEAST_WORK = 400_000
 # seconds that whole steps are timed for in a row. After another way a step finds the weight in memory, not in the
@@ -52,26 +52,6 @@ RULE: dict[str, dict[str, tuple[tuple[int, float], ...]]] = {
     "avx2": {"forward": ((16, 0.5),), "dx": ((16, 0.3),), "dw": ((16, 0.1), (64, 0.2))},
     "base": {"forward": (), "dx": (), "dw": ()},
 }
-
-
-def bucket(n_rows: int, most: int = 512) -> int:
-    """Return the batch size that stands for ``n_rows``: the fewest rows that share its half of a doubling.
-
-    A vector of rows costs the kernels as much half empty as full, while dense pays for each: what pays for 64 rows cost
-    33 of them up to 1.27 times dense, what pays for 8 images cost 5 of them 1.4 times. Powers of two stand for
-    themselves. More than ``most`` are taken for that many where they fill their vectors, else for one more.
-    """
-    if n_rows > most:
-        return most + (n_rows % LANES > 0)
-    whole = 1 << max(0, n_rows - 1).bit_length()
-    if n_rows <= 4 or n_rows == whole:
-        return max(1, n_rows)
-    return 1 + (3 * whole // 4 if n_rows > 3 * whole // 4 else whole // 2)
-
-
-def filled(n_rows: int) -> float:
-    """Return the share of their vectors' lanes that so many rows fill."""
-    return n_rows / (-(-n_rows // LANES) * LANES)
 
 
 def chunk(n_rows: int, density: float, letter: str = "s", entries: int = 0) -> int:
@@ -159,7 +139,7 @@ def letters(
     Args:
         mask: ``(O, K)``, contiguous bool on the CPU.
         kept: its kept entries.
-        n_rows: a :func:`bucket`.
+        n_rows: a :func:`batches.bucket`.
         block: the letter of the kernels for its blocks, or "".
         make: path -> what it takes.
         timed: whether a trial may run, or what one found be used.

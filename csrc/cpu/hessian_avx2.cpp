@@ -3,6 +3,7 @@
 #include "cpu/hessian_impl.h"
 #include "cpu/hessian_pull_softmax.h"
 #include "cpu/hessian_pull_squares.h"
+#include "cpu/hessian_signs.h"
 #include "cpu/hessian_steps.h"
 
 namespace autoflip {

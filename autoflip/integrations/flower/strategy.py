@@ -153,7 +153,7 @@ class AutoFlip(FedAvg):
             self._state = state.holding(work.holders, work.lost)
             _LOG.warning("round %d: %d of %d updates usable; the model stays", server_round, len(accepted), called)
             return None, metrics
-        self._state = work.finish().holding({}, work.lost)
+        self._state = work.finish()
         self._current = set()
         self._arrays = self._terms.arrays_of(self._state.served)
         return self._arrays, metrics
