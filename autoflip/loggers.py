@@ -6,9 +6,10 @@ and MLflow are imported when their sink is made, and not before.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,30 +29,44 @@ Sink = Callable[[Recorded], None]
 
 
 def jsonl(path: str | os.PathLike[str]) -> Sink:
-    """Return a sink that appends each record to ``path`` as one line of JSON."""
+    """Return a sink that appends each record to ``path`` as one line of JSON, unless the file holds that line already.
+
+    A resumed run hands its sinks the records of earlier rounds again.
+    """
     target = _ready(path)
+    held = _lines(target)
 
     def sink(record: Recorded) -> None:
-        with target.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.as_dict()) + "\n")
+        line = json.dumps(record.as_dict()) + "\n"
+        if line not in held:
+            with target.open("a", encoding="utf-8", newline="") as file:
+                file.write(line)
 
     return sink
 
 
 def csv(path: str | os.PathLike[str]) -> Sink:
-    """Return a sink that appends each record's single values to ``path``, under a head line; no layers, no clients."""
+    """Return a sink that appends each record's single values to ``path``, under a head line; no layers, no clients.
+
+    A row that the file holds already is not written again, see :func:`jsonl`.
+    """
     import csv as writer
 
     target = _ready(path)
+    held = _lines(target)
+
+    def line(values: Iterable[Any]) -> str:
+        text = io.StringIO(newline="")
+        writer.writer(text).writerow(values)
+        return text.getvalue()
 
     def sink(record: Recorded) -> None:
         row = {key: value for key, value in record.as_dict().items() if not isinstance(value, (Mapping, list, tuple))}
-        empty = not target.exists() or target.stat().st_size == 0
+        if line(row.values()) in held:
+            return
+        head = "" if target.exists() and target.stat().st_size else line(row)
         with target.open("a", encoding="utf-8", newline="") as file:
-            lines = writer.DictWriter(file, fieldnames=list(row))
-            if empty:
-                lines.writeheader()
-            lines.writerow(row)
+            file.write(head + line(row.values()))
 
     return sink
 
@@ -112,6 +127,14 @@ def _ready(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
+
+
+def _lines(path: Path) -> set[str]:
+    """Return the lines that a file holds, ends included; records hold measured seconds, so no two runs' are equal."""
+    if not path.exists():
+        return set()
+    with path.open(encoding="utf-8", newline="") as file:
+        return set(file)
 
 
 def _need(module: str, package: str = "") -> Any:

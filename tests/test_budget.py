@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from autoflip import MaskSet, explore, fed, meter, prune
+from autoflip import MaskSet, codec, explore, fed, meter, prune
 from autoflip.fed.budget import USUAL_FLOPS, channels_within, cost_of, usual_shares
 from autoflip.fed.loop import _Job
 from autoflip.fed.models import build
@@ -29,7 +29,8 @@ def test_budgets_are_met_by_fewer_channels_and_not_by_far_fewer(budget, value):
 
     def cost(net):
         if budget == "bytes":
-            return sum(p.numel() for p in net.parameters()) * (8.25 if net is small else 64)
+            state = {n: t for n, t in net.state_dict().items() if t.is_floating_point()}
+            return len(codec.encode(state, values="int4" if net is small else "fp32", schema=codec.Schema.of(state)))
         x = torch.zeros(2, *job.dataset.input_shape)
         return meter.count_flops(lambda: net(x).sum().backward())
 
@@ -50,7 +51,7 @@ def test_a_round_is_priced_whatever_the_model_returns_and_with_a_batch_of_one():
     def cost(model):
         scores = {name: p.detach().abs() for name, p in model.named_parameters() if p.ndim == 2}
         masks = prune.hybrid(model, scores, density=1.0, channels=0.5, round_to=1)
-        return cost_of(model, masks, torch.ones(1, 5), find_groups(model), "int4", "int4")
+        return cost_of(model, masks, torch.ones(1, 5), find_groups(model), ("int4", "int4"))
 
     layers = [torch.nn.Linear(5, 20), torch.nn.BatchNorm1d(20), torch.nn.ReLU(), torch.nn.Linear(20, 3)]
     model = torch.nn.Sequential(*layers)
@@ -119,7 +120,7 @@ def test_a_narrow_model_keeps_no_more_than_its_usual_flops_and_no_less_than_20_c
 
     def flops(kept):
         masks = strategy._hybrid(guidance, 1.0, kept)
-        return cost_of(model, masks, example, strategy._groups, "int4", "int4")[0]
+        return cost_of(model, masks, example, strategy._groups)[0]
 
     if settings:  # the user's word is taken: up to the usual share, but not down to the usual FLOPs
         assert flops(share) > USUAL_FLOPS

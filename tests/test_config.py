@@ -3,6 +3,7 @@
 import pytest
 
 from autoflip import fed
+from autoflip.fed import sections
 
 
 def test_overrides_are_typed_and_presets_give_way():
@@ -88,3 +89,25 @@ def test_every_method_that_the_configuration_names_exists():
     from autoflip.fed.strategies import METHODS
 
     assert set(METHOD_NAMES) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [("fed.slow=.5", 0.5), ("train.lr=1.", 1.0), ("data.root=1_000", "1_000"), ("data.root=2026-12-01", "2026-12-01")],
+)
+def test_overrides_are_read_as_their_key_wants_them(override, value):
+    section, key = override.partition("=")[0].split(".")
+    assert getattr(getattr(fed.Config.load(overrides=[override]), section), key) == value
+
+
+def test_sections_made_in_python_are_typed_as_those_of_a_file(tmp_path):
+    made = fed.Config(train=sections.Train(lr=1), prune=sections.Prune(block=[4, 1]), data=sections.Data(root=tmp_path))
+    (tmp_path / "config.toml").write_text(made.to_toml(), encoding="utf-8")
+    read = fed.Config.load(tmp_path / "config.toml")
+    assert (read, read.fingerprint()) == (made, made.fingerprint())
+    with pytest.raises(fed.ConfigError, match="fed.rounds='3'; wanted a whole number"):
+        fed.Config(fed=sections.Fed(rounds="3"))
+    with pytest.raises(fed.ConfigError, match=r"fed is a dict; wanted fed.sections.Fed\(...\)"):
+        fed.Config(fed={"rounds": 3})
+    with pytest.raises(fed.ConfigError, match="data.root=.* is not UTF-8"):
+        fed.Config(data=sections.Data(root="/data/\udcff"))

@@ -191,8 +191,9 @@ def test_hostile_pickles_run_nothing(tmp_path, attack):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({b"data": [1, 2]}, "not an .N, 3072. uint8 array"),
-        ({b"data": np.zeros((3, 10), np.uint8)}, "not an .N, 3072. uint8 array"),
+        ({b"data": [1, 2]}, "not .N, 3072. uint8"),
+        ({b"data": np.zeros((3, 10), np.uint8)}, "not .N, 3072. uint8"),
+        ({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, "not .N, 3072. uint8, N above 0"),
         ({b"labels": [0] * 19}, "19 labels for 20 samples"),
         ({b"labels": [0] * 19 + [10]}, "labels from 0 to 10; wanted 0..9"),
         ({b"labels": [0] * 19 + [b"x"]}, "not a list of integers"),
@@ -289,6 +290,7 @@ def leaf_of(x, y, count=1):
         ("femnist", '{"users": ["a"], "num_samples": [1], "user_data": {}}', "KeyError"),
         ("femnist", '{"users": ["a"], "num_samples": [], "user_data": {}}', "is not a LEAF file"),
         ("femnist", '{"users": [], "num_samples": [], "user_data": {}}', "hold no sample"),
+        ("femnist", json.dumps(json.loads(leaf_of([], [], 0)) | {"users": ["a", "a"]}), "a user is listed twice"),
         ("femnist", leaf_of([[0]], [0], count=2), "has 1 x and 1 y, num_samples says 2"),
         ("femnist", leaf_of([[0]], [0, 0]), "has 1 x and 2 y"),
         ("femnist", leaf_of([[0]], [0]), r"user a: x has shape \(1, 1\)"),
@@ -300,7 +302,7 @@ def leaf_of(x, y, count=1):
         ("shakespeare", leaf_of(["b"], ["c"]), "user a: some x is not a string of 80 characters"),
         ("shakespeare", leaf_of(["b" * 80], [3]), "user a: some y is not one character"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_damaged_leaf_files_are_named(tmp_path, name, content, message):
     folder = tmp_path / name / "data" / "train"
@@ -332,6 +334,11 @@ def test_har_is_standardised_by_its_training_windows(tmp_path):
     # float32 rounding of a mean over 1024 values
     assert got.train.x.mean((0, 2)).abs().max() < 1e-5
     assert (got.train.x.std((0, 2), unbiased=False) - 1).abs().max() < 1e-5
+
+
+def test_har_may_say_by_bools_what_is_a_test(tmp_path):
+    write_har(tmp_path, is_test=np.arange(12) % 3 == 0)
+    assert len(data.load("har", tmp_path).test) == 4
 
 
 @pytest.mark.parametrize(

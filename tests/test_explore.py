@@ -36,6 +36,16 @@ def test_agreement_is_one_when_all_move_alike_and_zero_when_they_cancel():
     torch.testing.assert_close(explore.guide(scouts).agreement["w"], torch.tensor([1.0, 0.0]))
 
 
+def test_who_does_not_hold_a_weight_has_no_say_in_it():
+    start, move = {"w": torch.zeros(3)}, torch.tensor([0.5, 1.0, 0.0])
+    sums = explore.Sums(start)
+    sums.add({"w": move}, 10.0, held={"w": torch.tensor([True, True, False])})
+    sums.add({"w": move * torch.tensor([1.0, 0.0, 0.0])}, 30.0, held={"w": torch.tensor([True, False, False])})
+    torch.testing.assert_close(sums.scores().agreement["w"], torch.tensor([1.0, 1.0, 0.0]))
+    torch.testing.assert_close(sums.mean()["w"], move)
+    torch.testing.assert_close(sums.scores().deviation["w"], move**2)
+
+
 @pytest.mark.parametrize("signal", ["fisher", "magnitude", "deviation"])
 def test_signals_rank_by_the_explored_weights(signal):
     scouts = _scouts()

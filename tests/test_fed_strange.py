@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import sys
 import types
 
@@ -13,8 +14,10 @@ from torch.nn import functional as F  # noqa: N812
 from autoflip import explore, fed, meter
 from autoflip.cli.overrides import overrides_of
 from autoflip.fed import client
-from autoflip.fed.norms import floored
+from autoflip.fed.loop import _Job
+from autoflip.fed.norms import floored, to_group_norm
 from autoflip.fed.strategies.base import Strategy
+from autoflip.fed.workshop import Workshop
 
 SMALL = [
     "fed.rounds=3",
@@ -57,10 +60,57 @@ class Remembering(nn.Module):
         return self.fc2(F.relu(self.fc1(x - self.seen)))
 
 
+def frozen_below():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    model[1].requires_grad_(False)
+    return model
+
+
+def frozen():
+    model = frozen_below()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    return model
+
+
+def norm_of_numbers():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+
+
+def double():
+    return norm_of_numbers().double()
+
+
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
+class Remembers(nn.Linear):
+    """Has state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def remembers():
+    return nn.Sequential(nn.Flatten(), Remembers(64, 10))
+
+
+def turned():
+    return nn.Sequential(
+        nn.ConvTranspose2d(1, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)
+    )
+
+
 @pytest.fixture
 def models(monkeypatch):
     module = types.ModuleType("strange_models")
     module.shuffled, module.remembering = Shuffled, Remembering
+    for make in (frozen_below, frozen, norm_of_numbers, double, lazy, remembers, turned):
+        setattr(module, make.__name__, make)
     monkeypatch.setitem(sys.modules, "strange_models", module)
 
 
@@ -83,14 +133,16 @@ def test_no_variance_falls_below_zero():
     params = {"norm.running_var": torch.tensor([-1e-3, 0.5]), "norm.weight": torch.tensor([-1.0])}
     assert floored(params)["norm.running_var"].tolist() == [0.0, 0.5]
     assert floored(params)["norm.weight"] is params["norm.weight"]
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     for method in ("fedavg", "fedavgm", "magnitude"):
         config = fed.Config.load(overrides=[f"fed.method={method}", "fed.against=none"])
-        strategy = fed.strategies.METHODS[method](config, nn.BatchNorm1d(2), torch.zeros(2, 2))
+        strategy = fed.strategies.METHODS[method](config, model, torch.zeros(2, 2))
         assert isinstance(strategy, Strategy)
-        params = {"weight": torch.ones(2), "bias": torch.ones(2), "running_var": torch.tensor([1e-3, 1.0])}
-        mean = {name: torch.zeros(2) for name in params} | {"running_var": torch.tensor([-2e-3, 0.0])}
+        params = {n: t for n, t in model.state_dict().items() if t.is_floating_point()}
+        params["1.running_var"] = torch.tensor([1e-3, 1.0])
+        mean = {n: torch.zeros_like(t) for n, t in params.items()} | {"1.running_var": torch.tensor([-2e-3, 0.0])}
         moved, _ = strategy.step(fed.state.ServerState(params), mean)
-        assert moved["running_var"].tolist() == [0.0, 1.0]
+        assert moved["1.running_var"].tolist() == [0.0, 1.0]
 
 
 def test_a_gradient_with_dropout_draws_from_its_seed_alone():
@@ -178,3 +230,56 @@ def test_folders_of_any_name_come_through(folder, tmp_path):
     assert config.data.root == folder
     (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     assert fed.Config.load(tmp_path / "config.toml").data.root == folder
+
+
+@pytest.mark.parametrize("method", ["autoflip", "magnitude", "prunefl", "random", "ssfl"])
+def test_frozen_layers_are_not_pruned(models, method):
+    settings = [f"fed.method={method}", "prune.density=0.3", "prune.rival_density=0.3", "prune.channels=0.5"]
+    result = fed.run(fed.Config.load(overrides=[*SMALL, *settings, "model.name=strange_models:frozen_below"]))
+    kept = dict(result.masks)
+    assert "1.weight" not in kept or kept.pop("1.weight").all()
+    size = sum(kept[name].numel() for name in ("3.weight", "5.weight"))
+    assert 0.25 < sum(int(kept[name].sum()) for name in ("3.weight", "5.weight")) / size < 0.35
+    with pytest.raises(ValueError, match=f"method '{method}': there is no trainable"):
+        fed.run(fed.Config.load(overrides=[*SMALL, *settings, "model.name=strange_models:frozen"]))
+
+
+def test_group_norm_of_single_numbers_lets_them_through(models):
+    model = to_group_norm(norm_of_numbers()).eval()
+    assert (model[2].num_groups, to_group_norm(nn.BatchNorm1d(48)).num_groups) == (1, 6)
+    assert to_group_norm(nn.BatchNorm2d(8)).num_groups == 8
+    assert model(torch.randn(50, 64)).std(0).min() > 1e-3
+    with pytest.raises(ValueError, match="has one channel"):
+        to_group_norm(nn.BatchNorm1d(1))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("double", "is torch.float64; .* call model.float"), ("lazy", "no shape yet"), ("remembers", "get_extra_state")],
+)
+def test_models_that_cannot_travel_are_named(models, name, message):
+    with pytest.raises(ValueError, match=f"strange_models:{name}: .*{message}"):
+        fed.run(fed.Config.load(overrides=[*SMALL, f"model.name=strange_models:{name}"]))
+
+
+def test_channels_of_a_transposed_convolution_are_its_outputs(models):
+    settings = ["model.name=strange_models:turned", "prune.channels=0.5", "prune.round_to=1"]
+    result = fed.run(fed.Config.load(overrides=[*SMALL, *settings]))
+    assert result.records[-1].channels == pytest.approx(18 / 26)  # 8 of 16, and the 10 classes
+
+
+def test_a_block_that_fits_no_weight_is_named_before_any_client_works():
+    with pytest.raises(ValueError, match="fits no weight"):
+        _Job(fed.Config.load(overrides=[*SMALL, "prune.block=[4096, 4096]"]))
+
+
+def test_the_smallest_density_keeps_a_weight_a_layer():
+    config = fed.Config.load(overrides=[*SMALL, "fed.method=prunefl", "prune.rival_density=1e-6"])
+    assert all(int(mask.sum()) == 1 for mask in fed.run(config).masks.values())
+
+
+def test_records_of_a_model_that_overflows_are_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(Workshop, "evaluate", lambda self, params, masks, x, y: (0.1, float("inf")))
+    fed.run(fed.Config.load(overrides=SMALL), out=tmp_path / "run")
+    for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["loss"] is None

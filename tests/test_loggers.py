@@ -25,12 +25,25 @@ def test_jsonl(tmp_path):
 
 def test_csv_has_one_head_line(tmp_path):
     lines = feed(loggers.csv(tmp_path / "log.csv"))
-    feed(loggers.csv(tmp_path / "log.csv"), rounds=1)  # a second run appends
+    again = loggers.csv(tmp_path / "log.csv")
+    again(types.SimpleNamespace(as_dict=lambda: {**lines[0], "seconds": 1.5}))  # a second run appends
     with (tmp_path / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
     assert float(rows[2]["accuracy"]) == lines[2]["accuracy"]
     assert {"layers", "clients"}.isdisjoint(rows[0])
+
+
+@pytest.mark.parametrize("sink", [loggers.jsonl, loggers.csv])
+def test_a_resumed_run_writes_no_record_twice(sink, tmp_path):
+    lines = feed(sink(tmp_path / "log"))
+    once = (tmp_path / "log").read_bytes()
+    again = sink(tmp_path / "log")
+    for line in [*lines, {**lines[0], "round": 3}]:
+        again(types.SimpleNamespace(as_dict=lambda line=line: line))
+    more = (tmp_path / "log").read_bytes()
+    assert more.startswith(once)
+    assert more[len(once) :].count(b"\n") == 1
 
 
 class Tracker(types.ModuleType):

@@ -276,7 +276,7 @@ def test_batch_norm_may_be_replaced_by_group_norm():
 def test_group_norm_keeps_affine_weights_and_divides_any_width():
     from autoflip.fed.norms import to_group_norm
 
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(12), torch.nn.BatchNorm2d(7, affine=False))
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(12), torch.nn.BatchNorm2d(7, affine=False))
     weight = model[0].weight
     to_group_norm(model)
     assert (model[0].num_groups, model[1].num_groups) == (4, 1)

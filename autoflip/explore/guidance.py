@@ -84,9 +84,23 @@ class Sums:
         self.first = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in start.items()}
         self.second = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in start.items()}
         self.curved: dict[str, Tensor] | None = None
+        self._absent: dict[str, Tensor] = {}  # weight of the clients that do not hold an entry
 
-    def add(self, delta: Mapping[str, Tensor], weight: float, curvature: Mapping[str, Tensor] | None = None) -> None:
+    def add(
+        self,
+        delta: Mapping[str, Tensor],
+        weight: float,
+        curvature: Mapping[str, Tensor] | None = None,
+        held: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Add one client's deviation (and curvature), weighted by its number of examples.
+
+        Args:
+            delta: deviation, name -> tensor.
+            weight: of the client.
+            curvature: name -> Gauss-Newton diagonal.
+            held: name -> mask of what the client has at all, where others may have more: an entry's mean and
+                agreement are those of its holders.
 
         Raises:
             ValueError: ``weight`` is not positive, or a tensor is missing or has another shape.
@@ -103,6 +117,9 @@ class Sums:
         for name in self.start:
             self.first[name].add_(delta[name], alpha=weight)
             self.second[name].addcmul_(delta[name], delta[name], value=weight)
+        for name, mask in (held or {}).items():
+            absent = weight * (~mask).float()
+            self._absent[name] = self._absent[name] + absent if name in self._absent else absent
         if curvature is not None:
             if self.curved is None:
                 self.curved = {name: torch.zeros_like(h) for name, h in curvature.items()}
@@ -112,7 +129,11 @@ class Sums:
 
     def mean(self) -> dict[str, Tensor]:
         """Return the weighted mean deviation ``S1 / n``: one round of federated averaging."""
-        return {name: s / self.weight for name, s in self.first.items()}
+        return {name: s / self._of(name) for name, s in self.first.items()}
+
+    def _of(self, name: str) -> Tensor | float:
+        """Return ``n``, the weight of the clients that hold each entry; where nobody does, sums are 0 over any."""
+        return (self.weight - self._absent[name]).clamp_min(1e-30) if name in self._absent else self.weight
 
     def scores(self, signal: str = "fisher") -> Scores:
         """Return the fused guidance.
@@ -126,14 +147,14 @@ class Sums:
             raise ValueError(f"explore: unknown signal {signal!r}; wanted one of {', '.join(SIGNALS)}")
         if signal == "curvature" and self.curved is None:
             raise ValueError("explore: signal 'curvature' needs scouts made with curvature=True")
-        deviation = {name: s / self.weight for name, s in self.second.items()}
+        deviation = {name: s / self._of(name) for name, s in self.second.items()}
         agreement = {
-            name: (self.first[name] ** 2 / (self.weight * s).clamp_min(1e-38)).clamp_(0, 1)
+            name: (self.first[name] ** 2 / (self._of(name) * s).clamp_min(1e-38)).clamp_(0, 1)
             for name, s in self.second.items()
         }
         ranking = {}
         for name, start in self.start.items():
-            explored = start + self.first[name] / self.weight
+            explored = start + self.first[name] / self._of(name)
             if signal != "curvature":
                 ranking[name] = rank(signal, explored, deviation[name])
             elif self.curved is not None and name in self.curved:

@@ -3,52 +3,65 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoflip import meter
+from autoflip import codec, meter
 from autoflip.groups import Groups
 from autoflip.masks import MaskSet
 from autoflip.nn import compact
+from autoflip.nn.plan import Plan
 
 __all__ = ["USUAL_FLOPS", "channels_within", "cost_of", "usual_shares"]
 
-BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.125}  # per value, block scales included
 _STEPS = 8  # bisection: to 1/256 of the channels
 _QUARTER, _CHANNELS, USUAL_FLOPS = 0.25, (20, 28), 0.18  # see usual_shares
 
 
 def cost_of(
-    model: nn.Module, masks: MaskSet, example: Tensor, groups: Groups, values: str, downlink: str
+    model: nn.Module, masks: MaskSet, example: Tensor, groups: Groups, wire: tuple[str, str] | None = None
 ) -> tuple[float, float]:
     """Return (FLOPs, bytes) of a training round under ``masks`` as shares of a dense float32 round.
+
+    Bytes are those of frames that hold the weights as ``model`` has them; deltas take as many or fewer.
 
     Args:
         model: the full model.
         masks: what is kept; channels that are gone count as gone, single masked weights as computed but not sent.
         example: inputs of a small batch.
         groups: of ``model``.
-        values: what the uplink sends, see ``wire.values``.
-        downlink: what the downlink sends, see ``wire.downlink``.
+        wire: what the uplink and the downlink send, see ``wire.values`` and ``wire.downlink``; None: bytes are not
+            asked for, and 0.
     """
     small = compact(model, masks=masks, groups=groups)
-    sizes = [(p.numel(), int(masks[n].sum()) if n in masks else p.numel()) for n, p in model.named_parameters()]
-    sent = sum(kept for _, kept in sizes) / sum(whole for whole, _ in sizes)
-    return _step(small, example) / _step(model, example), sent * (BITS[values] + BITS[downlink]) / 64
+    flops = _step(small, example) / _step(model, example)
+    if wire is None:
+        return flops, 0.0
+    assert isinstance(small.plan, Plan)
+    inside = MaskSet({name: mask for name, mask in small.plan.shrink_masks(masks).items() if not bool(mask.all())})
+    sent = sum(_frame(small, values, inside) for values in wire)
+    return flops, sent / (len(wire) * _frame(model, "fp32"))
 
 
-def usual_shares(groups: Groups) -> tuple[float, float]:
+def _frame(model: nn.Module, values: str, masks: MaskSet | None = None) -> int:
+    """Return the bytes of a frame that holds a model's parameters and floating buffers."""
+    state = {name: t.detach() for name, t in model.state_dict().items() if t.is_floating_point()}
+    return len(codec.encode(state, values=values, masks=masks or None, schema=codec.Schema.of(state)))
+
+
+def usual_shares(groups: Groups, protect: Collection[str] = ()) -> tuple[float, float]:
     """Return the least and the most channels that are kept where the user names neither them nor a budget, as shares.
 
     A quarter of 16 to 64 channels is too little to learn from. The most is what leaves 28 channels of the widest
     layer, the least what leaves 20, and a quarter in wider models; between them, what keeps a round within
     ``USUAL_FLOPS`` of a dense round's FLOPs (README, "Limits, plainly"). The least stays whatever it costs: what
-    cannot be removed may be dear.
+    cannot be removed may be dear. Layers in ``protect`` keep all of theirs and do not count.
     """
-    widest = max((len(units) * groups.width(layer) for layer, units in groups.by_layer().items()), default=1)
+    layers = {layer: units for layer, units in groups.by_layer().items() if layer.partition(":")[0] not in protect}
+    widest = max((len(units) * groups.width(layer) for layer, units in layers.items()), default=1)
     least, most = (min(1.0, max(_QUARTER, channels / widest)) for channels in _CHANNELS)
     return least, most
 

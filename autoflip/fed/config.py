@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -48,6 +49,17 @@ class Config:
     prune: Prune = field(default_factory=Prune)
     wire: Wire = field(default_factory=Wire)
 
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            section = getattr(self, name)
+            if not isinstance(section, kind):
+                raise ConfigError(
+                    f"{name} is a {type(section).__name__}; wanted fed.sections.{kind.__name__}(...), or "
+                    f"Config.from_dict({{{name!r}: {{...}}}}) for plain values"
+                )
+            typed = {k: _typed(f"{name}.{k}", getattr(section, k), hint) for k, hint in get_type_hints(kind).items()}
+            object.__setattr__(self, name, dataclasses.replace(section, **typed))  # 1 and 1.0 are the same run
+
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()) -> Config:
         """Read a TOML file, then apply ``section.key=value`` overrides; both are optional.
@@ -70,7 +82,7 @@ class Config:
                 for key, value in values.items():
                     given.setdefault(section, {})[key] = value
         for override in overrides:
-            section, key, value = _split(override)
+            section, key, value = _split(override, cls)
             given.setdefault(section, {})[key] = value
         return cls.from_dict(given)
 
@@ -94,9 +106,7 @@ class Config:
             preset = presets.PRESETS.get(name, {})
         built = {}
         for section, kind in sections.items():
-            merged = {**preset.get(section, {}), **given.get(section, {})}
-            hints = get_type_hints(kind)
-            built[section] = kind(**{k: _typed(f"{section}.{k}", v, hints[k]) for k, v in merged.items()})
+            built[section] = kind(**{**preset.get(section, {}), **given.get(section, {})})
         config = cls(**built)
         config.check()
         return config
@@ -162,23 +172,30 @@ def _nearest(word: object, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _split(override: str) -> tuple[str, str, Any]:
+def _split(override: str, cls: type) -> tuple[str, str, Any]:
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not (equals and dot and section and key):
         raise ConfigError(f"override {override!r}; wanted section.key=value, for example fed.rounds=50")
+    text = text.strip()
+    kind = get_type_hints(get_type_hints(cls).get(section, object)).get(key)
     try:
-        value = tomllib.loads(f"v = {text.strip()}")["v"]
+        value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
+        value = text  # a bare word is a string
+    if kind is str and not isinstance(value, str):
+        value = text  # a folder may be called 1_000 or 2026-12-01
+    if kind is float and value is text:
+        with contextlib.suppress(ValueError):  # .5 and 1. are none of TOML's numbers
+            value = float(text)
     return section, key, value
 
 
 def _typed(path: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+    if kind is str and isinstance(value, (int, float, os.PathLike)) and not isinstance(value, bool):
+        value = str(value)
     if kind == tuple[int, ...]:
         if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
             return tuple(value)
@@ -186,6 +203,8 @@ def _typed(path: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool) or value != value:
         wanted = {"int": "a whole number", "float": "a number", "str": "text"}[kind.__name__]
         raise ConfigError(f"{path}={value!r}; wanted {wanted}")
+    if kind is str and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(f"{path}={value!r} is not UTF-8, as config.toml is; give the folder another name or a link")
     return value
 
 

@@ -200,7 +200,8 @@ def _har(root: Path) -> Dataset:
         raise DataError(f"{path}: x is {kind} {x.shape}; wanted finite floats (N, 9, 128)")
     y = readers.class_ids(path, arrays["y"], len(x), 6)
     group = readers.class_ids(path, subject, len(x), 1 << 31)
-    held = readers.class_ids(path, is_test, len(x), 2).astype(bool)
+    marks = is_test.astype(np.uint8) if is_test.dtype == bool else is_test
+    held = readers.class_ids(path, marks, len(x), 2).astype(bool)
     if held.all() or not held.any():
         raise DataError(f"{path}: is_test marks {held.sum()} of {len(x)} windows; wanted some of each")
     mean = x[~held].mean((0, 2), keepdims=True, dtype=np.float64)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import inspect
 import math
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from autoflip.fed.own_models import imported, trainable
 
 __all__ = ["NAMES", "MLP", "CharLSTM", "DigitsCNN", "FEMNISTCNN", "ResNet8", "TwoCNN", "build", "default_for"]
 
@@ -227,7 +225,7 @@ def build(name: str, *, input_shape: Shape, num_classes: int, seed: int = 0, **o
         ValueError: no such model, or it cannot read samples of this shape.
     """
     if ":" in name:
-        make = _imported(name, input_shape, num_classes, options)
+        make = imported(name, input_shape, num_classes, options)
     elif name in _MODELS:
         make = lambda: _MODELS[name](input_shape=tuple(input_shape), num_classes=num_classes, **options)
     else:
@@ -243,54 +241,4 @@ def build(name: str, *, input_shape: Shape, num_classes: int, seed: int = 0, **o
             model = make()
         except Exception as error:
             raise ValueError(f"models: making {name!r} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"models: {name} returned {type(model).__name__}; wanted a torch.nn.Module")
-    return model
-
-
-def _imported(spec: str, input_shape: Shape, num_classes: int, options: dict[str, Any]) -> Callable[[], Any]:
-    """Return the user's callable of ``module:callable`` with its arguments bound."""
-    module_name, _, attribute = spec.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
-        raise ValueError(f"models: {spec!r} is no module:callable; wanted for example mypackage.nets:make_model")
-    here = os.getcwd()
-    added = here not in sys.path and "" not in sys.path
-    if added:  # the installed command does not look into the working folder, `python -m` does
-        sys.path.append(here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and (module_name == missing or module_name.startswith(missing + ".")):
-            raise ValueError(
-                f"models: {spec!r}: there is no module {missing!r}; wanted one that can be imported from here ({here}) "
-                "or is installed"
-            ) from error
-        raise ValueError(f"models: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            names = [n for n in vars(found) if not n.startswith("_")]
-            near = difflib.get_close_matches(part, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"models: {spec!r}: {module_name} has no {part!r}{hint}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"models: {spec!r} is {type(found).__name__}; wanted a function or class that makes a model")
-    try:
-        parameters = inspect.signature(found).parameters
-    except (TypeError, ValueError):  # some built-in callables have none
-        return lambda: found(**options)
-    every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    offered = {"input_shape": tuple(input_shape), "num_classes": num_classes}
-    given = options | {k: v for k, v in offered.items() if every or k in parameters}
-    try:
-        inspect.signature(found).bind(**given)
-    except TypeError as error:
-        raise ValueError(
-            f"models: {spec!r} cannot be called with {', '.join(given) or 'no arguments'} ({error}); wanted a callable "
-            "that needs nothing beyond input_shape and num_classes"
-        ) from error
-    return lambda: found(**given)
+    return trainable(name, model)

@@ -33,17 +33,25 @@ def to_group_norm(model: nn.Module, groups: int = 8) -> nn.Module:
 
     Args:
         model: any module; weights and biases of the norms are kept where there are some.
-        groups: wanted number of groups; where it does not divide the channels, the largest common divisor.
+        groups: wanted number of groups; where it does not divide the channels, the largest common divisor. A
+            BatchNorm1d gets fewer, at least eight channels each where it has so many: what it normalises may be one
+            number a channel, and a group of one number is zero.
 
     Raises:
-        ValueError: a norm is lazy and does not know its channels yet.
+        ValueError: a norm is lazy and does not know its channels yet, or it is a BatchNorm1d of a single one.
     """
     for path, module in list(model.named_modules()):
         if not isinstance(module, _BatchNorm):
             continue
         if not module.num_features:
             raise ValueError(f"to_group_norm: {path or 'the model'} does not know its channels yet; run the model once")
-        norm = nn.GroupNorm(math.gcd(groups, module.num_features), module.num_features, module.eps, module.affine)
+        count = math.gcd(groups, module.num_features)
+        if isinstance(module, nn.BatchNorm1d):
+            if module.num_features == 1:
+                raise ValueError(f"to_group_norm: {path or 'the model'} has one channel, of which a group norm is zero")
+            fits = (c for c in range(count, 1, -1) if not module.num_features % c and module.num_features >= 8 * c)
+            count = next(fits, 1)
+        norm = nn.GroupNorm(count, module.num_features, module.eps, module.affine)
         if module.affine:
             norm.weight, norm.bias = module.weight, module.bias
         if not path:

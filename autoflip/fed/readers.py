@@ -147,9 +147,9 @@ def _pixels(path: Path, value: Any) -> np.ndarray:
         u1 = isinstance(kind, _Kind) and kind.name in ("u1", b"u1") and not fortran
         if u1 and isinstance(raw, bytes) and isinstance(shape, tuple) and len(shape) == 2:
             rows, columns = shape
-            if isinstance(rows, int) and columns == 3072 and len(raw) == rows * 3072:
+            if isinstance(rows, int) and rows > 0 and columns == 3072 and len(raw) == rows * 3072:
                 return np.frombuffer(raw, np.uint8).reshape(rows, 3072)
-    raise DataError(f"{path}: 'data' is not an (N, 3072) uint8 array; wanted one row of 3x32x32 bytes an image")
+    raise DataError(f"{path}: 'data' is not (N, 3072) uint8, N above 0; wanted one row of 3x32x32 bytes an image")
 
 
 _TUPLES = frozenset(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"))
@@ -225,6 +225,8 @@ def read_leaf(folder: Path) -> Iterator[tuple[Path, str, list, list]]:
         samples = []
         try:
             content = json.loads(path.read_bytes())
+            if len({str(user) for user in content["users"]}) < len(content["users"]):
+                raise ValueError("a user is listed twice")
             for user, count in zip(content["users"], content["num_samples"], strict=True):
                 own = content["user_data"][user]
                 x, y = own["x"], own["y"]

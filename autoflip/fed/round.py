@@ -136,7 +136,8 @@ class Round:
                     raise codec.DecodeError(f"the update moves {name!r} by more than {cap:g}")
         self.aggregator.add_decoded(delta, weight, masks)
         if self.sums is not None:
-            self.sums.add(at.expand(delta), weight, powers)
+            some = masks if self.state.narrow is not None else None  # else all clients hold the same
+            self.sums.add(at.expand(delta), weight, powers, some)
 
     def finish(self) -> ServerState:
         """Return the state after the round: new parameters, guidance and masks, and who holds what."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from autoflip import codec
 from autoflip.fed.config import Config
@@ -80,6 +82,7 @@ class Server:
         accuracy, loss = None, None
         if last or after.round % cfg.eval_every == 0:
             accuracy, loss = self.workshop.evaluate(after.served, after.masks, *self.test)
+            loss = loss if math.isfinite(loss) else None  # JSON has no infinity
         record = Record(
             method=self.strategy.name,
             seed=cfg.seed,
@@ -144,9 +147,12 @@ class Server:
             name: float(masks[name].float().mean()) if masks is not None and name in masks else 1.0 for name in full
         }
         small = dict(self.workshop.prepare(masks).model.named_parameters())
+        turned = (m.weight for m in self.workshop.full.modules() if isinstance(m, _ConvTransposeNd))
+        outputs = dict.fromkeys(map(id, turned), 1)  # which dimension counts a layer's channels; 0 elsewhere
+        at = {n: outputs.get(id(p), 0) for n, p in full.items()}
         return {
             "density": sum(layers[n] * p.numel() for n, p in full.items())
             / max(1, sum(p.numel() for p in full.values())),
-            "channels": sum(small[n].shape[0] for n in full) / max(1, sum(p.shape[0] for p in full.values())),
+            "channels": sum(small[n].shape[at[n]] for n in full) / max(1, sum(p.shape[at[n]] for n, p in full.items())),
             "layers": layers,
         }

@@ -133,7 +133,7 @@ def hybrid(
 
     Raises:
         ValueError: shares outside (0, 1], scores that are missing, not finite or of another shape, a block or a
-            layer name that does not fit.
+            layer name that does not fit, protected layers that are more than ``density`` keeps.
     """
     check_share("density", density)
     check_share("channels", channels)
@@ -160,6 +160,11 @@ def hybrid(
     open_to_cut = {name: scores[name] for name in covered if name.rpartition(".")[0] not in shielded}
     whole = sum(int(mask.sum()) for name, mask in masks.items() if name not in open_to_cut)
     budget = round(density * total) - whole
+    if shielded and open_to_cut and budget <= 0:
+        raise ValueError(
+            f"hybrid: the protected layers alone keep {whole} of {total} weights, and density={density:g} keeps "
+            f"{budget + whole}; nothing would be left of the others. Protect fewer, or keep more"
+        )
     if sum(int(masks[name].sum()) for name in open_to_cut) > budget:
         masks.update(cut_inside(open_to_cut, masks, budget, block or (1, 1)))
     return MaskSet(masks)

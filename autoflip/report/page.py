@@ -17,10 +17,11 @@ ROUND = Axis("round", units.TICK_OF["count"])
 
 _CSS = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#14181f;--soft:#5b6472;--rule:#dfe3e8;--good:#12723d;
---bad:#b3261e;--c0:#2563eb;--c1:#d9660a;--c2:#12855a;--c3:#8b3fd1;--c4:#c02a5e;--c5:#0d8296;--c6:#7d6207;--c7:#5b6472}
+--bad:#b3261e;--c0:#2563eb;--c1:#d9660a;--c2:#12855a;--c3:#8b3fd1;--c4:#c02a5e;--c5:#0d8296;--c6:#7d6207;--c7:#5b6472;
+--c8:#93461c;--c9:#4a6b1f}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1318;--card:#181d24;--ink:#e8ebf0;--soft:#9aa4b2;--rule:#2c343f;
 --good:#5fd394;--bad:#ff8a80;--c0:#6ea8ff;--c1:#ffa657;--c2:#4fd1a0;--c3:#c69aff;--c4:#ff86ae;--c5:#5fd0e4;--c6:#e0c25a;
---c7:#9aa4b2}}
+--c7:#9aa4b2;--c8:#dd9a72;--c9:#a9cf7a}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 main{max-width:1120px;margin:0 auto;padding:28px 20px 48px}
@@ -83,7 +84,7 @@ th,td{padding:6px 5px}thead th,tbody th{white-space:normal}
 .tile b{font-size:1.25rem}
 .card,.tile{padding:12px}svg text{font-size:13px}}
 @media print{body{background:#fff}.card,.tile{break-inside:avoid}}
-""" + "".join(f".s{i}{{stroke:var(--c{i})}}.f{i}{{fill:var(--c{i})}}.b{i}{{background:var(--c{i})}}" for i in range(8))
+""" + "".join(f".s{i}{{stroke:var(--c{i})}}.f{i}{{fill:var(--c{i})}}.b{i}{{background:var(--c{i})}}" for i in range(10))
 
 
 def shell(title: str, body: Iterable[str]) -> str:

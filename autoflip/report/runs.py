@@ -93,7 +93,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
             f"report: {folder / 'summary.json'} has version {summary.get('version')!r}, this autoflip reads 1"
         )
     config = folder / "config.toml"
-    return Run(folder, summary, records, config.read_text(encoding="utf-8") if config.is_file() else "")
+    return Run(folder, summary, records, config.read_text("utf-8", "replace") if config.is_file() else "")
 
 
 def curve_of(name: str, records: Sequence[Record]) -> Curve:

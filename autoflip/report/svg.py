@@ -26,7 +26,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """One method's curve; ``style`` 0 to 7 picks its colour, ``rings`` marks single points with a ring."""
+    """One method's curve; ``style`` 0 to 9 picks its colour, ``rings`` marks single points with a ring."""
 
     style: int
     x: Sequence[float]

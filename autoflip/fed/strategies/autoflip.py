@@ -16,6 +16,7 @@ from autoflip.fed.state import Guidance, ServerState
 from autoflip.fed.strategies.base import Ask, Strategy
 from autoflip.groups import find_groups
 from autoflip.masks import MaskSet
+from autoflip.prune.arguments import check_block
 
 __all__ = ["AutoFlip", "AutoFlipPaper"]
 
@@ -33,9 +34,14 @@ class AutoFlip(Strategy):
         self.optimizer = config.server.optimizer
         self.average = config.server.average
         self.probe = "curvature" if config.explore.signal == "curvature" else ""
+        covered = prune.weights(model)
+        check_block(config.prune.block or None, covered)  # type: ignore[arg-type]  # Config has counted them
         self._groups = find_groups(model)
         self._normalised = has_norms(model)
-        self._least, most = usual_shares(self._groups)
+        still = covered.keys() - self.prunable()
+        self._frozen = {name.rpartition(".")[0] for name in still}  # layers
+        self._settled = sum(covered[n].numel() for n in still) / sum(w.numel() for w in covered.values())
+        self._least, most = usual_shares(self._groups, self._frozen)
         self._share = config.prune.channels or most
         self._flops = meter.layer_flops(model, example) if self.flops_exponent() and example is not None else {}
 
@@ -110,7 +116,7 @@ class AutoFlip(Strategy):
 
     def _channels(self, guidance: Guidance) -> float:
         """Return the share of channels: as configured, or what the budgets leave; by the model, see usual_shares."""
-        cfg, wire = self.config.prune, self.config.wire
+        cfg, sent = self.config.prune, (self.config.wire.values, self.config.wire.downlink)
         flops, least = cfg.flops, 0.0
         if not (cfg.channels or cfg.flops or cfg.bytes):
             flops, least = USUAL_FLOPS, self._least
@@ -120,7 +126,7 @@ class AutoFlip(Strategy):
 
         def cost(share: float) -> tuple[float, float]:
             masks = self._hybrid(guidance, cfg.density, share, cfg.inputs)
-            return cost_of(self.model, masks, example, self._groups, wire.values, wire.downlink)
+            return cost_of(self.model, masks, example, self._groups, sent if cfg.bytes else None)
 
         return max(least, channels_within(cost, flops, cfg.bytes, self._share))
 
@@ -136,11 +142,12 @@ class AutoFlip(Strategy):
         return prune.hybrid(
             self.model,
             {name: self._score(name, guidance) for name in self.weights},
-            density=density,
+            density=self._settled + (1 - self._settled) * density,
             channels=channels,
             inputs=inputs,
             block=(block[0], block[1]) if block else None,
             round_to=self.config.prune.round_to or None,
+            protect=self._frozen,
             groups=self._groups,
             flops=self._flops,
             flops_exponent=self.flops_exponent() if self._flops else 0.0,

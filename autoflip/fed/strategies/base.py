@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from autoflip import prune
 from autoflip.explore import Sums
 from autoflip.fed.config import Config
 from autoflip.fed.norms import floored
@@ -64,6 +65,20 @@ class Strategy:
         self.model = model
         self.example = example
         self.weights = [name for name, _ in model.named_parameters()]
+        self.frozen = {name for name, p in model.named_parameters() if not p.requires_grad}  # no client moves them
+
+    def prunable(self) -> list[str]:
+        """Return the names of the weights that pruning covers and clients train: nothing else can be judged.
+
+        Raises:
+            ValueError: there are none.
+        """
+        found = [name for name in prune.weights(self.model) if name not in self.frozen]
+        if not found:
+            raise ValueError(
+                f"method {self.name!r}: there is no trainable Linear, convolution or recurrent weight"
+            )
+        return found
 
     def begin(self, state: ServerState) -> ServerState:
         """Return the state from which round 0 starts; ``state`` holds the initial parameters only.

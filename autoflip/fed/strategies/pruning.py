@@ -29,7 +29,7 @@ class _Pruning(Strategy):
     def __init__(self, config: Config, model: nn.Module, example: Tensor | None = None) -> None:
         super().__init__(config, model, example)
         self.values, self.levels, self.downlink = config.wire.values, config.wire.levels, config.wire.downlink
-        self.covered = list(prune.weights(model))
+        self.covered = self.prunable()
 
 
 class Random(_Pruning):
@@ -126,7 +126,7 @@ class PruneFL(_Pruning):
         if not self._reconfigures(state.round) or state.guidance is None:
             return state.masks
         size = sum(state.params[name].numel() for name in self.covered)
-        budget = round(self.config.prune.rival_density * size)
+        budget = max(1, round(self.config.prune.rival_density * size))
         exchanged = self.swap * 0.5 ** (state.round // self.config.prune.every)
         firm = prune.by_scores(
             {name: state.params[name].abs() for name in self.covered}, max(1, round((1 - exchanged) * budget)) / size
