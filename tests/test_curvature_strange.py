@@ -218,3 +218,26 @@ def test_what_does_not_fit_is_a_value_error():
         curvature.hvp(model, F.cross_entropy, (x, y), {"weight": torch.ones(1, 2, 3)}, chunk=0)
     with pytest.raises(ValueError, match="all targets ignored"):
         diagonal(model, F.cross_entropy, (x, torch.full((4,), -100)))
+
+
+def test_a_forward_of_ones_own_is_what_runs_and_stays():
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    first = model[0]
+    own = first.forward = lambda x: F.linear(x, 2 * first.weight, first.bias)
+    x, y = torch.randn(6, 5), torch.arange(6) % 3
+    found = curvature.hessian_diagonal(model, F.cross_entropy, (x, y), method="ggn-exact")["0.weight"]
+
+    def loss(weight):
+        return F.cross_entropy(model[2](F.relu(F.linear(x, 2 * weight, first.bias))), y)
+
+    exact = torch.autograd.functional.hessian(loss, first.weight.detach()).reshape(40, 40).diagonal().reshape(8, 5)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)  # float32 sums over 6 samples
+    assert first.forward is own
+    assert "forward" not in vars(model[2])
+
+
+def test_layers_are_as_they_were_when_the_model_fails():
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(7, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        curvature.hessian_diagonal(model, F.cross_entropy, (torch.randn(6, 5), torch.arange(6) % 3))
+    assert not any("forward" in vars(module) for module in model)

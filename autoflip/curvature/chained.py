@@ -59,7 +59,8 @@ class Chained(Layer):
                 return
             kind = node.name().partition("Backward")[0]
             if kind == "Relu" and gate is None:
-                gate = node._saved_result.detach().reshape(self.x.shape)
+                gate = node._saved_result.detach()
+                gate = gate if gate.shape == self.x.shape else gate.reshape(self.x.shape)
             elif kind not in _RESHAPES:
                 return
             node = node.next_functions[0][0]

@@ -149,6 +149,8 @@ def unrolled(modules: Iterable[nn.Module], samples: int, layers: list[Layer]) ->
     """Compute LSTMs and GRUs here inside the block, and add their projections to ``layers``."""
     changed: list[Any] = []
     for module in modules:
+        if not isinstance(module, nn.RNNBase):
+            continue
         base = nn.LSTM if isinstance(module, nn.LSTM) else nn.GRU if isinstance(module, nn.GRU) else None
         ours = type(module).__module__.startswith("autoflip.")
         if base is None or "forward" in vars(module) or not (ours or type(module).forward is base.forward):

@@ -75,9 +75,7 @@ class Strategy:
         """
         found = [name for name in prune.weights(self.model) if name not in self.frozen]
         if not found:
-            raise ValueError(
-                f"method {self.name!r}: there is no trainable Linear, convolution or recurrent weight"
-            )
+            raise ValueError(f"method {self.name!r}: there is no trainable Linear, convolution or recurrent weight")
         return found
 
     def begin(self, state: ServerState) -> ServerState:
