@@ -5,7 +5,7 @@ import torch
 
 from autoflip import MaskSet, codec, explore, fed, meter, prune
 from autoflip.fed.budget import USUAL_FLOPS, channels_within, cost_of, usual_shares
-from autoflip.fed.loop import _Job
+from autoflip.fed.job import Job
 from autoflip.fed.models import build
 from autoflip.fed.state import Guidance
 from autoflip.fed.strategies import METHODS
@@ -24,7 +24,7 @@ def test_budgets_are_met_by_fewer_channels_and_not_by_far_fewer(budget, value):
     wire = ["wire.values=int4", "wire.downlink=int4", "prune.density=1", "prune.channels=1", "prune.round_to=1"]
     config = _config("fed.against=none", "fed.rounds=2", *wire, f"prune.{budget}={value}")
     result = fed.run(config)
-    job = _Job(config)
+    job = Job(config)
     small = compact(job.blank, masks=result.masks)
 
     def cost(net):

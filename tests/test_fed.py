@@ -15,7 +15,7 @@ from autoflip import MaskSet, codec, fed, meter, nn, prune
 from autoflip.explore import Sums
 from autoflip.fed import models
 from autoflip.fed.client import Client
-from autoflip.fed.loop import _Job
+from autoflip.fed.job import Job
 from autoflip.fed.message import Message
 from autoflip.fed.state import Guidance, ServerState
 from autoflip.fed.strategies import METHODS
@@ -64,8 +64,8 @@ def test_bytes_in_the_ledger_are_the_lengths_of_the_payloads(tapped, method):
 def test_flops_in_the_ledger_equal_torchs_count_on_the_compact_dense_model():
     config = _config("fed.against=none", "prune.density=1", "prune.channels=0.5", "train.batch_size=16")
     result = fed.run(config)
-    job = _Job(config)
-    sizes = {k: len(client.targets) for k, client in job.servers["autoflip"].transport.clients.items()}
+    job = Job(config)
+    sizes = {k: len(client.targets) for k, client in job.clients("autoflip").items()}
     compact = nn.compact(job.blank, masks=result.masks)
     assert sum(p.numel() for p in compact.parameters()) < 0.6 * sum(p.numel() for p in job.blank.parameters())
 
@@ -208,7 +208,7 @@ def test_pruned_weights_stay_zero_and_the_model_is_the_one_that_was_measured():
     assert result.records[-1].density == pytest.approx(0.2, rel=0.02)
     for name, mask in result.masks.items():
         assert float(result.params[name][~mask].abs().sum()) == 0
-    data = _Job(result.config).dataset.test
+    data = Job(result.config).dataset.test
     with torch.no_grad():
         right = (result.model()(data.x).argmax(1) == data.y).float().mean()
     # the compact model rounds differently: at most one image in 360 may tip over
@@ -419,5 +419,5 @@ def test_a_model_that_cannot_train_is_refused_before_any_client_is_asked(model, 
 
 
 def test_codec_is_asked_for_nothing_it_does_not_know():
-    job = _Job(_config())
+    job = Job(_config())
     assert set(codec.Schema.of(job.states["fedavg"].params).shapes) == set(job.states["fedavg"].params)

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from autoflip import explore, fed, meter
 from autoflip.cli.overrides import overrides_of
 from autoflip.fed import client
-from autoflip.fed.loop import _Job
+from autoflip.fed.job import Job
 from autoflip.fed.norms import floored, to_group_norm
 from autoflip.fed.strategies.base import Strategy
 from autoflip.fed.workshop import Workshop
@@ -270,7 +270,7 @@ def test_channels_of_a_transposed_convolution_are_its_outputs(models):
 
 def test_a_block_that_fits_no_weight_is_named_before_any_client_works():
     with pytest.raises(ValueError, match="fits no weight"):
-        _Job(fed.Config.load(overrides=[*SMALL, "prune.block=[4096, 4096]"]))
+        Job(fed.Config.load(overrides=[*SMALL, "prune.block=[4096, 4096]"]))
 
 
 def test_the_smallest_density_keeps_a_weight_a_layer():

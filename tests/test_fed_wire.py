@@ -7,9 +7,10 @@ from autoflip import MaskSet, codec, fed
 from autoflip.fed import downlink
 from autoflip.fed.client import Client
 from autoflip.fed.coordinates import Coordinates
-from autoflip.fed.loop import _Job
+from autoflip.fed.job import Job
 from autoflip.fed.message import TRAIN, Message
 from autoflip.fed.state import make_view
+from autoflip.fed.transport import InProcess
 
 SMALL = ["fed.rounds=6", "fed.clients=4", "fed.fraction=0.5", "train.epochs=1", "data.samples_per_client=40"]
 
@@ -127,8 +128,9 @@ def test_a_client_that_lost_its_base_is_sent_everything(monkeypatch):
 
 def test_slow_clients_train_a_narrower_model_and_the_rest_is_averaged_over_holders(tmp_path):
     config = _config("fed.slow=0.5", "fed.fraction=1.0", "prune.channels=0.8", "prune.slow_channels=0.3")
-    job = _Job(config)
-    slow = job.servers["autoflip"].slow
+    job = Job(config)
+    server = job.server("autoflip", InProcess(job.clients("autoflip")))
+    slow = server.slow
     assert len(slow) == 2
     result = fed.run(config, out=tmp_path / "run")
     for record in result.records[1:]:
@@ -137,10 +139,10 @@ def test_slow_clients_train_a_narrower_model_and_the_rest_is_averaged_over_holde
             for b in set(cost) - set(slow):
                 assert all(x < 0.7 * y for x, y in zip(cost[a], cost[b]))
     assert fed.resume(tmp_path / "run").summary == result.summary
-    state, _ = job.servers["autoflip"].run_round(job.states["autoflip"])
+    state, _ = server.run_round(job.states["autoflip"])
     assert state.narrow is not None
     assert state.narrow & state.masks == state.narrow  # within what the others keep
-    after, _ = job.servers["autoflip"].run_round(state)
+    after, _ = server.run_round(state)
     only_fast = state.masks["fc1.weight"] & ~state.narrow["fc1.weight"]
     moved = after.params["fc1.weight"] != state.params["fc1.weight"]
     assert float(moved[only_fast].float().mean()) > 0.5

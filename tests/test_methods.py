@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from autoflip import MaskSet, explore, fed, report
 from autoflip.fed.client import Client
-from autoflip.fed.loop import _Job
+from autoflip.fed.job import Job
 from autoflip.fed.sections import METHOD_NAMES
 from autoflip.fed.state import ServerState
 from autoflip.fed.strategies import METHODS
+from autoflip.fed.transport import InProcess
 from autoflip.report.runs import curve_of
 
 SMALL = ["fed.rounds=5", "fed.clients=4", "fed.fraction=0.5", "train.epochs=1", "data.samples_per_client=40"]
@@ -40,13 +41,13 @@ def test_rounds_between_evaluations_cost_the_same_and_have_no_accuracy(tmp_path)
 
 
 def test_a_part_of_the_test_set_is_the_same_for_every_seed_and_changes_no_cost():
-    whole = _Job(_config()).servers["autoflip"].test
-    parts = [_Job(_config("data.test_examples=50", f"fed.seed={seed}")).servers["autoflip"].test for seed in (0, 1)]
+    whole = Job(_config()).test()
+    parts = [Job(_config("data.test_examples=50", f"fed.seed={seed}")).test() for seed in (0, 1)]
     assert len(parts[0][1]) == 50
     assert all(torch.equal(a, b) for a, b in zip(*parts))
     rows = {x.numpy().tobytes() for x in whole[0]}
     assert all(x.numpy().tobytes() in rows for x in parts[0][0])
-    assert len(_Job(_config("data.test_examples=1000000")).servers["autoflip"].test[1]) == len(whole[1])
+    assert len(Job(_config("data.test_examples=1000000")).test()[1]) == len(whole[1])
     some, every = (fed.run(_config("fed.against=none", *more)) for more in (["data.test_examples=50"], []))
     assert [(r.flops, r.bytes_up) for r in some.records] == [(r.flops, r.bytes_up) for r in every.records]
     assert some.accuracy * 50 == round(some.accuracy * 50)
@@ -125,7 +126,7 @@ def test_pruning_rivals_reach_the_density_and_keep_pruned_weights_zero(method):
 
 def test_random_masks_follow_erdos_renyi_and_come_before_any_round():
     config = _config("fed.method=random", "fed.against=none", "prune.rival_density=0.1")
-    state = _Job(config).states["random"]
+    state = Job(config).states["random"]
     size = {n: p.numel() for n, p in state.params.items() if n in state.masks}
     shape = {n: tuple(state.params[n].shape) for n in size}
     kept = {n: float(state.masks[n].float().mean()) for n in size}
@@ -146,10 +147,10 @@ def test_ssfl_measures_first_and_moves_nothing():
         "wire.values=fp32",
         "wire.downlink=bf16",
     )
-    job = _Job(config)
+    job = Job(config)
     result = fed.run(config)
     start = job.states["ssfl"].params
-    server = job.servers["ssfl"]
+    server = job.server("ssfl", InProcess(job.clients("ssfl")))
     saliency = {n: torch.zeros_like(start[n]) for n in result.masks}
     for client in server.transport.clients.values():
         model = copy.deepcopy(job.blank)
@@ -217,8 +218,8 @@ def test_server_momentum_leaves_pruned_weights_alone():
 
 
 def test_the_model_handed_out_is_the_running_mean_since_the_last_pruning():
-    job = _Job(_config("server.average=0.4", "prune.until=2", "prune.every=1", "fed.rounds=8"))
-    server, state, seen = job.servers["autoflip"], job.states["autoflip"], []
+    job = Job(_config("server.average=0.4", "prune.until=2", "prune.every=1", "fed.rounds=8"))
+    server, state, seen = job.server("autoflip", InProcess(job.clients("autoflip"))), job.states["autoflip"], []
     for _ in range(8):
         before = state.masks
         state, record = server.run_round(state)
@@ -256,7 +257,7 @@ def test_the_proximal_term_pulls_local_steps_back():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     far = fed.run(_config("fed.method=fedprox", "fed.against=none", "train.proximal=0", "fed.rounds=1"))
     near = fed.run(_config("fed.method=fedprox", "fed.against=none", "train.proximal=1", "fed.rounds=1"))
-    start = _Job(far.config).states["fedprox"].params
+    start = Job(far.config).states["fedprox"].params
     moved = [sum(float((r.params[n] - start[n]).norm()) for n in start) for r in (near, far)]
     assert moved[0] < 0.95 * moved[1]
 

@@ -134,6 +134,8 @@ class Config:
         ):
             if value not in names:
                 raise ConfigError(f"{path}={value!r}; wanted one of {', '.join(names)}{_nearest(value, names)}")
+        if self.fed.timeout and not self.fed.processes:
+            raise ConfigError("fed.timeout needs fed.processes of 1 or more: who works in this process cannot be ended")
         if self.fed.against == self.fed.method:
             raise ConfigError(f"fed.against={self.fed.against!r} is the method itself; write fed.against=none")
 

@@ -21,6 +21,8 @@ class Fed:
     slow: float = 0.0  # share of the clients that train a narrower model, see prune.slow_channels
     seed: int = 0
     threads: int = 1  # 0: torch's own setting
+    processes: int = 0  # that clients live in, so that several train at once; 0: one after the other in this one
+    timeout: float = 0.0  # seconds that a client in a process may take for its answer; 0: as long as it likes
     quorum: float = 0.5  # a round fails below this share of usable updates
     eval_every: int = 1  # rounds from one test-set evaluation to the next; the last round always has one
 
@@ -151,6 +153,8 @@ RANGES = {
     "fed.slow": _range(0, 1),
     "fed.seed": _range(0, 2**31 - 1),
     "fed.threads": _range(0, 1024),
+    "fed.processes": _range(0, 1024),
+    "fed.timeout": _range(0, 1e9),
     "fed.quorum": _range(0, 1),
     "fed.eval_every": _COUNT,
     "data.alpha": _range(0, 1e6, open_low=True),

@@ -64,7 +64,14 @@ class Server:
         called = sample(cfg.seed, state.round, cfg.clients, ask.fraction)
         start, cpu = time.perf_counter(), time.process_time()
         work = Round(self.strategy, state, self.workshop.locate, seed=cfg.seed, slow=self.slow)
-        calls = [self._call(work, client) for client in called]
+        offers: list[bytes] = []
+        calls = []
+        for i, client in enumerate(called):
+            for coming in called[len(offers) : i + self.transport.ahead]:
+                offers.append(work.offer(coming))
+                self.transport.begin(coming, offers[-1])
+            calls.append(self._call(work, client, offers[i]))
+            offers[i] = b""
         clients, client_wall = [record for record, _ in calls], sum(wall for _, wall in calls)
         accepted = [c for c in clients if c.error is None]
         if len(accepted) < max(1, cfg.quorum * len(called) - 1e-9):  # 0.56 * 25 is a little more than 14
@@ -103,25 +110,24 @@ class Server:
         )
         return after, record
 
-    def _call(self, work: Round, client: int) -> tuple[ClientRecord, float]:
+    def _call(self, work: Round, client: int, offer: bytes) -> tuple[ClientRecord, float]:
         """Let one client's update in; return what it cost, and the wall seconds that the transport took."""
         replies, wall = [], 0.0
 
-        def exchange(whole: bool) -> str | None:
+        def exchange(payload: bytes) -> str | None:
             nonlocal wall
-            payload = work.offer(client, whole=whole)
             start = time.perf_counter()
             replies.append(self.transport.exchange(client, payload))
             wall += time.perf_counter() - start
             return replies[-1].error
 
-        error = exchange(whole=False)
+        error = exchange(offer)
         examples, loss = 0, None
         try:
             if error is None:
                 message = work.take(client, replies[-1].payload, self.examples[client])
                 if message.kind == RESYNC:  # the client lost its base: send everything
-                    error = exchange(whole=True)
+                    error = exchange(work.offer(client, whole=True))
                     if error is None:
                         message = work.take(client, replies[-1].payload, self.examples[client])
             if error is None:

@@ -36,7 +36,17 @@ class Reply:
 
 
 class Transport(Protocol):
-    """What the server needs of an engine: bytes to a client, bytes back."""
+    """What the server needs of an engine: bytes to a client, bytes back.
+
+    Attributes:
+        ahead: clients of a round that may be working, the next one to be waited for included.
+    """
+
+    ahead: int
+
+    def begin(self, client: int, payload: bytes) -> None:
+        """Let ``client`` begin, if the engine can; :meth:`exchange` with the same arguments follows."""
+        ...
 
     def exchange(self, client: int, payload: bytes) -> Reply:
         """Carry ``payload`` to ``client`` and return its answer; never raises for a client's fault."""
@@ -50,8 +60,13 @@ class InProcess:
         clients: id -> client.
     """
 
+    ahead = 1
+
     def __init__(self, clients: Mapping[int, _Handles]) -> None:
         self.clients = clients
+
+    def begin(self, client: int, payload: bytes) -> None:
+        """Do nothing: clients work one after the other."""
 
     def exchange(self, client: int, payload: bytes) -> Reply:
         """Carry ``payload`` to ``client`` and return its answer; a client that raises costs its own update only."""
