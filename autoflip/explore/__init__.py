@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -106,8 +107,8 @@ def scout(
 
     Args:
         model: the common start; any module.
-        data: ``(inputs, targets)`` tensors, a ``torch.utils.data.Dataset`` of pairs, or an iterable of such batches
-            (a ``DataLoader``).
+        data: ``(inputs, targets)``, tensors or arrays, a ``torch.utils.data.Dataset`` of pairs, or an iterable of such
+            batches (a ``DataLoader``).
         loss_fn: ``loss_fn(output, target)``, a scalar.
         epochs: passes over the data.
         seed: of the order of the examples.
@@ -155,17 +156,19 @@ def absolute_gradient(
     Dropout draws from ``seed``; torch's generator is left as it was.
     """
     twin = copy.deepcopy(model).train()
-    names, parameters = zip(*((n, p) for n, p in twin.named_parameters() if p.requires_grad), strict=True)
+    parameters = {n: p for n, p in twin.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("absolute_gradient: no parameter of the model requires grad; wanted at least one")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         loss = loss_fn(twin(inputs[:examples]), targets[:examples])
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {n: g.abs() for n, g in zip(names, found, strict=True) if g is not None}
+        found = torch.autograd.grad(loss, tuple(parameters.values()), allow_unused=True)
+    return {n: g.abs() for n, g in zip(parameters, found) if g is not None}
 
 
 def _tensors(data: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-        inputs, targets = data
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, (Tensor, np.ndarray)) for t in data):
+        inputs, targets = (torch.as_tensor(t) for t in data)
     elif isinstance(data, (Dataset, Iterable)):
         if isinstance(data, Dataset):
             data = DataLoader(data, batch_size=256, generator=torch.Generator())  # the global one stays as it is

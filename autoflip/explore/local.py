@@ -47,12 +47,14 @@ def local_steps(
         on_batch: called before each step with its batch (the ledger counts FLOPs there).
 
     Raises:
-        ValueError: there are no examples, or the loss is not finite.
+        ValueError: there are no examples, nothing that may move, or the loss is not finite.
     """
     count = len(targets)
     if not count:
         raise ValueError("local_steps: there are no examples; wanted at least one per client")
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("local_steps: no parameter of the model requires grad; call requires_grad_() on what may move")
     plain = not momentum and not weight_decay
     optimizer = None if plain else torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     start = [p.detach().clone() for p in parameters] if proximal else []

@@ -136,6 +136,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
     def _conv_pack(self, mask: Tensor) -> ConvPack | None:
         known = self.__dict__.get("_pack")
         if known is None or known[0] is not mask or known[1] != version_of(mask):
+            self._unhook_other(mask)
             known = self.__dict__["_pack"] = (mask, version_of(mask), self._make_pack(mask))
         found: ConvPack | None = known[2]
         return found

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from autoflip.masks import MaskSet
 from autoflip.nn.conv import MaskedConv2d
 from autoflip.nn.embedding import MaskedEmbedding
+from autoflip.nn.keeper import Keeper
 from autoflip.nn.linear import MaskedLinear, MaskedSelectingLinear, SelectingLinear
-from autoflip.nn.masked import Masked, rows, transformed
+from autoflip.nn.masked import Masked
 from autoflip.nn.recurrent import MaskedGRU, MaskedLSTM
-from autoflip.ops import masked_weight, version_of, zero_pruned
 
 __all__ = ["densify", "masks_of", "sparsify"]
 
@@ -90,7 +89,7 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
             module._set_masks(layer_masks)  # type: ignore[operator]
             layers.append(module)  # type: ignore[arg-type]
     if len(wanted):
-        keeper = _Keeper(model, rest, layers)
+        keeper = Keeper(model, rest, layers)
         keeper.zero(model, buffers=True)
         keeper.wake()
         model.register_state_dict_pre_hook(keeper.zero)
@@ -102,12 +101,15 @@ def densify(model: Model) -> Model:
     """Turn every masked layer back into torch's, in place; pruned entries are exactly zero. Return ``model``."""
     for module in model.modules():
         if isinstance(module, Masked) and type(module) in _PLAIN:
+            keeper = module.__dict__.get("_keeper")
+            if keeper is not None and keeper.model is not model:
+                keeper.forget(model)  # what looks after a whole of which this is a part
             module._forget()
             module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
         for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks):
             for key, hook in list(hooks.items()):
                 keeper = getattr(hook, "__self__", hook)
-                if isinstance(keeper, _Keeper):
+                if isinstance(keeper, Keeper):
                     keeper.zero(module)
                     keeper.release()
                     del hooks[key]
@@ -122,146 +124,10 @@ def masks_of(model: nn.Module) -> MaskSet:
         found = dict(module.masks()) if isinstance(module, Masked) else {}
         for hook in module._state_dict_pre_hooks.values():
             keeper = getattr(hook, "__self__", None)
-            if isinstance(keeper, _Keeper):
-                found.update(keeper.masks)
+            if isinstance(keeper, Keeper):
+                found.update(keeper.masks_in(module))
         masks.update({prefix + name: mask for name, mask in found.items()})
     return MaskSet(masks)
-
-
-class _Keeper:
-    """Keeps pruned entries at zero: by a look before each forward pass, and those of parameters that no masked layer
-    looks after by hooks on their gradients too.
-
-    A forward pre-hook of the model: copies of a parameter (``deepcopy``, ``load_state_dict(assign=True)``)
-    come without the hooks of the original, so each forward pass gives them to those that lack them. The masked
-    layers are looked at because a forward may read their weights past them: ``F.linear(x, self.fc.weight)``, or
-    the fast path of ``nn.TransformerEncoderLayer``. Nothing is looked at where a mask keeps everything, and there is
-    no pre-hook where all of them do: it costs a small model's training step 2 %.
-
-    Args:
-        model: whose tensors they are.
-        masks: name -> mask, of tensors that no masked layer looks after.
-        layers: the masked layers; their masks may change later.
-    """
-
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], layers: Sequence[Masked]) -> None:
-        self.model = model
-        with torch.inference_mode(False):
-            self.masks = {name: mask.clone() for name, mask in masks.items()}
-        self.layers = tuple(layers)
-        self._open = {name: _split(name) for name, mask in masks.items() if not bool(mask.all())}
-        self._hooked: dict[str, tuple[Tensor, Any]] = {}
-        self._seen: list[_Seen] | None = None
-        self._join()
-
-    def _join(self) -> None:
-        for layer in self.layers:
-            layer.__dict__["_keeper"] = self
-
-    def wake(self) -> None:
-        """Begin to look before each forward pass as soon as there is something to look at."""
-        if self in self.model._forward_pre_hooks.values():
-            return
-        masked = [layer for layer in self.layers if isinstance(layer, Masked)]  # a part may be dense again
-        if self._open or any(layer._mask_of(name) is not None for layer in masked for name in layer.masks()):
-            self(self.model, None)
-            self.model.register_forward_pre_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # handles and versions belong to the original's parameters
-        return self.__dict__ | {"_hooked": {}, "_seen": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._join()
-
-    def __call__(self, model: nn.Module, _: Any) -> None:
-        rest = list(self._rest(model)) if self._open else []
-        if not torch.compiler.is_compiling():
-            if self._seen is None:
-                masked = [layer for layer in self.layers if isinstance(layer, Masked)]
-                # sparse=True: only its rows are ever read, and its table may be large
-                watched = [layer for layer in masked if not getattr(layer, "sparse", False)]
-                self._seen = [_Seen(layer, name) for layer in watched for name in layer._maskable()]
-            written = [seen for seen in self._seen if seen.written()]
-            if written or rest:
-                zero_pruned([*(rows(s.tensor, s.mask) for s in written if not s.whole), *((t, m) for _, t, m in rest)])
-                for seen in written:
-                    seen.version = version_of(seen.tensor)
-        for name, tensor, mask in rest:
-            known = self._hooked.get(name)
-            # a copy that nn.DataParallel made is no leaf: its gradient flows to the parameter, which has the hook
-            if tensor.requires_grad and tensor.is_leaf and (known is None or known[0] is not tensor):
-                self._hooked[name] = (tensor, tensor.register_hook(_GradientMask(mask)))
-
-    def zero(self, model: nn.Module, *_: Any, buffers: bool = False) -> None:
-        # masked layers have their own way
-        zero_pruned([(tensor, mask) for _, tensor, mask in self._rest(model, buffers=buffers)])
-
-    def _rest(self, model: nn.Module, *, buffers: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
-        for name, (owner, attribute) in self._open.items():
-            module: Any = model
-            for part in owner:
-                module = module._modules[part]
-            tensor, mask = getattr(module, attribute), self.masks[name]
-            if mask.device != tensor.device:
-                mask = self.masks[name] = mask.to(tensor.device)
-            if buffers or attribute not in module._buffers:
-                yield name, tensor, mask
-
-    def release(self) -> None:
-        for _, handle in self._hooked.values():
-            handle.remove()
-        self._hooked.clear()
-        self._seen = None
-
-
-class _Seen:
-    """One parameter of a masked layer at the last look at it.
-
-    A look at all that changed costs more than to ask first; a write through ``.data`` does not count as one: the
-    layer ignores what stands there.
-    """
-
-    __slots__ = ("layer", "mask", "mask_name", "mask_version", "name", "tensor", "version", "whole")
-
-    def __init__(self, layer: Masked, name: str) -> None:
-        self.layer, self.name, self.mask_name = layer, name, f"{name}_mask"
-        self.tensor: Any = None
-        self.mask: Any = None
-        self.whole = True
-        self.version = self.mask_version = -1
-
-    def written(self) -> bool:
-        """Tell whether the parameter or its mask is another one than at the last look, or was written since."""
-        mask = self.layer._buffers.get(self.mask_name)
-        # where a part of the model was made dense again, or another tensor stands in (functional_call under vmap)
-        if mask is None or transformed(mask):
-            self.mask = None
-            return False
-        tensor = self.layer._parameters.get(self.name)
-        if mask is not self.mask or version_of(mask) != self.mask_version:
-            self.mask, self.mask_version = mask, version_of(mask)
-            self.whole = self.layer._mask_of(self.name) is None
-            self.version = -1
-        if self.whole or tensor is None or (tensor is self.tensor and version_of(tensor) == self.version):
-            return False
-        self.tensor = tensor
-        return True
-
-
-class _GradientMask:
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        self.mask = self.mask.to(gradient.device)
-        return masked_weight(gradient, self.mask)
-
-
-def _split(name: str) -> tuple[tuple[str, ...], str]:
-    owner, _, attribute = name.rpartition(".")
-    return tuple(owner.split(".")) if owner else (), attribute
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -60,6 +60,7 @@ class MaskedLinear(Masked, nn.Linear):
     def _repack(self) -> None:
         self.__dict__.pop("_again", None)
         mask = self._buffers.get("weight_mask")
+        self._unhook_other(mask)
         self._pack = None if mask is None else Pack(mask)
         self._packed_version = 0 if mask is None else version_of(mask)
 

@@ -166,8 +166,7 @@ class Masked(nn.Module):
         look = looker(mask) if weight is state.get("_own") else None
         hooked = state.get("_hooked")
         if look is None or not look(weight):
-            if hooked is not None and hooked[0] is not mask:
-                self._unhook()  # of a mask that is the layer's no more
+            self._unhook_other(mask)  # of a mask that is the layer's no more
             return False
         if weight.requires_grad:
             if hooked is None or hooked[0] is not mask:
@@ -207,6 +206,12 @@ class Masked(nn.Module):
         hooked = self.__dict__.pop("_hooked", None)
         if hooked is not None:
             hooked[1].remove()
+
+    def _unhook_other(self, mask: Tensor | None) -> None:
+        """Take the hook away that masks the weight's gradient by another mask than this one."""
+        hooked = self.__dict__.get("_hooked")
+        if hooked is not None and hooked[0] is not mask:
+            self._unhook()
 
     def _effective(self, name: str) -> Tensor:
         """Return the parameter with zeros where it is pruned."""

@@ -48,7 +48,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, *,
         return None
     n_rows = x.shape[:-1].numel()
     parts = pack.parts(n_rows)
-    if not parts.layout.numel():
+    if not n_rows or not parts.layout.numel():
         return None
 
     def wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,7 +56,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pack: Pack, *,
             return linear_steps.linear_step(x, weight, bias, pack.cpu_job(len(x), relu=relu))
         return linear_steps.linear(x, weight, bias, parts, relu=relu)
 
-    rows = x.reshape(n_rows, -1)
+    rows = x.reshape(n_rows, x.shape[-1])
     if not _faster(pack, f"path {parts.path}", bucket(n_rows), rows, weight, narrow, F.linear, wide):
         return None
     return _rounded(wide, rows, weight, bias, narrow).reshape(*x.shape[:-1], len(weight))

@@ -73,10 +73,12 @@ def by_scores(scores: Mapping[str, Tensor], density: float = 0.2) -> MaskSet:
         One mask per tensor. Equal scores go to the earlier entry; every tensor keeps at least its best entry.
 
     Raises:
-        ValueError: density is outside (0, 1], or a score is not finite.
+        ValueError: density is outside (0, 1], there is no score, or one is not finite.
     """
     check_share("density", density)
     check_finite(scores)
+    if not any(s.numel() for s in scores.values()):
+        raise ValueError("by_scores: there is no score to cut by; wanted name -> tensor for at least one weight")
     cells = {name: s.detach().float().cpu().reshape(1, -1) for name, s in scores.items() if s.numel()}
     kept = cut(cells, round(density * sum(c.numel() for c in cells.values())))
     kept |= {name: torch.ones(s.shape, dtype=torch.bool) for name, s in scores.items() if not s.numel()}
@@ -108,7 +110,8 @@ def hybrid(
 
     Args:
         model: its :func:`weights` are covered, and every tensor of a removed channel.
-        scores: name -> float tensor for every covered weight, higher = keep.
+        scores: name -> float tensor for every covered weight, higher = keep; protected layers may do without. Those of
+            exploration are 0 where a weight is frozen: protect its layer.
         density: wanted ``MaskSet.density`` of the result, in (0, 1]. Where removing channels alone goes below
             it, nothing more is cut.
         channels: kept share of the removable units, in (0, 1]; 1 keeps all.
@@ -144,9 +147,9 @@ def hybrid(
             "in [0, 1] and, above 0, flops=meter.layer_flops(model, example)"
         )
     covered = _weights(model, "hybrid")
-    scores = scores_of(covered, scores)
-    check_block(block, covered)
     shielded = layers_named(covered, protect)
+    scores = scores_of(covered, scores, [name for name in covered if name.rpartition(".")[0] in shielded])
+    check_block(block, covered)
     groups = find_groups(model) if groups is None else groups
     removed = choose_units(groups, scores, channels, _steps(model, groups, round_to), shielded, flops, flops_exponent)
     removed |= choose_inputs(groups, scores, removed, inputs, shielded)
@@ -160,12 +163,12 @@ def hybrid(
     open_to_cut = {name: scores[name] for name in covered if name.rpartition(".")[0] not in shielded}
     whole = sum(int(mask.sum()) for name, mask in masks.items() if name not in open_to_cut)
     budget = round(density * total) - whole
-    if shielded and open_to_cut and budget <= 0:
+    if shielded and (budget < 0 or (open_to_cut and not budget)):
         raise ValueError(
             f"hybrid: the protected layers alone keep {whole} of {total} weights, and density={density:g} keeps "
-            f"{budget + whole}; nothing would be left of the others. Protect fewer, or keep more"
+            f"{budget + whole} in all. Protect fewer, or keep more"
         )
-    if sum(int(masks[name].sum()) for name in open_to_cut) > budget:
+    if open_to_cut and sum(int(masks[name].sum()) for name in open_to_cut) > budget:
         masks.update(cut_inside(open_to_cut, masks, budget, block or (1, 1)))
     return MaskSet(masks)
 

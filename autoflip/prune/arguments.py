@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -42,10 +42,18 @@ def check_finite(scores: Mapping[str, Tensor]) -> None:
             )
 
 
-def scores_of(covered: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the ``covered`` weights' scores, float32 on the CPU; ValueError where one is missing or does not fit."""
+def scores_of(
+    covered: Mapping[str, Tensor], scores: Mapping[str, Tensor], spared: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Return the ``covered`` weights' scores, float32 on the CPU; only those in ``spared`` may be missing.
+
+    Raises:
+        ValueError: one is missing or does not fit.
+    """
     check_mapping(scores)
     for name, weight in covered.items():
+        if name not in scores and name in spared:
+            continue
         if name not in scores:
             raise ValueError(
                 f"hybrid: there are no scores for {name!r}; every weight needs one. Scores came for "
@@ -56,7 +64,7 @@ def scores_of(covered: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> di
                 f"hybrid: scores of {name!r} have shape {tuple(scores[name].shape)} but the weight has "
                 f"{tuple(weight.shape)}. Did the model get compacted after the scores were made?"
             )
-    mine = {name: scores[name].detach().float().cpu() for name in covered}
+    mine = {name: scores[name].detach().float().cpu() for name in covered if name in scores}
     check_finite(mine)
     return mine
 
