@@ -144,9 +144,17 @@ class MaskSet(Mapping[str, Tensor]):
         except SafetensorError as error:
             raise ValueError(f"MaskSet.load: {path} is not a safetensors file of masks ({error})") from error
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless every mask names one of ``tensors`` and has its shape."""
+    def check(self, tensors: Mapping[str, Tensor], *, some: bool = False) -> None:
+        """Raise ValueError unless every mask names one of ``tensors`` and has its shape.
+
+        Args:
+            tensors: name -> tensor.
+            some: not all masks need to find theirs; one does, where there are any.
+        """
+        absent = some and any(name in tensors for name in self._masks)
         for name, mask in self._masks.items():
+            if absent and name not in tensors:
+                continue
             if name not in tensors:
                 why = "Were the masks made for another model?"
                 if f"{name}_orig" in tensors:

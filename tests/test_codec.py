@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoflip import MaskSet, codec
+from autoflip import MaskSet, codec, prune
 from autoflip.codec import packing
 from autoflip.ops.backend import BackendError
 
@@ -370,3 +370,20 @@ def test_gpu_tensors_make_the_same_frame():
     for m in (None, masks):
         on_gpu = {n: t.cuda() for n, t in delta.items()}
         assert codec.encode(on_gpu, masks=m, values="int8") == codec.encode(delta, masks=m, values="int8")
+
+
+def test_masks_may_cover_more_than_travels():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 3))
+    scores = {name: p.detach().abs() for name, p in model.named_parameters()}
+    masks = prune.hybrid(model, scores, density=0.5, channels=0.5)
+    assert "1.running_var" in masks
+    delta = {name: torch.where(masks[name], torch.randn(p.shape), 0) if name in masks else torch.randn(p.shape)
+             for name, p in model.named_parameters()}  # fmt: skip
+    blob = codec.encode(delta, masks=masks, values="fp32")
+    found = codec.decode(blob, masks=masks)
+    assert all(torch.equal(found[name], value) for name, value in delta.items())
+    sums = {name: torch.zeros_like(value) for name, value in delta.items()}
+    codec.accumulate(blob, sums, 2.0, masks=masks)
+    assert all(torch.equal(sums[name], 2 * value) for name, value in delta.items())
+    one = codec.encode({"2.weight": delta["2.weight"]}, masks=masks, values="fp32")
+    assert torch.equal(codec.decode(one, masks=masks)["2.weight"], delta["2.weight"])

@@ -111,3 +111,13 @@ def test_sections_made_in_python_are_typed_as_those_of_a_file(tmp_path):
         fed.Config(fed={"rounds": 3})
     with pytest.raises(fed.ConfigError, match="data.root=.* is not UTF-8"):
         fed.Config(data=sections.Data(root="/data/\udcff"))
+
+
+def test_dense_averaging_alone_is_compared_with_nothing():
+    assert fed.Config.load(overrides=["fed.method=fedavg"]).fed.against == "none"
+    assert fed.Config(fed=sections.Fed(method="fedavg")).fed.against == "none"
+    assert fed.Config.load(overrides=["fed.method=fedprox"]).fed.against == "fedavg"
+    with pytest.raises(fed.ConfigError, match="fed.against='fedavg' is the method itself; write fed.against=none"):
+        fed.Config.load(overrides=["fed.method=fedavg", "fed.against=fedavg"])
+    with pytest.raises(fed.ConfigError, match="run: config is a str; wanted a fed.Config"):
+        fed.run("digits.toml")

@@ -283,3 +283,30 @@ def test_records_of_a_model_that_overflows_are_json(tmp_path, monkeypatch):
     fed.run(fed.Config.load(overrides=SMALL), out=tmp_path / "run")
     for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines():
         assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+
+
+def test_a_run_that_was_stopped_before_it_began_begins(tmp_path):
+    config = fed.Config.load(overrides=[*SMALL, "fed.rounds=1"])
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert len(fed.resume(tmp_path).records) == 1
+    assert (tmp_path / "summary.json").exists()
+    assert fed.resume(tmp_path).accuracy is not None
+
+
+@pytest.mark.parametrize("answer", [None, "text", SystemExit(3)])
+def test_answers_that_are_no_bytes_cost_their_update(monkeypatch, answer):
+    plain = client.Client.handle
+
+    def handle(self, payload):
+        if self.id % 2:
+            return plain(self, payload)
+        if isinstance(answer, SystemExit):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(client.Client, "handle", handle)
+    settings = ["fed.rounds=1", "fed.fraction=1", "explore.fraction=1"]
+    record = fed.run(fed.Config.load(overrides=[*SMALL, *settings])).records[0]
+    wrong = [c.error for c in record.clients if c.error]
+    assert len(wrong) == 2
+    assert all(error.startswith(("its answer is", "SystemExit: 3")) for error in wrong)

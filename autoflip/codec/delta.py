@@ -53,7 +53,7 @@ def encode(
     Args:
         delta: name -> tensor of any shape and device; float16, bfloat16, float32, float64 (through float32), bool
             or integer.
-        masks: what both sides keep; only its 16-byte fingerprint travels.
+        masks: what both sides keep; only its 16-byte fingerprint travels. It may cover more tensors than ``delta`` has.
         values: ``fp32`` (exact), ``bf16``, ``int8`` or ``int4`` (a float32 scale per 256 kept entries). The last
             three round stochastically: the expected decoded value is the value itself, zeros stay zero, the same
             arguments give the same bytes. Under int8 and int4 tensors of fewer than two dimensions travel as bf16:

@@ -76,13 +76,16 @@ def packs_of(masks: MaskSet) -> dict[str, Pack]:
 
 
 def check_masks(masks: MaskSet | None, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError unless ``masks`` is a MaskSet (or None) that fits ``tensors`` and covers no integers."""
+    """Raise ValueError unless ``masks`` is a MaskSet (or None) that fits ``tensors`` and covers no integers.
+
+    It may cover more than them, such as the buffers of a model whose parameters alone travel.
+    """
     arguments.check_masks(what, masks)
     if masks is None:
         return
-    masks.check(tensors)
+    masks.check(tensors, some=True)
     for name in masks:
-        if not tensors[name].dtype.is_floating_point:
+        if name in tensors and not tensors[name].dtype.is_floating_point:
             raise ValueError(f"{what}: mask {name!r} covers a {tensors[name].dtype} tensor; integers travel whole")
 
 
@@ -197,6 +200,6 @@ def _shared(frame: Frame, schema: Schema, masks: MaskSet | None) -> dict[str, Pa
         )
     by_name = {entry.name: entry for entry in schema.entries}
     for name, shape in _held(masks)[1].items():
-        if name not in by_name or by_name[name].shape != shape or by_name[name].kind:
+        if name in by_name and (by_name[name].shape != shape or by_name[name].kind):
             raise DecodeError(f"mask {name!r} of shape {shape} fits no float tensor of the frame's schema")
     return packs_of(masks)

@@ -59,6 +59,8 @@ class Config:
                 )
             typed = {k: _typed(f"{name}.{k}", getattr(section, k), hint) for k, hint in get_type_hints(kind).items()}
             object.__setattr__(self, name, dataclasses.replace(section, **typed))  # 1 and 1.0 are the same run
+        if self.fed.against == self.fed.method == Fed.against:  # nobody asked: it is the default
+            object.__setattr__(self, "fed", dataclasses.replace(self.fed, against="none"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -98,6 +100,9 @@ class Config:
                 if key not in known:
                     near = _nearest(f"{section}.{key}", [f"{s}.{k}" for s, k in _keys(cls)])
                     raise ConfigError(f"unknown config key '{section}.{key}'{near}")
+        told = given.get("fed", {})
+        if "against" in told and told["against"] == told.get("method", Fed.method):
+            raise ConfigError(f"fed.against={told['against']!r} is the method itself; write fed.against=none")
         name = given.get("data", {}).get("name", Data.name)
         preset = {}
         if isinstance(name, str):  # a preset must not hang on how the name is spelt

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoflip import meter
 from autoflip.fed import checkpoint
-from autoflip.fed.config import Config
+from autoflip.fed.config import Config, ConfigError
 from autoflip.fed.job import Job, torch_settings
 from autoflip.fed.ledger import Record, read_records, summarise, total_cost
 from autoflip.fed.pool import Processes
@@ -77,7 +77,12 @@ def run(config: Config | None = None, *, out: str | Path | None = None, sinks: I
         ValueError: the configuration or the data does not fit, or ``out`` already holds a run.
         RoundError: a round had too few usable updates.
     """
-    config = config or Config.load()
+    config = Config.load() if config is None else config
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"run: config is a {type(config).__name__}; wanted a fed.Config: Config.load(path) reads a file, "
+            "Config.from_dict(...) nested values"
+        )
     config.check()
     folder = Path(out) if out is not None else None
     if folder is not None and (folder / "records.jsonl").exists():
@@ -109,6 +114,8 @@ def resume(run_dir: str | Path, *, sinks: Iterable[Sink] = ()) -> Result:
     if not (folder / "config.toml").exists():
         raise ValueError(f"{folder} holds no run (there is no config.toml); wanted a folder that `autoflip run` made")
     config = Config.load(folder / "config.toml")
+    if not any((folder / name).exists() for name in (checkpoint.NAME, "records.jsonl")):
+        return run(config, out=folder, sinks=sinks)  # it was stopped before it began
     states, count = checkpoint.load(folder, config.fingerprint())
     path = folder / "records.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []

@@ -75,7 +75,9 @@ class InProcess:
         error, answer = None, b""
         try:
             answer = participant.handle(payload)
-        except Exception as fault:  # noqa: BLE001 - whatever a client does wrong must not end the round
+            if not isinstance(answer, bytes):
+                error, answer = f"its answer is {type(answer).__name__}, wanted bytes", b""
+        except (Exception, SystemExit) as fault:  # noqa: BLE001 - whatever a client does wrong must not end the round
             error = f"{type(fault).__name__}: {fault}"
         spent = participant.cost
         meter.charge_bytes(up=len(answer), down=len(payload))
