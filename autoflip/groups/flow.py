@@ -21,7 +21,8 @@ class Value:
 
     ``spread``: after flattening, every id stands for several neighbours ("each") or the whole list repeats
     ("tile"), how often shows at the layer that reads it. ``stack``: ids per layer of a recurrent state.
-    ``batch``: dimension 0 is that of the model's inputs.
+    ``batch``: dimension 0 is that of the model's inputs. ``assumed``: the rank is a guess that a reader of the units
+    confirms; until one does, no dimension is moved.
     """
 
     rank: int | None = None
@@ -30,6 +31,11 @@ class Value:
     spread: str = ""
     stack: tuple[tuple[int, ...], ...] = ()
     batch: bool = False
+    assumed: bool = False
+
+    def moved(self, before: Value) -> bool:
+        """Tell whether dimensions are others than ``before``."""
+        return (self.rank, self.axis, self.spread) != (before.rank, before.axis, before.spread)
 
     def dim(self, dim: int) -> int | None:
         """Return ``dim`` counted from the end; None where it may be any, that of the units too.
@@ -150,10 +156,17 @@ class Flow:
             self.record(module, path, name, dim, ids, produces=False)
             return
         self.freeze(value, f"read by {path or type(module).__name__}, whose {size} inputs do not fit")
-        key = (f"{path}.{name}" if path else name, dim)
-        if key in self.axes:
-            self.freeze_ids(self.axes.pop(key)[1], f"{path} also reads something else")
-        self.axes[key] = (False, ())
+        self.bar(module, path, name, dim=dim)
+
+    def bar(self, module: nn.Module, path: str, *names: str, dim: int = 0) -> None:
+        """Keep a dimension of ``path``'s tensors whole: a call is not followed, whatever other calls there are."""
+        for name in names:
+            if getattr(module, name, None) is None:
+                continue
+            key = (f"{path}.{name}" if path else name, dim)
+            if key in self.axes:
+                self.freeze_ids(self.axes.pop(key)[1], f"{path} also reads something else")
+            self.axes[key] = (False, ())
 
     def read_itself(self, name: str) -> None:
         """Keep the layer whole that owns tensor ``name`` (or is ``name``): forward does with it what it likes."""
@@ -196,7 +209,7 @@ class Flow:
             removable=removable,
             pure=pure,
             families=tuple(tuple(index[list(ids)] for ids in family) for family in self.families.values()),
-            sizes={path: index[list(ids)] for path, ids in self.sizes.items()},
+            sizes={path: index[list(ids)] for path, ids in self.sizes.items() if ids},
             inputs={path: index[list(ids)] for path, ids in self.inputs.items() if ids},
             frozen=reasons,
         )

@@ -21,6 +21,7 @@ _ZERO = (  # f(0) = 0
     *(nn.Hardswish, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Identity),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
 )
+_OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")  # a norm's tensors
 _ELEMENT = (
     *(nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh, nn.Threshold),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
@@ -35,8 +36,8 @@ def call_module(flow: Flow, module: nn.Module, path: str, args: tuple, kwargs: d
         flow.freeze((args, kwargs), f"read by {path} in a way that is not known")
         return Value()
     if any(hooked(part) for part in module.modules()):
-        flow.reasons[path] = "a hook may change what it reads or returns"
-        flow.freeze((args, kwargs), f"read by {path}, which has a hook")
+        flow.reasons[path] = "a hook, or a forward of its own, may change what it reads or returns"
+        flow.freeze((args, kwargs), f"read by {path}, which has a hook or a forward of its own")
         return Value()
     for kinds, rule in _MODULES:
         if isinstance(module, kinds):
@@ -53,7 +54,12 @@ def call_module(flow: Flow, module: nn.Module, path: str, args: tuple, kwargs: d
 
 
 def hooked(module: nn.Module) -> bool:
-    """Tell whether somebody's hooks may change what a module reads or returns; autoflip's own change neither."""
+    """Tell whether a module may read or return something else than torch's: by hooks, or a forward put in its place.
+
+    Hooks of autoflip's own change neither.
+    """
+    if "forward" in vars(module):
+        return True
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return any(not (getattr(hook, "__module__", None) or "").startswith("autoflip.") for hook in hooks)
 
@@ -89,6 +95,7 @@ def _conv(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
         ids = flow.new(path, outs)
     elif in_dim == 0 or len(x.ids) != module.in_channels:
         flow.freeze(x, f"read by {path}, a grouped convolution")
+        flow.bar(module, path, "weight", dim=in_dim)
         ids = flow.new(path, outs)
         flow.freeze_ids(ids, "a grouped convolution whose input channels stay")
     elif groups == module.in_channels:  # depthwise: no units of its own
@@ -112,12 +119,15 @@ def _norm(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
     flat = isinstance(module, nn.modules.instancenorm._InstanceNorm) and (x.rank or 0) < 3  # (N, C) is (C, L) to it
     if not ids or flat or not _second(x, checked=not stateless):
         flow.freeze(x, f"read by {path}, whose {size} channels do not fit")
+        flow.bar(module, path, *_OF_CHANNELS)
+        flow.freeze_ids(flow.sizes.get(path, ()), f"{path} is called with different inputs")
+        flow.sizes[path] = ()
         return replace(x, ids=())
     if grouped:  # the channels of a group are averaged together, so they go together
         width = size // module.num_groups
         for start in range(0, size, width):
             flow.tie(ids[start : start + 1] * width, ids[start : start + width])
-    for name in ("weight", "bias", "running_mean", "running_var"):
+    for name in _OF_CHANNELS:
         flow.record(module, path, name, 0, ids, produces=True)
     if stateless:
         if len(flow.sizes.setdefault(path, ids)) == len(ids):
@@ -143,6 +153,7 @@ def _embedding(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value
     flow.record(module, path, "weight", 1, ids, produces=True)
     if module.max_norm is not None:
         flow.freeze_ids(ids, "max_norm depends on the whole row")
+    flow.freeze(rest, f"read by {path} beside its indices")
     bag = isinstance(module, nn.EmbeddingBag)
     return Value(rank=2 if bag else x.rank and x.rank + 1, ids=ids, batch=x.batch and not bag)
 
@@ -183,7 +194,9 @@ def _recurrent(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Any:
 
 
 def _feed_forward(flow: Flow, layer: Any, path: str) -> None:
-    """Label the hidden units between linear1 and linear2 of a transformer layer."""
+    """Label the hidden units between linear1 and linear2 of a transformer layer, where they are torch's or ours."""
+    if not isinstance(layer.linear1, nn.Linear) or not isinstance(layer.linear2, nn.Linear):
+        return
     ids = flow.new(f"{path}.linear1".strip("."), layer.linear1.out_features)
     if getattr(layer, "activation", F.relu) not in (F.relu, F.gelu):
         flow.freeze_ids(ids, "its activation is not known")
@@ -206,6 +219,7 @@ def _norm_like(flow: Flow, module: Any, path: str, x: Value) -> Value:
     ids = fit(x, module.num_parameters)
     if not ids or not _second(x, checked=True):
         flow.freeze(x, f"read by {path}, whose channels do not fit")
+        flow.bar(module, path, "weight")
         return replace(x, ids=())
     flow.record(module, path, "weight", 0, ids, produces=True)
     return replace(x, ids=ids, spread="")
@@ -217,9 +231,10 @@ def _soften(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
 
 def _flatten(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
     found = flatten(flow, x, module.start_dim, module.end_dim)
-    if found is None:
+    if found is None or (x.assumed and found.moved(x)):
         flow.freeze(x, f"flattened by {path} in a way that is not followed")
-    return found or Value()
+        return Value()
+    return found
 
 
 def _upsample(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:

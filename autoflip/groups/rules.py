@@ -39,6 +39,7 @@ _OTHERS = _words(
     " softmax log_softmax interpolate pad expand_as"
 )
 _PACKED = ("pack_padded_sequence", "pad_packed_sequence")
+_SIZED = ("view", "reshape", "expand_as")  # what other tensors' sizes mean to them is followed
 HARMLESS = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad")
 
 
@@ -80,7 +81,9 @@ def call_function(flow: Flow, target: Any, args: tuple, kwargs: dict) -> Any:
             return spatial(flow, x, int(name[-2]), name)
         if name in SHAPES:
             done = SHAPES[name](flow, x, *rest, **kwargs)
-            if done is not None:
+            if done is not None and not (x.assumed and done.moved(x)):
+                if name not in _SIZED:
+                    flow.freeze((rest, kwargs), f"its size is read by {name}")
                 return done
     known = getattr(target, "__name__", str(target))
     flow.freeze((args, kwargs), _CONSTANT if name in ("view", "reshape") else f"read by {known}, which is not followed")
@@ -111,8 +114,11 @@ def _look(flow: Flow, name: str, args: tuple, kwargs: dict) -> Any:
             first, *others = key if isinstance(key, tuple) else (key,)
             if isinstance(first, int) and all(k == slice(None) for k in others):
                 return Value(rank=2, ids=x.stack[first])
-        elif (found := index(x, key if isinstance(key, tuple) else (key,))) is not None:
-            return found
+        else:
+            found = index(x, key if isinstance(key, tuple) else (key,))
+            if found is not None and not (x.assumed and found.moved(x)):
+                flow.freeze(key, "its size cuts another tensor")
+                return found
     flow.freeze((args, kwargs), f"read by {name}, which is not followed here")
     return Value()
 
@@ -160,7 +166,7 @@ def _cat(flow: Flow, parts: list[Any], dim: Any) -> Value:
         assert isinstance(first, Value)
         if all(p.axis == first.axis and p.rank == first.rank for p in parts):
             if first.rank is None and dim == 1:  # taken for one row per example; otherwise no reader fits
-                first = replace(first, rank=1 - first.axis)
+                first = replace(first, rank=1 - first.axis, assumed=True)
             at = first.dim(dim)
             if at == first.axis:
                 return replace(first, ids=tuple(unit for p in parts for unit in p.ids))

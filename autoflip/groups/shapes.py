@@ -80,7 +80,10 @@ def _view(flow: Flow, x: Value, *sizes: Any, shape: Any = ()) -> Value | None:
         if len(at) == 1 and _counts(sizes[at[0]], x) and all(type(s) is int and s == 1 for s in others):
             flow.tie(x.ids, sizes[at[0]].value.ids)  # the count may be that of another layer's channels
             return Value(rank=len(sizes), axis=at[0] - len(sizes), ids=x.ids, batch=True)
-    return None if x.ids else Value()
+    if x.ids:
+        return None
+    flow.freeze(sizes, "its size shapes another tensor")
+    return Value()
 
 
 def _is_batch(size: Any, x: Value) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,11 @@ __all__ = ["Plan", "compact"]
 
 
 def compact(
-    model: nn.Module, example_inputs: Any = None, masks: MaskSet | None = None, *, groups: Groups | None = None
+    model: nn.Module,
+    example_inputs: Any = None,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    groups: Groups | None = None,
 ) -> nn.Module:
     """Build a smaller model without the channels that reach nothing.
 
@@ -36,7 +41,8 @@ def compact(
         example_inputs: one input, or a tuple of arguments: how many dimensions they have decides what can be followed
             (:func:`autoflip.groups.find_groups`), and the small model is run on them once (no gradients, eval mode),
             only to find out here rather than later that ``forward`` has sizes written into it.
-        masks: which entries are kept; default: those the model's masked layers hold.
+        masks: which entries are kept, a :class:`MaskSet` or name -> bool tensor; default: those the model's masked
+            layers hold.
         groups: :func:`autoflip.groups.find_groups` of the same model, to save tracing it again.
 
     Returns:
@@ -49,7 +55,10 @@ def compact(
     """
     from autoflip.nn.convert import densify, masks_of  # here: the package imports this module first
 
-    masks = masks_of(model) if masks is None else masks
+    if masks is None:
+        masks = masks_of(model)
+    elif not isinstance(masks, MaskSet):
+        masks = MaskSet(masks)
     groups = find_groups(model, example_inputs) if groups is None else groups
     named = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     masks.check(named)
@@ -190,7 +199,9 @@ def _resize(module: Any) -> None:
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.embedding_dim = weight.shape[1]
     elif isinstance(module, nn.RNNBase):
-        module.hidden_size, module.input_size = _columns(module.weight_hh_l0), _columns(module.weight_ih_l0)
+        module.input_size = _columns(module.weight_ih_l0)
+        if not module.proj_size:  # else the hidden size stays, and a column is an output's
+            module.hidden_size = _columns(module.weight_hh_l0)
         module.flatten_parameters()
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]

@@ -145,8 +145,10 @@ class Plan:
                 f"Plan: {key!r} of {name!r} has shape {tuple(value.shape)}, but in the {which} model the parameter has "
                 f"{known}; only state that follows its parameter can be mapped"
             )
+        # Adafactor's means over columns and rows: of one unit, their 1 is not the unit's
+        averaged = {"row_var": value.ndim - 1, "col_var": value.ndim - 2}.get(key)
         for dim, kept in self.keep.get(name, {}).items():
-            if value.shape[dim] == known[dim]:
+            if value.shape[dim] == known[dim] and dim != averaged:
                 kept = kept.to(value.device)
                 if which == "full":
                     value = value.index_select(dim, kept)
