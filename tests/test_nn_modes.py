@@ -9,6 +9,7 @@ from test_nn_layers import net, random_masks
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torchs
+from torch.utils.flop_counter import FlopCounterMode
 
 from autoflip import MaskSet, compact, prune
 from autoflip import nn as sparse
@@ -249,3 +250,31 @@ def test_what_torchs_own_pruning_has_taken_apart_is_named():
     sparse.sparsify(model, {"0.weight": kept})
     torch.testing.assert_close(model(x), want)
     torch.testing.assert_close(compact(model)(x), want)
+
+
+@pytest.mark.parametrize("path", ["trials off", "sparse"])
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("kind", ["linear", "blocks", "conv"])
+def test_who_counts_flops_changes_no_bit(kind, density, path):
+    torch.manual_seed(0)
+    if kind == "conv":
+        layer, x = sparse.MaskedConv2d(8, 16, 3, padding=1), torch.randn(16, 8, 12, 12)
+    else:
+        layer, x = sparse.MaskedLinear(200, 96), torch.randn(64, 200)
+    mask = torch.rand(layer.weight.shape) < density
+    layer.set_mask((torch.rand(6, 200) < density).repeat_interleave(16, 0) if kind == "blocks" else mask)
+    if path == "sparse":
+        (layer._conv_pack(layer.weight_mask) if kind == "conv" else layer._pack).path = "sparse"
+
+    def step():
+        layer.zero_grad()
+        own = x.clone().requires_grad_()
+        y = layer(own)
+        y.square().sum().backward()
+        return y.detach(), own.grad, layer.weight.grad.clone(), layer.bias.grad.clone()
+
+    step()
+    plain = step()
+    with FlopCounterMode(display=False):
+        counted = step()
+    assert all(torch.equal(a, b) for a, b in zip(plain, counted, strict=True))

@@ -6,7 +6,7 @@ Three bilinear maps, each of which is the gradient of the other two: ``forward(x
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -127,9 +127,18 @@ def _forward_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (
         dx_op(dy, weight, *ctx.parts) if need[0] else None,
         dw_op(dy, x, *ctx.parts) if need[1] else None,
-        dy.sum((0, 2, 3)) if need[2] else None,
+        _bias_gradient(dy, x, weight, Parts(*ctx.parts), need) if need[2] else None,
         *(None,) * 9,
     )
+
+
+def _bias_gradient(dy: Tensor, x: Tensor, weight: Tensor, parts: Parts, need: Sequence[bool]) -> Tensor:
+    """Return the sums of ``dy``, added up in the order in which the step does it where no mode looks on."""
+    sparse = any(need[i] and parts.path[1 + i] == "s" for i in (0, 1))
+    if sparse and not torch.is_grad_enabled() and weights.counted(dy, x, weight):
+        found: Tensor = cpu_backward(dy, x, weight, parts, Gradients(False, False, True)).db
+        return found
+    return dy.sum((0, 2, 3))
 
 
 def _dx_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

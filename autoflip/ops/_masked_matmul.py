@@ -8,7 +8,7 @@ registered op; in eager mode its kernel is called directly (a registered call co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,9 +89,19 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (
         dx(dy, weight, ctx.parts) if need[0] else None,
         dw(dy, x, ctx.parts) if need[1] else None,
-        dy.sum(0) if need[2] else None,
+        _bias_gradient(dy, ctx.parts, need) if need[2] else None,
         *(None,) * 7,
     )
+
+
+def _bias_gradient(dy: Tensor, parts: Parts, need: Sequence[bool]) -> Tensor:
+    """Return the sums of ``dy``, added up in the order in which the step does it where no mode looks on."""
+    sparse = any(need[i] and parts.path[1 + i] != "d" for i in (0, 1))
+    if sparse and not torch.is_grad_enabled() and weights.counted(dy):
+        found = kernels.cpu_backward(dy, None, None, parts, db=True)[2]
+        assert found is not None
+        return found
+    return dy.sum(0)
 
 
 def _dx_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -39,6 +39,18 @@ def traced() -> bool:
     return not _compiling() and bool(_tracing())
 
 
+def counted(*tensors: Tensor) -> bool:
+    """Tell whether ordinary float32 CPU tensors meet a dispatch mode, say a counter of FLOPs.
+
+    What is computed then are the bits that are computed without it.
+    """
+    if _compiling() or traced() or transformed(*tensors):
+        return False
+    if not _depth() or backend.serve("masked_matmul", torch.device("cpu")) != "cpp":
+        return False
+    return all(type(t) in (Tensor, _PARAMETER) and t.dtype is torch.float32 and t.is_cpu for t in tensors)
+
+
 def has_memory(t: Tensor) -> bool:
     """Tell whether ``t`` is an ordinary tensor outside any dispatch mode, so that its address means something."""
     return type(t) in (Tensor, _PARAMETER) and not _depth()

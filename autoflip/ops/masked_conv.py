@@ -17,7 +17,7 @@ from autoflip.ops import _masked_conv as steps
 from autoflip.ops import _masked_conv_kernels as conv
 from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
-from autoflip.ops import backend, batches, conv_paths, paths
+from autoflip.ops import batches, conv_paths, paths
 from autoflip.ops._masked_conv import conv_step
 from autoflip.ops._masked_conv_kernels import Pair, Parts
 from autoflip.ops.narrow import narrow_conv2d
@@ -184,17 +184,8 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, pack: ConvPack
     if (job := conv_job(x, weight, bias, pack)) is not None:
         return conv_step(x, weight, bias, job)
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if x.dim() == 4 and not torch.is_autocast_enabled("cpu") and _counted(*tensors):
+    if x.dim() == 4 and not torch.is_autocast_enabled("cpu") and weights.counted(*tensors):
         parts = pack.parts(x, weight)
         if parts is not None:
             return steps.forward_op(x, weight, bias, *parts)  # type: ignore[no-any-return]
     return F.conv2d(x, conv_weight(weight, mask), bias, pack.stride, pack.padding, pack.dilation)
-
-
-def _counted(*tensors: Tensor) -> bool:
-    """Tell whether ordinary float32 CPU tensors meet a dispatch mode, say a counter of FLOPs."""
-    if torch.compiler.is_compiling() or weights.traced() or weights.transformed(*tensors):
-        return False
-    if not torch._C._len_torch_dispatch_stack() or backend.serve("masked_matmul", torch.device("cpu")) != "cpp":
-        return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype is torch.float32 and t.is_cpu for t in tensors)
