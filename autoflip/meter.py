@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -177,13 +178,29 @@ def machine() -> dict[str, Any]:
 @contextmanager
 def _counter() -> Iterator[FlopCounterMode]:
     """Count with all formulas, without the fused transformer layers that have none."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _FAST.lock:
+        _FAST.counters += 1
+        if _FAST.counters == 1:
+            _FAST.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
             yield counter
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        with _FAST.lock:
+            _FAST.counters -= 1
+            if not _FAST.counters:
+                torch.backends.mha.set_fastpath_enabled(_FAST.before)
+
+
+class _FastPath:
+    """Torch's switch is the whole process's, and counters of several threads may overlap."""
+
+    def __init__(self) -> None:
+        self.lock, self.counters, self.before = threading.Lock(), 0, True
+
+
+_FAST = _FastPath()
 
 
 def _rnn_forward(  # type: ignore[no-untyped-def]

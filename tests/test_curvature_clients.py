@@ -83,7 +83,7 @@ def test_a_pass_holds_no_more_samples_than_asked():
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     curvature.client_diagonals(model, F.cross_entropy, batches, samples=5)
-    assert seen == [4, 5]
+    assert [n for n in seen if n > 2] == [4, 5]  # whether samples mix is asked with two
 
 
 def test_mixed_samples_are_looked_at_client_by_client():

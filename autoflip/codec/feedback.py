@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoflip.codec import arguments
+from autoflip.codec import arguments, layout
 from autoflip.codec.delta import decode, encode
 from autoflip.masks import MaskSet
 
@@ -75,7 +75,7 @@ class Feedback:
         if not 0 < top <= 1:
             raise ValueError(f"Feedback.encode: top={top}, wanted a share above 0, at most 1")
         arguments.check_tensors("Feedback.encode", delta)
-        arguments.check_masks("Feedback.encode", masks)
+        layout.check_masks(masks, delta, "Feedback.encode")
         carried = {name: self._carried(name, tensor) for name, tensor in delta.items()}
         inside = {n: t * masks[n] if masks is not None and n in masks else t for n, t in carried.items()}
         blob = encode(_largest(inside, masks, top), masks=masks, values=values, rounding="nearest", **options)

@@ -45,6 +45,7 @@ from autoflip.curvature.signs import signs_of
 
 Diagonal = dict[str, Tensor]
 _MOST_COARSE = 256  # draws: the mean of more may err by no more than rounding to bfloat16 does
+_FEW_FACTORS = 4  # a trace's block of draws is exact for so many
 _MAX_BLOCK_BITS = 6  # a block of 64 draws is exact for up to 64 factors
 
 
@@ -145,11 +146,14 @@ class GaussNewton:
     def layers(self) -> list[Layer]:
         """The layers whose parameters' squares are summed where they ran: none where samples are not independent."""
         layers = [] if self.graph.coupled else self._alone()
-        if layers and (chained := self._chained(layers)):
-            self.__dict__["chain"] = chained  # nothing mixes there
+        self.__dict__["chain"] = chained = self._chained(layers) if layers else None  # nothing mixes there
+        # rows that were dealt were looked at before
+        known = chained or self.rows is not None or self.graph.by_rows(self.output)
+        # what mixes clients before the first parameter has no node in the graph
+        if (known and not self.segments) or not mixes(self.problem, self.output):
             return layers
-        known = self.rows is not None or self.graph.by_rows(self.output)  # rows that were dealt were looked at before
-        return layers if known or not mixes(self.problem, self.output) else []
+        self.__dict__["chain"] = None
+        return []
 
     def _alone(self) -> list[Layer]:
         graph = self.graph
@@ -241,6 +245,8 @@ class GaussNewton:
 
     def _chunks(self, count: int, *, coarse: bool) -> None:
         """Cut ``count`` factors evenly, so that no layer squares a last one by itself."""
+        # of few factors draws are exact, and an error that is left would be the rounding's
+        coarse = coarse and self.root.factors > _FEW_FACTORS
         for layer in self.layers:
             layer.coarse = coarse
             layer.chunk = -(-count // -(-count // (self.chunk or layer.chunk)))

@@ -14,6 +14,10 @@ from autoflip import ops
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
+class NotFiniteError(ValueError):
+    """The loss is NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """What curvature is asked about: ``loss_fn(model(inputs), target)`` as a function of ``params``."""
@@ -43,7 +47,8 @@ class Problem:
                 f"curvature: model is {type(model).__name__} and loss_fn {type(loss_fn).__name__}; wanted an nn.Module "
                 "and a function of (output, target)"
             )
-        inputs, target = batch
+        with torch.inference_mode(False):  # autograd saves no tensor that was made in inference mode
+            inputs, target = (t.clone() if t.is_inference() else t for t in batch)
         if inputs.dim() == 0 or inputs.shape[0] == 0:
             raise ValueError(f"curvature: inputs have shape {tuple(inputs.shape)}; wanted at least one sample")
         modules = list(model.named_modules(remove_duplicate=False))  # walked once: small models are done in no time
@@ -107,7 +112,7 @@ class Problem:
         if not torch.isfinite(loss):
             _check_finite("the batch's inputs", self.inputs)
             _check_finite("the batch's target", self.target)
-            raise ValueError(
+            raise NotFiniteError(
                 f"curvature: the loss is {loss.item()}; look for diverged weights, for logits that overflow (log of a "
                 "softmax instead of log_softmax), or for a mean over no sample (all targets ignored)"
             )
@@ -121,7 +126,8 @@ class Problem:
         """
         if not isinstance(seed, int):
             raise ValueError(f"curvature: seed={seed!r}; wanted a whole number (int)")
-        buffers = [(b, b.detach().clone()) for m in self.modules for b in m._buffers.values() if b is not None]
+        held = [(m, dict(m._buffers)) for m in self.modules if m._buffers]
+        buffers = [(b, b.detach().clone()) for _, own in held for b in own.values() if b is not None]
         devices = {p.device.index or 0 for p in self.params.values() if p.is_cuda}
         # not torch.manual_seed: it reseeds every device, and those that are not in use would not be restored
         generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
@@ -136,6 +142,9 @@ class Problem:
             finally:
                 for generator, state in zip(generators, states):
                     generator.set_state(state)
+                for module, own in held:  # a forward may have put others in their place
+                    if any(module._buffers.get(name) is not b for name, b in own.items()):
+                        module._buffers.update(own)
                 for buffer, before in buffers:
                     # compared, not just copied: who packs a mask must not see it written again
                     if not torch.equal(buffer, before):

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoflip.curvature._product_rules import Product
 from autoflip.curvature.problem import Problem
-from autoflip.curvature.root import loss_curvature
+from autoflip.curvature.root import cross_entropy_scale
 from autoflip.curvature.tape import Tape, record
 
 Vectors = dict[str, Tensor]
@@ -41,15 +41,17 @@ class Products:
 
     def __init__(self, problem: Problem, names: Sequence[str], chunk: int | None = None) -> None:
         self.names, self.params = list(names), [problem.params[name] for name in names]
+        self.masks = {name: problem.masks[name].to(problem.params[name]) for name in names if name in problem.masks}
         tape = record(problem, self.names)
-        curvature = None if tape is None else loss_curvature(problem, tape.output)
+        curvature = None if tape is None else _loss_curvature(problem, tape.output)
         self.shared = None if tape is None or curvature is None else _Shared(tape, *curvature)
         self.double = _double_backward(problem, self.names) if self.shared is None else None
         least = 1 if self.shared is None else max(1, min(_MOST_PROBES, _PASS_FLOATS // max(1, self.shared.floats())))
         self.chunk = chunk or least
 
     def __call__(self, v: Mapping[str, Tensor]) -> Vectors:
-        """Multiply vectors ``(P, *parameter.shape)``."""
+        """Multiply vectors ``(P, *parameter.shape)``; pruned weights neither move nor answer."""
+        v = {name: v[name] * self.masks[name] if name in self.masks else v[name] for name in self.names}
         count = len(v[self.names[0]])
         out = {name: torch.empty_like(v[name]) for name in self.names}
         for i in range(0, count, self.chunk):
@@ -62,6 +64,8 @@ class Products:
                 for j in range(len(part[self.names[0]])):
                     for name, value in self.double({name: one[j] for name, one in part.items()}).items():
                         out[name][i + j] = value
+        for name, mask in self.masks.items():
+            out[name] *= mask
         return out
 
     def dots(self, v: Mapping[str, Tensor]) -> Vectors:
@@ -102,7 +106,7 @@ class _Shared:
         """Return the size of a probe and of what its products read and write."""
         total = 0
         for node in self.tape.nodes:
-            if isinstance(node.rule, Product):
+            if isinstance(node.rule, Product) and node.output in self.gradients:  # else it was run in vain
                 total += node.rule.x.numel() + node.rule.w.numel() + self.gradients[node.output].numel()
         return total
 
@@ -167,10 +171,38 @@ class _Shared:
         return changes
 
 
+def _loss_curvature(problem: Problem, output: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """Return the loss's gradient at ``output``, and the product with its derivative there for many vectors at once.
+
+    None when the loss depends on the weights other than through the output.
+    """
+    f = output.detach()
+    scale = cross_entropy_scale(problem, f) if f.dim() == 2 else None
+    f = f.requires_grad_()
+    loss = problem.loss(f)
+    if not loss.requires_grad:
+        return None
+    wanted = [f, *problem.params.values()]
+    gradient, *direct = torch.autograd.grad(loss, wanted, create_graph=scale is None, allow_unused=True)
+    if gradient is None or any(g is not None for g in direct):
+        return None
+    if scale is not None:
+        p = f.detach().softmax(1)
+        return gradient, lambda r: scale * p * (r - (p * r).sum(-1, keepdim=True))
+
+    def product(r: Tensor) -> Tensor:
+        if not gradient.requires_grad:
+            return torch.zeros_like(r)
+        rows = [torch.autograd.grad(gradient, f, one, retain_graph=True, allow_unused=True)[0] for one in r]
+        return torch.stack([torch.zeros_like(f) if row is None else row for row in rows]).detach()
+
+    return gradient.detach(), product
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     if len(a) == 1:  # vecdot would hold the product of large maps
         return torch.dot(a.flatten(), b.flatten()).unsqueeze(0)
-    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    return torch.linalg.vecdot(a.reshape(len(a), -1), b.reshape(len(b), -1))  # of a number, flatten(1) fails
 
 
 def _into(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:

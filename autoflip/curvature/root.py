@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoflip import ops
-from autoflip.curvature.problem import Problem
+from autoflip.curvature.problem import NotFiniteError, Problem
 
 # a generic loss is factored with one product an output; beyond this many outputs a sample it is not worth it
 _MAX_BLOCK = 512
@@ -56,7 +57,7 @@ def output_root(problem: Problem, output: Tensor, seed: int) -> Root:
     """
     f = output.detach()
     f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
-    if f.dim() == 2 and (scale := _cross_entropy_scale(problem, f)) is not None:
+    if f.dim() == 2 and (scale := cross_entropy_scale(problem, f)) is not None:
         return _softmax_root(f, 1, scale)
     hvp = _hvp(problem, f)
     r1, r2 = (ops.rademacher(seed, -1 - i, tuple(f.shape), dtype=f.dtype, device=f.device) for i in (0, 1))
@@ -72,34 +73,6 @@ def output_root(problem: Problem, output: Tensor, seed: int) -> Root:
     return _block_root(f, hvp, r2, h2)
 
 
-def loss_curvature(problem: Problem, output: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """Return the loss's gradient at ``output``, and the product with its derivative there for many vectors at once.
-
-    None when the loss depends on the weights other than through the output.
-    """
-    f = output.detach()
-    scale = _cross_entropy_scale(problem, f) if f.dim() == 2 else None
-    f = f.requires_grad_()
-    loss = problem.loss(f)
-    if not loss.requires_grad:
-        return None
-    wanted = [f, *problem.params.values()]
-    gradient, *direct = torch.autograd.grad(loss, wanted, create_graph=scale is None, allow_unused=True)
-    if gradient is None or any(g is not None for g in direct):
-        return None
-    if scale is not None:
-        p = f.detach().softmax(1)
-        return gradient, lambda r: scale * p * (r - (p * r).sum(-1, keepdim=True))
-
-    def product(r: Tensor) -> Tensor:
-        if not gradient.requires_grad:
-            return torch.zeros_like(r)
-        rows = [torch.autograd.grad(gradient, f, one, retain_graph=True, allow_unused=True)[0] for one in r]
-        return torch.stack([torch.zeros_like(f) if row is None else row for row in rows]).detach()
-
-    return gradient.detach(), product
-
-
 def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
     """Join clients' roots: ``roots[k]`` is that of the samples ``segments[k]``."""
 
@@ -108,8 +81,10 @@ def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
         return torch.cat([root.draw(signs[s], None) for root, s in zip(roots, segments)])
 
     def columns() -> Iterator[Tensor]:
-        for parts in zip(*(root.columns() for root in roots), strict=True):
-            yield torch.cat(parts)
+        for parts in zip_longest(*(root.columns() for root in roots)):
+            there = next(part for part in parts if part is not None)
+            fill = [there.new_zeros(s.stop - s.start, *there.shape[1:]) for s in segments]
+            yield torch.cat([f if part is None else part for part, f in zip(parts, fill)])
 
     def weight() -> Tensor:
         return torch.cat([root.weight() for root in roots])
@@ -119,10 +94,16 @@ def side_by_side(roots: Sequence[Root], segments: Sequence[slice]) -> Root:
     return Root(max(root.factors for root in roots), weight, draw, columns, softmax)
 
 
-def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
+def cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
     """Return each row's factor for torch's own cross-entropy on labels, whose second derivative needs no asking."""
     fn, y = problem.loss_fn, problem.target
-    module = fn if type(fn) is nn.CrossEntropyLoss else _PLAIN_CROSS_ENTROPY if fn is F.cross_entropy else None
+    module = (
+        fn
+        if type(fn) is nn.CrossEntropyLoss and not _changed(fn)
+        else _PLAIN_CROSS_ENTROPY
+        if fn is F.cross_entropy
+        else None
+    )
     if module is None or module.weight is not None or module.reduction == "none" or y.dtype != torch.int64:
         return None
     if y.shape == f.shape[:1] and _labels(y, f.shape[1], module.ignore_index) and ops.all_finite([f]):
@@ -130,6 +111,11 @@ def _cross_entropy_scale(problem: Problem, f: Tensor) -> Tensor | None:
     problem.loss(f)  # says what is wrong with shapes, labels or finiteness
     valid = (y != module.ignore_index).to(f.dtype)
     return (valid / valid.sum() if module.reduction == "mean" else valid).unsqueeze(1)
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether hooks, or a forward put in its place, may make it another function."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _labels(y: Tensor, classes: int, ignored: int) -> bool:
@@ -192,7 +178,10 @@ def _softmax_scale(problem: Problem, f: Tensor, dim: int) -> Tensor | None:
     flat = torch.zeros_like(f)
     first = torch.zeros_like(f)
     first.select(dim, 0).fill_(1)
-    product = _hvp(problem, flat)(first).select(dim, 0).unsqueeze(dim)
+    try:
+        product = _hvp(problem, flat)(first).select(dim, 0).unsqueeze(dim)
+    except NotFiniteError:  # softmax's loss is finite there
+        return None
     classes = f.shape[dim]
     scale = product * classes**2 / max(classes - 1, 1)
     return scale if bool(scale.any()) and bool((scale >= 0).all()) else None

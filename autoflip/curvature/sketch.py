@@ -67,7 +67,9 @@ class _Operator:
         params = self.problem.params.items()
         rows = x.T.split(self.sizes, 1)
         products = self.product({n: v.reshape(len(v), *p.shape).to(p.dtype) for (n, p), v in zip(params, rows)})
-        flat = torch.cat([products[name].flatten(1).to(self.like.dtype) for name in self.problem.params], 1)
+        flat = torch.cat(
+            [products[name].reshape(x.shape[1], -1).to(self.like.dtype) for name in self.problem.params], 1
+        )
         return flat.T  # a vector's entries lie together
 
     def parts(self, flat: Tensor) -> Vectors:
@@ -81,14 +83,26 @@ def _hutchpp(a: _Operator, count: int) -> tuple[Iterator[Tensor], float]:
     q = torch.linalg.qr(a(a.signs(0, k)))[0]
     z = a(q)
     known = (q * (2 * z - q @ (q.T @ z))).sum(1)
+    return _left(a, q, known, a.signs(1, count - 2 * k)), 0.0  # given the basis they are independent
 
-    def rows() -> Iterator[Tensor]:
-        for g in a.signs(1, count - 2 * k).T:
-            r = g - q @ (q.T @ g)
-            left = a(r[:, None])[:, 0]
-            yield known + g * (left - q @ (q.T @ left))
 
-    return rows(), 0.0  # given the basis they are independent
+def _left(a: _Operator, q: Tensor, known: Tensor, probes: Tensor) -> Iterator[Tensor]:
+    """Yield, for each column of ``probes``, what is known and an estimate of what the basis leaves."""
+    for g in probes.T:
+        r = g - q @ (q.T @ g)
+        left = a(r[:, None])[:, 0]
+        yield known + g * (left - q @ (q.T @ left))
+
+
+def _exhausted(a: _Operator, q: Tensor, g: Tensor) -> bool:
+    """Tell whether the operator's range is in the basis: then the product of a normal vector ``g`` ``(size, 1)`` is."""
+    product = a(g)
+    return bool((product - q @ (q.T @ product)).norm() <= _rounding(a) * product.norm())
+
+
+def _rounding(a: _Operator) -> float:
+    """Return how far, against its size, a product may be off."""
+    return 16 * float(torch.finfo(a.like.dtype).eps) * a.size**0.5
 
 
 def _xtrace(a: _Operator, count: int) -> tuple[Iterator[Tensor], float]:
@@ -99,9 +113,13 @@ def _xtrace(a: _Operator, count: int) -> tuple[Iterator[Tensor], float]:
     z = a(q)
     h = q.T @ z
     diagonal = r.diagonal().abs()
-    if bool(diagonal.min() <= torch.finfo(r.dtype).eps * a.size * diagonal.max()):
-        # fewer directions than probes: the basis holds the whole range, and nothing is left to estimate
-        return iter([(q * (2 * z - q @ h)).sum(1)] * k), 0.0
+    if bool(diagonal.min() <= _rounding(a) * diagonal.max()):
+        # fewer directions than probes: the basis holds the whole range, and nothing is left to estimate; or signs
+        # happened to agree where it matters, and normal vectors, which never do, have to tell
+        known = (q * (2 * z - q @ h)).sum(1)
+        generator = torch.Generator().manual_seed(a.seed % (1 << 63))
+        others = torch.randn(a.size, k, generator=generator, dtype=a.like.dtype).to(a.like.device)
+        return (iter([known] * k) if _exhausted(a, q, others[:, :1]) else _left(a, q, known, others)), 0.0
     # Q's projector without probe i is Q (I - s s^T) Q^T, s the normalised column i of R^-T
     s = torch.linalg.solve_triangular(r.T, torch.eye(k, dtype=r.dtype, device=r.device), upper=False)
     s = s / s.norm(dim=0)

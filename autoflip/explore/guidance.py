@@ -84,6 +84,7 @@ class Sums:
         self.first = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in start.items()}
         self.second = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in start.items()}
         self.curved: dict[str, Tensor] | None = None
+        self._curved_weight = 0.0  # of the clients that brought curvature
         self._absent: dict[str, Tensor] = {}  # weight of the clients that do not hold an entry
 
     def add(
@@ -125,6 +126,7 @@ class Sums:
                 self.curved = {name: torch.zeros_like(h) for name, h in curvature.items()}
             for name, h in curvature.items():
                 self.curved[name].add_(h, alpha=weight)
+            self._curved_weight += weight
         self.weight += weight
 
     def mean(self) -> dict[str, Tensor]:
@@ -158,5 +160,5 @@ class Sums:
             if signal != "curvature":
                 ranking[name] = rank(signal, explored, deviation[name])
             elif self.curved is not None and name in self.curved:
-                ranking[name] = rank(signal, explored, self.curved[name] / self.weight)
+                ranking[name] = rank(signal, explored, self.curved[name] / self._curved_weight)
         return Scores(ranking, deviation, agreement, signal)
