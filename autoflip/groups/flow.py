@@ -22,7 +22,7 @@ class Value:
     ``spread``: after flattening, every id stands for several neighbours ("each") or the whole list repeats
     ("tile"), how often shows at the layer that reads it. ``stack``: ids per layer of a recurrent state.
     ``batch``: dimension 0 is that of the model's inputs. ``assumed``: the rank is a guess that a reader of the units
-    confirms; until one does, no dimension is moved.
+    confirms; until one does, no dimension is moved. ``ones``: dimensions (negative) that surely have one entry.
     """
 
     rank: int | None = None
@@ -32,6 +32,7 @@ class Value:
     stack: tuple[tuple[int, ...], ...] = ()
     batch: bool = False
     assumed: bool = False
+    ones: frozenset[int] = frozenset()
 
     def moved(self, before: Value) -> bool:
         """Tell whether dimensions are others than ``before``."""

@@ -12,7 +12,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoflip.groups.flow import Flow, Value, fit
 from autoflip.groups.rules import POOLS
-from autoflip.groups.shapes import flatten, softmax, spatial
+from autoflip.groups.shapes import every, flatten, pool, softmax, spatial
+from autoflip.groups.trace import is_leaf
 
 __all__ = ["call_module", "hooked"]
 
@@ -21,6 +22,7 @@ _ZERO = (  # f(0) = 0
     *(nn.Hardswish, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Identity),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
 )
+_OF_LAYER = ("forward", "_ff_block")  # what a transformer layer runs
 _OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")  # a norm's tensors
 _ELEMENT = (
     *(nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh, nn.Threshold),
@@ -45,7 +47,7 @@ def call_module(flow: Flow, module: nn.Module, path: str, args: tuple, kwargs: d
     name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(module).__name__).strip("_")
     name = name.replace("l_p_pool", "lp_pool")
     if name in POOLS and not getattr(module, "return_indices", False):
-        return spatial(flow, x, int(name[-2]), type(module).__name__)
+        return pool(flow, x, name, getattr(module, "output_size", None))
     for part, inner in module.named_modules(prefix=path):
         if isinstance(inner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             _feed_forward(flow, inner, part)
@@ -153,7 +155,7 @@ def _embedding(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value
     flow.record(module, path, "weight", 1, ids, produces=True)
     if module.max_norm is not None:
         flow.freeze_ids(ids, "max_norm depends on the whole row")
-    flow.freeze(rest, f"read by {path} beside its indices")
+    flow.freeze((x, rest), f"read by {path} as indices, or beside them")
     bag = isinstance(module, nn.EmbeddingBag)
     return Value(rank=2 if bag else x.rank and x.rank + 1, ids=ids, batch=x.batch and not bag)
 
@@ -194,14 +196,19 @@ def _recurrent(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Any:
 
 
 def _feed_forward(flow: Flow, layer: Any, path: str) -> None:
-    """Label the hidden units between linear1 and linear2 of a transformer layer, where they are torch's or ours."""
-    if not isinstance(layer.linear1, nn.Linear) or not isinstance(layer.linear2, nn.Linear):
+    """Label the hidden units between linear1 and linear2 of a transformer layer, where all in it is torch's or ours."""
+    kind = nn.TransformerEncoderLayer if isinstance(layer, nn.TransformerEncoderLayer) else nn.TransformerDecoderLayer
+    parts = (layer.linear1, layer.linear2, layer.dropout)
+    own = "_ff_block" in vars(layer) or any(getattr(type(layer), n) is not getattr(kind, n) for n in _OF_LAYER)
+    first = f"{path}.linear1".strip(".")
+    if own or not all(isinstance(part, nn.Linear) for part in parts[:2]) or not all(is_leaf(part) for part in parts):
+        flow.reasons[first] = f"{path or 'the model'} computes, or holds, something else than torch's layer"
         return
-    ids = flow.new(f"{path}.linear1".strip("."), layer.linear1.out_features)
-    if getattr(layer, "activation", F.relu) not in (F.relu, F.gelu):
-        flow.freeze_ids(ids, "its activation is not known")
-    flow.record(layer.linear1, f"{path}.linear1".strip("."), "weight", 0, ids, produces=True)
-    flow.record(layer.linear1, f"{path}.linear1".strip("."), "bias", 0, ids, produces=True)
+    ids = flow.new(first, layer.linear1.out_features)
+    if getattr(layer, "activation", F.relu) not in (F.relu, F.gelu) or not isinstance(layer.dropout, _ZERO):
+        flow.freeze_ids(ids, "its activation or dropout is not known")
+    flow.record(layer.linear1, first, "weight", 0, ids, produces=True)
+    flow.record(layer.linear1, first, "bias", 0, ids, produces=True)
     flow.record(layer.linear2, f"{path}.linear2".strip("."), "weight", 1, ids, produces=False)
 
 
@@ -234,11 +241,11 @@ def _flatten(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
     if found is None or (x.assumed and found.moved(x)):
         flow.freeze(x, f"flattened by {path} in a way that is not followed")
         return Value()
-    return found
+    return replace(found, ones=frozenset())
 
 
 def _upsample(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
-    return spatial(flow, x, (x.rank or 4) - 2, path)
+    return spatial(flow, x, every(x), path)
 
 
 def _pad(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:

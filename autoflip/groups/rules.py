@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.utils import rnn
 
 from autoflip.groups.flow import Flow, Size, Value
-from autoflip.groups.shapes import SHAPES, index, spatial
+from autoflip.groups.shapes import SHAPES, index, pool
 
 __all__ = ["HARMLESS", "POOLS", "call_function"]
 
@@ -40,6 +40,7 @@ _OTHERS = _words(
 )
 _PACKED = ("pack_padded_sequence", "pad_packed_sequence")
 _SIZED = ("view", "reshape", "expand_as")  # what other tensors' sizes mean to them is followed
+_ONES = (*_words("squeeze unsqueeze"), *_REDUCE)  # they know which dimensions have one entry
 HARMLESS = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad")
 
 
@@ -76,15 +77,16 @@ def call_function(flow: Flow, target: Any, args: tuple, kwargs: dict) -> Any:
             return x
         if name in _PACKED:  # the units lie last in either form
             whole = replace(x, rank=3, batch=False)
+            flow.freeze((rest, kwargs), f"its size is read by {name}")
             return (whole, Value()) if name == "pad_packed_sequence" else whole
         if name in POOLS and not kwargs.get("return_indices"):
-            return spatial(flow, x, int(name[-2]), name)
+            return pool(flow, x, name, rest[0] if rest else kwargs.get("output_size"))
         if name in SHAPES:
             done = SHAPES[name](flow, x, *rest, **kwargs)
             if done is not None and not (x.assumed and done.moved(x)):
                 if name not in _SIZED:
                     flow.freeze((rest, kwargs), f"its size is read by {name}")
-                return done
+                return done if name in _ONES else replace(done, ones=frozenset())
     known = getattr(target, "__name__", str(target))
     flow.freeze((args, kwargs), _CONSTANT if name in ("view", "reshape") else f"read by {known}, which is not followed")
     return Value()
@@ -118,7 +120,7 @@ def _look(flow: Flow, name: str, args: tuple, kwargs: dict) -> Any:
             found = index(x, key if isinstance(key, tuple) else (key,))
             if found is not None and not (x.assumed and found.moved(x)):
                 flow.freeze(key, "its size cuts another tensor")
-                return found
+                return replace(found, ones=frozenset())
     flow.freeze((args, kwargs), f"read by {name}, which is not followed here")
     return Value()
 
@@ -136,7 +138,7 @@ def _binary(flow: Flow, name: str, a: Any, b: Any) -> Any:
             flow.tie(x.ids, y.ids)
             if "div" in name or name == "pow":
                 flow.impure.update(x.ids)
-            return replace(x, rank=_rank(x, y), batch=x.batch and y.batch)
+            return replace(x, rank=_rank(x, y), batch=x.batch and y.batch, ones=frozenset())
     flow.freeze((a, b), f"read by {name} together with something else")
     return Value()
 
@@ -149,7 +151,7 @@ def _broadcast(flow: Flow, name: str, x: Value, y: Value) -> Value | None:
     flow.freeze(one, f"spread by {name} over the channels of another layer")
     if not name.endswith(("mul", "mul_")):
         flow.impure.update(many.ids)
-    return replace(many, rank=_rank(x, y), batch=x.batch and y.batch)
+    return replace(many, rank=_rank(x, y), batch=x.batch and y.batch, ones=frozenset())
 
 
 def _rank(x: Value, y: Value) -> int | None:
@@ -165,6 +167,7 @@ def _cat(flow: Flow, parts: list[Any], dim: Any) -> Value:
     if all(isinstance(p, Value) and p.ids and not p.stack and not p.spread for p in parts) and isinstance(dim, int):
         assert isinstance(first, Value)
         if all(p.axis == first.axis and p.rank == first.rank for p in parts):
+            first = replace(first, ones=frozenset())
             if first.rank is None and dim == 1:  # taken for one row per example; otherwise no reader fits
                 first = replace(first, rank=1 - first.axis, assumed=True)
             at = first.dim(dim)

@@ -8,7 +8,7 @@ from typing import Any
 
 from autoflip.groups.flow import Flow, Size, Value
 
-__all__ = ["SHAPES", "flatten", "index", "softmax", "spatial"]
+__all__ = ["SHAPES", "every", "flatten", "index", "pool", "softmax", "spatial"]
 
 
 def index(x: Value, key: tuple) -> Value | None:
@@ -31,10 +31,23 @@ def index(x: Value, key: tuple) -> Value | None:
 
 def spatial(flow: Flow, x: Value, dims: int, name: str) -> Value:
     """Pass x on if its units do not lie along the last ``dims`` dimensions."""
-    if x.ids and (x.axis >= -dims or x.spread):
+    if x.ids and (x.axis >= -dims or x.spread or x.assumed):
         flow.freeze(x, f"read by {name} across channels")
-        return replace(x, ids=())
-    return x
+        x = replace(x, ids=())
+    return replace(x, ones=frozenset())
+
+
+def pool(flow: Flow, x: Value, name: str, output_size: Any) -> Value:
+    """Follow a pooling function: adaptive ones to size 1 leave dimensions of one entry."""
+    dims = int(name[-2])
+    x = spatial(flow, x, dims, name)
+    alone = name.startswith("adaptive") and output_size in (1, (1,) * dims, [1] * dims)
+    return replace(x, ones=frozenset(range(-dims, 0))) if alone else x
+
+
+def every(x: Value) -> int:
+    """Return how many dimensions of x may be spatial to a function that goes by its rank."""
+    return (x.rank or 9) - 2
 
 
 def flatten(flow: Flow, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value | None:
@@ -127,14 +140,15 @@ def _transpose(flow: Flow, x: Value, dim0: int, dim1: int) -> Value | None:
 
 
 def _squeeze(flow: Flow, x: Value, dim: Any = None) -> Value | None:
+    """Follow squeeze where the dimension surely has one entry: otherwise it stays, and all others where they are."""
     if not isinstance(dim, int) or x.rank is None:
         return None if x.ids else Value()
     at = x.dim(dim)
-    if at is None or (x.ids and at == x.axis):
-        return None
-    return replace(
-        x, rank=x.rank - 1, axis=x.axis + (1 if x.ids and at > x.axis else 0), batch=x.batch and at != -x.rank
-    )
+    if at is None or at not in x.ones or (x.ids and at == x.axis):
+        return None if x.ids else Value()
+    ones = frozenset(one + (one < at) for one in x.ones if one != at)
+    axis = x.axis + (1 if x.ids and at > x.axis else 0)
+    return replace(x, rank=x.rank - 1, axis=axis, batch=x.batch and at != -x.rank, ones=ones)
 
 
 def _unsqueeze(flow: Flow, x: Value, dim: int) -> Value | None:
@@ -142,7 +156,9 @@ def _unsqueeze(flow: Flow, x: Value, dim: int) -> Value | None:
         return None if x.ids else Value()
     at = dim if dim < 0 else dim - x.rank - 1
     batch = x.batch and at != -x.rank - 1
-    return replace(x, rank=x.rank + 1, axis=x.axis - (1 if x.ids and at > x.axis - 1 else 0), batch=batch)
+    ones = frozenset([at, *(one - (one <= at) for one in x.ones)])
+    axis = x.axis - (1 if x.ids and at > x.axis - 1 else 0)
+    return replace(x, rank=x.rank + 1, axis=axis, batch=batch, ones=ones)
 
 
 def softmax(flow: Flow, x: Value, dim: Any = None, **_: Any) -> Value | None:
@@ -165,12 +181,13 @@ def _reduce(flow: Flow, x: Value, dim: Any = None, keepdim: bool = False, **_: A
         return None
     batch = x.batch and not (x.rank is None or -x.rank in at)
     if keepdim:
-        return replace(x, batch=batch)
-    return replace(x, rank=x.rank and x.rank - len(at), axis=x.axis + sum(d > x.axis for d in at), batch=batch)
+        return replace(x, batch=batch, ones=x.ones | at)
+    axis = x.axis + sum(d > x.axis for d in at)
+    return replace(x, rank=x.rank and x.rank - len(at), axis=axis, batch=batch, ones=frozenset())
 
 
 def _interpolate(flow: Flow, x: Value, *_: Any, **__: Any) -> Value:
-    return spatial(flow, x, (x.rank or 4) - 2, "interpolate")
+    return spatial(flow, x, every(x), "interpolate")
 
 
 def _pad_function(flow: Flow, x: Value, pad: Any, *_: Any, **__: Any) -> Value | None:

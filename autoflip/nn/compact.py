@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from autoflip.groups import Groups, find_groups
-from autoflip.groups.trace import untouched
 from autoflip.masks import MaskSet
 from autoflip.nn.linear import select
 from autoflip.nn.plan import Plan
+from autoflip.nn.trial import check, run
 
 __all__ = ["Plan", "compact"]
 
@@ -39,8 +39,8 @@ def compact(
     Args:
         model: plain or sparsified; it is not changed.
         example_inputs: one input, or a tuple of arguments: how many dimensions they have decides what can be followed
-            (:func:`autoflip.groups.find_groups`), and the small model is run on them once (no gradients, eval mode),
-            only to find out here rather than later that ``forward`` has sizes written into it.
+            (:func:`autoflip.groups.find_groups`), and both models are run on them (no gradients, eval mode), to find
+            out here rather than later that ``forward`` has sizes written into it or does what was not seen.
         masks: which entries are kept, a :class:`MaskSet` or name -> bool tensor; default: those the model's masked
             layers hold.
         groups: :func:`autoflip.groups.find_groups` of the same model, to save tracing it again.
@@ -51,7 +51,7 @@ def compact(
 
     Raises:
         ValueError: the masks do not fit the model, a layer computes its weight from other tensors, or the small model
-            does not run on ``example_inputs``.
+            does not run on ``example_inputs``, or gives other values there than the masked one.
     """
     from autoflip.nn.convert import densify, masks_of  # here: the package imports this module first
 
@@ -74,6 +74,7 @@ def compact(
             if name in masks:
                 tensor.masked_fill_(~masks[name].to(tensor.device), 0)
     plan = _plan(groups, removed, dead, named)
+    wanted = run(small, example_inputs) if example_inputs is not None and bool(removed.any()) else None
     _apply(small, plan)
     for path, units in groups.sizes.items():  # norms that hold no tensor to measure
         layer: Any = small.get_submodule(path)
@@ -88,7 +89,7 @@ def compact(
             select(reader, (~removed[units]).nonzero()[:, 0])
     small.__dict__["plan"] = plan
     if example_inputs is not None:
-        _try(small, example_inputs)
+        check(small, example_inputs, wanted)
     return small
 
 
@@ -213,17 +214,3 @@ def _regroup(norm: nn.GroupNorm, channels: int) -> None:
 
 def _columns(tensor: Any) -> int:
     return int(tensor.shape[1])
-
-
-def _try(small: nn.Module, example_inputs: Any) -> None:
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    try:
-        with untouched(small), torch.no_grad():
-            for module in small.modules():
-                module.training = False
-            small(*args)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"compact: the small model does not run on example_inputs ({error}). Do they suit the full model? "
-            "If so, forward or a hook relies on a size that changed; pass groups=Groups() to leave every size alone"
-        ) from error
