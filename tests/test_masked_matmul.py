@@ -88,6 +88,10 @@ LARGE = [
     (4, 17, 70001, 0.02),
     (16, 1030, 1040, 0.3),
     (40, 1030, 1040, 0.5),
+    # panels one by one: of large weights of which little is kept, copied or not; with sums of all of dw, or a cell's
+    (150, 1030, 1040, 0.01),
+    (200, 600, 700, 0.02),
+    (150, 512, 512, 0.5),
 ]
 
 
@@ -119,7 +123,9 @@ def test_every_instruction_set_equals_float64_reference(isa):
     instruction_sets.rerun(__file__, isa, *names)
 
 
-@pytest.mark.parametrize("N, O, K, density", [(200, 70, 600, 0.2), (200, 70, 600, 0.05), (40, 1030, 1040, 0.1)])
+@pytest.mark.parametrize(
+    "N, O, K, density", [(200, 70, 600, 0.2), (200, 70, 600, 0.05), (40, 1030, 1040, 0.1), *LARGE[-3:]]
+)
 def test_result_does_not_depend_on_the_thread_count(N, O, K, density):
     x, w, b, mask, dy = case(N, O, K, density)
     results = []

@@ -4,7 +4,7 @@
 
 #include "cpu/masked_blocks_grad.h"
 #include "cpu/masked_blocks_product.h"
-#include "cpu/masked_matmul_grad.h"
+#include "cpu/masked_matmul_step.h"
 
 namespace autoflip {
 namespace {

@@ -99,15 +99,16 @@ AF_INLINE void sample_row(const uint16_t* column, int64_t count, const float* dy
     for (; count - j > 0; j += 4) sample<4, V>(column + j, d, x, first, sums + j);
 }
 
-template <int V>
-void sample_cell(const Lists& lists, int64_t cell, int64_t rows, const float* dy, const float* x, bool first,
-                 float* sums) {
+template <int V>  // returns where the sums of the next cell stand
+float* sample_cell(const Lists& lists, int64_t cell, int64_t rows, const float* dy, const float* x,
+                   bool first, float* sums) {
   const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
   for (int64_t r = 0; r < rows; ++r, ++count) {
     sample_row<V>(column, *count, dy + r * V * kVector, x, first, sums, [] {});
     column += *count;
     sums += ceil_div(*count, kWide) * kWide;
   }
+  return sums;
 }
 constexpr auto kSampleCell = widths<kAlone>([](auto v) { return &sample_cell<decltype(v)::value>; });
 #if defined(__AVX512F__)
@@ -136,50 +137,80 @@ void sample_past(const Lists& lists, int64_t cell, int64_t rows, int64_t cols, c
 constexpr auto kSamplePast = widths<kAlone>([](auto v) { return &sample_past<decltype(v)::value>; });
 #endif
 
+// where a cell stands in the weight
+struct Place {
+  int64_t row, col, rows, cols;
+};
+AF_INLINE Place place_of(const Lists& l, int64_t cell) {
+  const int64_t chunks = ceil_div(l.cols, l.chunk), row = cell / chunks * l.block,
+                col = cell % chunks * l.chunk;
+  return {row, col, least(l.block, l.rows - row), least(l.chunk, l.cols - col)};
+}
+AF_INLINE bool many(const Lists& l, int64_t cell, Place at) {
+  return (l.first[cell + 1] - l.first[cell]) * 16 > at.rows * at.cols;
+}
+AF_INLINE bool past(const Lists& l) { return l.rows * l.cols >= kSpreadPast; }
+
+// dw of one cell = its sums, zeros elsewhere. Returns where the sums of the next cell stand.
+const float* spread_cell(const Lists& lists, int64_t cell, const float* from, float* dw) {
+  const Place at = place_of(lists, cell);
+  const int64_t words = words_of(lists.chunk);
+  const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
+  const uint16_t* bits = lists.bits + cell * lists.block * words;
+  alignas(64) float empty[kMaxChunk] = {};
+  dw += at.row * lists.cols + at.col;
+  int64_t r = 0;
+#if defined(__AVX512F__)
+  for (; !past(lists) && many(lists, cell, at) && r + 2 <= at.rows; r += 2, count += 2, bits += 2 * words) {
+    const float* second = from + ceil_div(count[0], kWide) * kWide;
+    spread_pair({from, second}, bits, words, at.cols, dw + r * lists.cols, lists.cols);
+    column += count[0] + count[1];
+    from = second + ceil_div(count[1], kWide) * kWide;
+  }
+#endif
+  for (; r < at.rows; ++r, ++count, bits += words) {
+    spread_row(from, column, *count, bits, at.cols, dw + r * lists.cols, past(lists), empty);
+    column += *count;
+    from += ceil_div(*count, kWide) * kWide;
+  }
+#if defined(__AVX2__)
+  if (past(lists)) _mm_sfence();
+#endif
+  return from;
+}
+
 // dw of one cell, all panels
 void sample_tile(const Lists& lists, int64_t cell, const float* dy, const float* x, int64_t n, float* dw) {
   alignas(64) float sums[kRowBlock * kMaxChunk + 2 * kWide];
-  const int64_t chunks = ceil_div(lists.cols, lists.chunk), words = words_of(lists.chunk);
-  const int64_t row = cell / chunks * lists.block, col = cell % chunks * lists.chunk;
-  const int64_t rows = lists.rows - row < lists.block ? lists.rows - row : lists.block;
-  const int64_t cols = lists.cols - col < lists.chunk ? lists.cols - col : lists.chunk;
-  const bool past = lists.rows * lists.cols >= kSpreadPast;
-  dw += row * lists.cols + col;
+  const Place at = place_of(lists, cell);
 #if defined(__AVX512F__)
-  const bool many = (lists.first[cell + 1] - lists.first[cell]) * 16 > rows * cols;
-  if (past && many && n > 0 && n <= kAloneLanes && whole_lines(dw, cols, lists.cols)) {
+  float* to = dw + at.row * lists.cols + at.col;
+  if (past(lists) && many(lists, cell, at) && n > 0 && n <= kAloneLanes &&
+      whole_lines(to, at.cols, lists.cols)) {
     const int64_t width = panel(0, n, kAloneLanes).width;
-    kSamplePast.of(width / kVector)(lists, cell, rows, cols, dy + row * width, x + col * width, dw);
+    kSamplePast.of(width / kVector)(lists, cell, at.rows, at.cols, dy + at.row * width, x + at.col * width,
+                                    to);
     return _mm_sfence();
   }
 #endif
   for (int64_t i = 0; i < ceil_div(n, kAloneLanes); ++i) {
     const Panel p = panel(i, n, kAloneLanes);
-    kSampleCell.of(p.width / kVector)(lists, cell, rows, dy + p.begin * lists.rows + row * p.width,
-                                      x + p.begin * lists.cols + col * p.width, i == 0, sums);
+    kSampleCell.of(p.width / kVector)(lists, cell, at.rows, dy + p.begin * lists.rows + at.row * p.width,
+                                      x + p.begin * lists.cols + at.col * p.width, i == 0, sums);
   }
-  const uint16_t *count = lists.counts + cell * lists.block, *column = lists.columns + lists.first[cell];
-  const uint16_t* bits = lists.bits + cell * lists.block * words;
-  alignas(64) float empty[kMaxChunk] = {};
-  const float* from = sums;
   if (n == 0) __builtin_memset(sums, 0, sizeof sums);
-  int64_t r = 0;
-#if defined(__AVX512F__)
-  for (; !past && many && r + 2 <= rows; r += 2, count += 2, bits += 2 * words) {
-    const float* second = from + ceil_div(count[0], kWide) * kWide;
-    spread_pair({from, second}, bits, words, cols, dw + r * lists.cols, lists.cols);
-    column += count[0] + count[1];
-    from = second + ceil_div(count[1], kWide) * kWide;
+  spread_cell(lists, cell, sums, dw);
+}
+
+// sums of dw at all cells (+)= those of one panel
+void sample_panel(const Lists& lists, const float* dy, const float* x, int64_t n, bool first, float* sums) {
+  const int64_t cells = ceil_div(lists.rows, lists.block) * ceil_div(lists.cols, lists.chunk);
+  const int64_t width = panel(0, n, kAloneLanes).width;
+  for (int64_t t = 0; t < cells; ++t) {
+    const Place at = place_of(lists, t);
+    sums = kSampleCell.of(width / kVector)(lists, t, at.rows, dy + at.row * width, x + at.col * width, first,
+                                           sums);
   }
-#endif
-  for (; r < rows; ++r, ++count, bits += words) {
-    spread_row(from, column, *count, bits, cols, dw + r * lists.cols, past, empty);
-    column += *count;
-    from += ceil_div(*count, kWide) * kWide;
-  }
-#if defined(__AVX2__)
-  if (past) _mm_sfence();
-#endif
 }
 
 // db[j] = the sum of column j of dy (n, rows), four samples at a time
@@ -193,70 +224,6 @@ void sum_samples(const float* dy, int64_t n, int64_t rows, float* db) {
   for (; i < n; ++i, dy += rows)
 #pragma omp simd
     for (int64_t j = 0; j < rows; ++j) db[j] += dy[j];
-}
-
-// --- a whole step forward and back
-
-// lanes of the panels that the products take; the gradient in w walks rows one by one whatever they do
-AF_INLINE int64_t lanes_of(const Orders& orders) { return orders.groups.rows ? kLanes : kAloneLanes; }
-
-int64_t forward_scratch(const Orders& orders, int64_t n) {
-  return padded(n) * orders.lists.cols + (packs(orders) ? kept(orders.lists) : 0);
-}
-// past the end of a row of a narrow chunk the gradient in w looks up columns of another chunk
-int64_t backward_scratch(const Orders& orders, int64_t n) {
-  return padded(n) * (orders.lists.rows + orders.lists.cols) + kMaxChunk * kAloneLanes +
-         (packs(orders) ? 2 * kept(orders.lists) : 0);
-}
-
-void forward(const Orders& orders, const float* w, const float* x, int64_t n, const float* bias, bool relu,
-             float* y, float* values, float* scratch, int threads) {
-  const Lists& lists = orders.lists;
-  to_panels(x, n, lists.cols, scratch, threads, lanes_of(orders));
-  if (orders.groups.rows)
-    return product(orders.groups, {w, lists.cols, 1, false}, scratch, n, bias, relu, y, threads);
-  if (!packs(orders)) return product(lists, w, kRows, scratch, n, bias, relu, y, threads);
-  if (!values) values = scratch + padded(n) * lists.cols;
-  pack_values(lists, w, values, threads);
-  product(lists, values, kPacked, scratch, n, bias, relu, y, threads);
-}
-
-// dx from the panels of dy; `room`: 2 * kept floats where the weights are copied
-void gradient_in_x(const Orders& orders, const float* w, const float* values, const float* panels, int64_t n,
-                   float* dx, float* room, int threads) {
-  const Lists &lists = orders.lists, &back = orders.columns;
-  if (orders.back.rows)
-    return product(orders.back, {w, 1, lists.cols, false}, panels, n, nullptr, false, dx, threads);
-  if (orders.groups.rows) return product_back(orders.groups, w, panels, n, dx, threads);
-  if (!packs(orders)) {
-    if (back.rows) return product(back, w, kColumns, panels, n, nullptr, false, dx, threads);
-    return product_back(lists, w, kRows, panels, n, dx, threads);
-  }
-  if (!values) {
-    pack_values(lists, w, room, threads);
-    values = room;
-  }
-  if (!back.rows) return product_back(lists, values, kPacked, panels, n, dx, threads);
-  room += kept(orders.lists);
-  turn_values(back, orders.place, values, room, threads);
-  product(back, room, kPacked, panels, n, nullptr, false, dx, threads);
-}
-
-void backward(const Orders& orders, const float* w, const float* values, const float* dy, const float* x,
-              int64_t n, float* dx, float* dw, float* db, float* scratch, int threads) {
-  const Lists& lists = orders.lists;
-  if (db) sum_samples(dy, n, lists.rows, db);
-  float* x_panels = scratch + padded(n) * lists.rows;
-  if (dx) {
-    to_panels(dy, n, lists.rows, scratch, threads, lanes_of(orders));
-    gradient_in_x(orders, w, values, scratch, n, dx,
-                  x_panels + padded(n) * lists.cols + kMaxChunk * kAloneLanes, threads);
-  }
-  if (!dw) return;
-  if (!dx || lanes_of(orders) != kAloneLanes) to_panels(dy, n, lists.rows, scratch, threads, kAloneLanes);
-  to_panels(x, n, lists.cols, x_panels, threads, kAloneLanes);
-  const int64_t cells = ceil_div(lists.rows, lists.block) * ceil_div(lists.cols, lists.chunk);
-  deal(cells, threads, [&](int64_t t) AF_LAMBDA { sample_tile(lists, t, scratch, x_panels, n, dw); });
 }
 
 }  // namespace
