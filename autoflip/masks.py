@@ -49,6 +49,11 @@ class MaskSet(Mapping[str, Tensor]):
                     f"MaskSet: {name!r} is {got}, wanted a torch.bool tensor (True = kept); for scores, "
                     "write scores > threshold"
                 )
+            if mask.is_meta or mask.layout is not torch.strided:
+                where = "on the meta device, without values" if mask.is_meta else f"laid out as {mask.layout}"
+                raise ValueError(
+                    f"MaskSet: {name!r} is {where}, wanted a dense tensor; to_dense() makes one of a sparse one"
+                )
         with torch.inference_mode(False):  # autograd could not save a mask that was made inside inference mode
             self._masks: dict[str, Tensor] = {
                 name: mask.detach().to("cpu", copy=True).contiguous() for name, mask in source.items()

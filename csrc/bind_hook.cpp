@@ -83,9 +83,9 @@ PyObject* look(PyObject* capsule, PyObject* weight) {
   if (!is(PyObject_CallNoArgs(torch.tracing), Py_False)) Py_RETURN_FALSE;
   const int bytes = entry_bytes(weight);
   const void* w = bytes ? address(method(weight, names.data_ptr)) : nullptr;
-  if (w != look.weight || bytes != look.bytes || !w) {
-    if (!in_memory(weight) || !contiguous(weight) || number(method(weight, names.numel)) != look.entries)
-      Py_RETURN_FALSE;
+  if (!w || !contiguous(weight)) Py_RETURN_FALSE;
+  if (w != look.weight || bytes != look.bytes) {
+    if (!in_memory(weight) || number(method(weight, names.numel)) != look.entries) Py_RETURN_FALSE;
     look.weight = w;
     look.bytes = bytes;
   }
@@ -184,14 +184,15 @@ py::object make_hook(uintptr_t mask, int64_t entries, py::object otherwise) {
 
 void meet(py::dict given) {
   const auto take = [&](const char* name) { return py::object(given[name]).release().ptr(); };
-  torch = {take("tensor"),       take("parameter"), take("float32"), take("float64"),    take("float16"),
-           take("bfloat16"),     take("modes"),     take("tracing"), take("transforms"), take("batched"),
-           take("grad_enabled"), take("autocast"),  take("threads")};
+  torch = {take("tensor"),     take("parameter"), take("float32"),      take("float64"),    take("float16"),
+           take("bfloat16"),   take("modes"),     take("tracing"),      take("transforms"), take("batched"),
+           take("forward_ad"), take("strided"),   take("grad_enabled"), take("autocast"),   take("threads")};
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
   names = {name("dtype"),         name("is_cpu"),           name("is_contiguous"),
            name("numel"),         name("data_ptr"),         name("_use_count"),
            name("_base"),         name("_version"),         name("shape"),
-           name("cpu"),           name("new_empty"),        name("save_for_backward"),
+           name("cpu"),           name("_current_level"),   name("layout"),
+           name("is_neg"),        name("new_empty"),        name("save_for_backward"),
            name("saved_tensors"), name("needs_input_grad"), name("job"),
            name("operand"),       name("values"),           name("panel")};
 }

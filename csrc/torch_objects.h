@@ -10,10 +10,12 @@ struct Torch {
   PyObject *tensor, *parameter;                      // types
   PyObject *float32, *float64, *float16, *bfloat16;  // dtypes
   PyObject *modes, *tracing, *transforms, *batched;  // what of torch is at work on tensors
+  PyObject *forward_ad, *strided;  // the dict of torch.autograd.forward_ad; the usual layout
   PyObject *grad_enabled, *autocast, *threads;
 };
 struct Names {
-  PyObject *dtype, *is_cpu, *is_contiguous, *numel, *data_ptr, *use_count, *base, *version, *shape, *cpu;
+  PyObject *dtype, *is_cpu, *is_contiguous, *numel, *data_ptr, *use_count, *base, *version, *shape, *cpu,
+      *level, *layout, *is_neg;
   PyObject *new_empty, *save, *saved, *needs, *job, *operand, *values, *panel;
 };
 extern Torch torch;
@@ -48,10 +50,17 @@ inline void* address(PyObject* answer) {
 
 inline bool contiguous(PyObject* t) { return is(method(t, names.is_contiguous), Py_True); }
 
-// No dispatch mode, trace or function transform, and AUTOFLIP_BACKEND leaves tensors to this extension.
+// Whether tensors may carry tangents: forward-mode derivatives outside any function transform.
+inline bool forward_mode() {
+  PyObject* level = PyDict_GetItem(torch.forward_ad, names.level);
+  return level && PyLong_AsLong(level) >= 0;
+}
+
+// No dispatch mode, trace, function transform or forward-mode derivative, and AUTOFLIP_BACKEND leaves tensors
+// to this extension.
 inline bool quiet() {
   return number(PyObject_CallNoArgs(torch.modes)) == 0 && is(PyObject_CallNoArgs(torch.tracing), Py_False) &&
-         is(PyObject_CallNoArgs(torch.transforms), Py_None) && masked_matmul_wanted();
+         is(PyObject_CallNoArgs(torch.transforms), Py_None) && !forward_mode() && masked_matmul_wanted();
 }
 
 // Bytes of an entry of a floating tensor; 0 of any other.
@@ -64,11 +73,13 @@ inline int entry_bytes(PyObject* t) {
   return dtype == torch.float64 ? 8 : 0;
 }
 
-// An ordinary floating tensor with an address in the CPU's memory.
+// An ordinary floating tensor with an address in the CPU's memory, which holds its values as they are.
 inline bool in_memory(PyObject* t) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
   return (type == torch.tensor || type == torch.parameter) && entry_bytes(t) &&
          is(PyObject_GetAttr(t, names.is_cpu), Py_True) &&
+         is(PyObject_GetAttr(t, names.layout), torch.strided) &&
+         (type == torch.parameter || is(method(t, names.is_neg), Py_False)) &&
          is(PyObject_CallOneArg(torch.batched, t), Py_False);
 }
 

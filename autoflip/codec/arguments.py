@@ -46,6 +46,10 @@ def check_tensors(what: str, tensors: object) -> None:
         if tensor.layout != torch.strided or tensor.is_nested:
             kind = "nested" if tensor.is_nested else str(tensor.layout)
             raise ValueError(f"{what}: {name!r} is {kind}, wanted a dense tensor; write tensor.to_dense()")
+        if tensor.is_neg():
+            raise ValueError(
+                f"{what}: {name!r} is a view that negates, wanted plain memory; write tensor.resolve_neg()"
+            )
 
 
 def check_sums(sums: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping
+from numbers import Real
 
 import numpy as np
 import torch
@@ -273,10 +274,10 @@ def accumulate(
     """
     arguments.check_reader("accumulate", masks=masks, schema=schema, limits=limits, base_id=base_id)
     arguments.check_sums(sums)
-    if not math.isfinite(weight):
-        raise ValueError(f"accumulate: weight={weight}, wanted a finite number")
-    if cap is not None and not cap > 0:
-        raise ValueError(f"accumulate: cap={cap}, wanted a number above 0, or None for no bound")
+    if not isinstance(weight, (Real, Tensor)) or not math.isfinite(weight):
+        raise ValueError(f"accumulate: weight={weight!r}, wanted a finite number")
+    if cap is not None and not (isinstance(cap, Real) and cap > 0):
+        raise ValueError(f"accumulate: cap={cap!r}, wanted a number above 0, or None for no bound")
     found, where, streams = _open(blob, masks, schema, limits, base_id)
     steps: list[tuple[Entry, Pack | None, Tensor | Coded]] = []
     for entry, mask, stream in zip(found.entries, where, streams, strict=True):

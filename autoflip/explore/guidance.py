@@ -115,6 +115,11 @@ class Sums:
                     f"explore: deviation {name!r} has {got}, wanted shape {tuple(start.shape)}; "
                     "did all scouts leave from the same model?"
                 )
+        if curvature is not None and self.curved is not None and curvature.keys() != self.curved.keys():
+            raise ValueError(
+                f"explore: curvature of {sorted(curvature)[:4]}, wanted that of {sorted(self.curved)[:4]}, as of the "
+                "scouts before; did all compute it over the same parameters?"
+            )
         for name in self.start:
             self.first[name].add_(delta[name], alpha=weight)
             self.second[name].addcmul_(delta[name], delta[name], value=weight)

@@ -103,9 +103,16 @@ class MaskedConv2d(Masked, nn.Conv2d):
         if pack is None or cast or self._all_dense(pack, input, weight):
             whole = self._mask_of("weight") is None if pack is None else pack.whole
             # not a tensor that stands in for the layer's own for a while (functional_call)
-            own = found is not None and found is self.__dict__.get("_own")
-            if whole and own and not cast and mask is not None and not mask.is_inference():
-                self.__dict__["_still"] = (found, mask, mask._version, input.shape, _any)  # nothing to look for
+            own = found is not None and self._owns("weight", found)
+            if whole and found is not None and own and not cast and mask is not None and not mask.is_inference():
+                self.__dict__["_still"] = (
+                    found,
+                    mask,
+                    mask._version,
+                    input.shape,
+                    _any,
+                    found._cdata,
+                )  # nothing to look for
             if whole or (not traced() and self._stands(input, weight, mask, again=not cast)):
                 return self._conv_forward(input, weight, bias)
             if channels_last(weight):  # torch's convolution keeps that layout
@@ -119,7 +126,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
         if job is None:
             return masked_conv2d(input, weight, bias, pack)
         mask = self._buffers["weight_mask"]
-        if job.plan is not None and mask is not None and not mask.is_inference():
+        if job.plan is not None and mask is not None and not mask.is_inference() and self._owns("weight", weight):
             shapes = input.shape, weight.shape, None if bias is None else bias.shape
             self.__dict__["_again"] = Known(weight, bias, mask, mask._version, *shapes, _threads(), job)
         return conv_step(input, weight, bias, job)

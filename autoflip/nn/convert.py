@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from autoflip.masks import MaskSet
 from autoflip.nn.conv import MaskedConv2d
@@ -98,7 +99,19 @@ def sparsify(model: Model, masks: Mapping[str, Tensor]) -> Model:
 
 
 def densify(model: Model) -> Model:
-    """Turn every masked layer back into torch's, in place; pruned entries are exactly zero. Return ``model``."""
+    """Turn every masked layer back into torch's, in place; pruned entries are exactly zero. Return ``model``.
+
+    Raises:
+        ValueError: a masked layer's weight is computed from other tensors (parametrized), none of which can be set to
+            zero; the model is unchanged.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, Masked) and parametrize.is_parametrized(module):
+            name = next(iter(module.parametrizations))  # type: ignore[arg-type]
+            raise ValueError(
+                f"densify: {f'{path}.{name}'.lstrip('.')} is parametrized, so its pruned entries cannot be set to "
+                f"zero; call torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first"
+            )
     for module in model.modules():
         if isinstance(module, Masked) and type(module) in _PLAIN:
             keeper = module.__dict__.get("_keeper")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoflip.nn.masked import Masked, rows, transformed
+from autoflip.nn.masked import Hook, Masked, rows, transformed
 from autoflip.ops import masked_weight, version_of, zero_pruned
 
 __all__ = ["Keeper"]
@@ -36,7 +36,7 @@ class Keeper:
             self.masks = {name: mask.clone() for name, mask in masks.items()}
         self.layers = tuple(layers)
         self._open = {name: _split(name) for name, mask in masks.items() if not bool(mask.all())}
-        self._hooked: dict[str, tuple[Tensor, Any]] = {}
+        self._hooked: dict[str, Hook] = {}
         self._seen: list[_Seen] | None = None
         self._join()
 
@@ -78,8 +78,12 @@ class Keeper:
         for name, tensor, mask in rest:
             known = self._hooked.get(name)
             # a copy that nn.DataParallel made is no leaf: its gradient flows to the parameter, which has the hook
-            if tensor.requires_grad and tensor.is_leaf and (known is None or known[0] is not tensor):
-                self._hooked[name] = (tensor, tensor.register_hook(_GradientMask(mask)))
+            if not tensor.requires_grad or not tensor.is_leaf:
+                continue
+            if known is None or not known.holds(tensor):
+                self._hooked[name] = Hook(tensor, _GradientMask(mask))
+                if known is not None:
+                    known.remove()
 
     def zero(self, model: nn.Module, *_: Any, buffers: bool = False) -> None:
         """Set what is pruned to zero now."""
@@ -92,6 +96,8 @@ class Keeper:
             tensor = getattr(module, attribute, None)
             if not isinstance(tensor, Tensor) or tensor.shape != mask.shape:
                 continue  # another layer stands there now, which nobody has pruned
+            if attribute in module._parameters and not isinstance(tensor, nn.Parameter):
+                continue  # it stands in for the parameter for a while (functional_call): somebody else's
             if mask.device != tensor.device:
                 mask = self.masks[name] = mask.to(tensor.device)
             if buffers or attribute not in module._buffers:
@@ -114,12 +120,12 @@ class Keeper:
             del self.masks[name]
             self._open.pop(name, None)
             if name in self._hooked:
-                self._hooked.pop(name)[1].remove()
+                self._hooked.pop(name).remove()
 
     def release(self) -> None:
         """Take the hooks away."""
-        for _, handle in self._hooked.values():
-            handle.remove()
+        for hook in self._hooked.values():
+            hook.remove()
         self._hooked.clear()
         self._seen = None
 
@@ -152,7 +158,9 @@ class _Seen:
             self.mask, self.mask_version = mask, version_of(mask)
             self.whole = self.layer._mask_of(self.name) is None
             self.version = -1
-        if self.whole or tensor is None or (tensor is self.tensor and version_of(tensor) == self.version):
+        if self.whole or tensor is None or not self.layer._owns(self.name, tensor):
+            return False  # what stands in for a while is somebody else's
+        if tensor is self.tensor and version_of(tensor) == self.version:
             return False
         self.tensor = tensor
         return True

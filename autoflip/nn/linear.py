@@ -74,6 +74,8 @@ class MaskedLinear(Masked, nn.Linear):
         """Return ``input @ (weight * mask).T + bias``."""
         if isinstance(input, Proxy):
             return self._as_a_node(input, input)
+        if input.is_nested or input.layout is not torch.strided:  # bags of words, sets of rows: torch's product serves
+            return F.linear(input, self._effective("weight"), self.bias)
         mask = self._buffers.get("weight_mask")
         # past nn.Module.__getattr__, a microsecond a step; what is parametrized is no such parameter
         found = self._parameters.get("weight")
@@ -120,7 +122,7 @@ class MaskedLinear(Masked, nn.Linear):
         if job is None:
             return masked_linear(input, weight, bias, pack)
         mask = pack.mask
-        if not mask.is_inference():
+        if not mask.is_inference() and self._owns("weight", weight):
             shapes = input.shape, weight.shape, None if bias is None else bias.shape
             self.__dict__["_again"] = Known(weight, bias, mask, mask._version, *shapes, _threads(), job)
         return linear_step(input, weight, bias, job)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from autoflip.ops import channels_last, gradient_hook, looker, masked_weight, version_of, zero_pruned
+from autoflip.ops import channels_last, gradient_hook, looker, masked_weight, traced, version_of, zero_pruned
 
 _compiling = torch.compiler.is_compiling
 
-__all__ = ["Known", "Masked", "rows", "transformed"]
+__all__ = ["Hook", "Known", "Masked", "rows", "transformed"]
 
 
 def transformed(mask: Tensor) -> bool:
@@ -22,6 +22,32 @@ def transformed(mask: Tensor) -> bool:
     Then it may stand for many models' masks (``torch.func.stack_module_state`` under ``vmap``): none to pack by.
     """
     return not _compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(mask))
+
+
+class Hook:
+    """A hook on a parameter that is still there after ``torch.utils.swap_tensors``, which takes hooks away.
+
+    Args:
+        parameter: the tensor.
+        hook: what masks its gradient.
+    """
+
+    def __init__(self, parameter: Tensor, hook: Any) -> None:
+        self.parameter, self.inside = parameter, parameter._cdata
+        self.handle = parameter.register_hook(hook)
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Tell whether ``parameter`` has the hook; one whose inside was swapped gets its hooks back, all but this."""
+        if self.parameter is not parameter:
+            return False
+        if self.inside == parameter._cdata:
+            return True
+        parameter._backward_hooks = parameter._backward_hooks  # torch hangs them on what is inside now
+        return False
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        self.handle.remove()
 
 
 def _laid_out(parameter: Tensor, mask: Tensor) -> Tensor:
@@ -122,8 +148,7 @@ class Masked(nn.Module):
             # persistent=False: FL codebases average state_dict(); a bool mask must not be in it
             self.register_buffer(f"{name}_mask", own, persistent=False)
         self._zero()
-        if "weight" in masks:
-            self.__dict__["_own"] = self._parameters.get("weight")
+        self._own_these()
         keeper = self.__dict__.get("_keeper")  # of sparsify: there may be something to keep now
         if keeper is not None:
             keeper.wake()
@@ -134,6 +159,24 @@ class Masked(nn.Module):
         self.__dict__.pop("_whole", None)
         self.__dict__.pop("_own", None)
         self._unhook()
+
+    def _own_these(self) -> None:
+        """Take the parameters of now for the layer's own: others may stand in for a while (``functional_call``)."""
+        if self.masks():
+            self.__dict__["_own"] = dict(self._parameters)
+
+    def _owns(self, name: str, parameter: Tensor) -> bool:
+        return self.__dict__.get("_own", {}).get(name) is parameter
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add or replace a parameter, as torch does."""
+        super().register_parameter(name, param)
+        self._own_these()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)
+        self._own_these()
+        return result
 
     def _forget(self) -> None:
         """Undo everything that a masked layer has and torch's layer has not."""
@@ -152,6 +195,8 @@ class Masked(nn.Module):
         whole = self.__dict__.setdefault("_whole", {})
         known = whole.get(name)
         if known is None or known[0] is not mask or known[1] != version_of(mask):
+            if traced():
+                return mask  # whether it keeps everything would become a part of the trace
             known = whole[name] = (mask, version_of(mask), bool(mask.all()))
         return None if known[2] else mask
 
@@ -163,18 +208,18 @@ class Masked(nn.Module):
         next call may want another way (``again=False``: autocast ends).
         """
         state = self.__dict__
-        look = looker(mask) if weight is state.get("_own") else None
+        look = looker(mask) if self._owns("weight", weight) else None
         hooked = state.get("_hooked")
         if look is None or not look(weight):
             self._unhook_other(mask)  # of a mask that is the layer's no more
             return False
         if weight.requires_grad:
-            if hooked is None or hooked[0] is not mask:
-                handle = weight.register_hook(gradient_hook(mask))
+            if hooked is None or hooked[0] is not mask or not hooked[1].holds(weight):
+                hook = Hook(weight, gradient_hook(mask))
                 self._unhook()  # after: a graph may still wait for its gradient
-                state["_hooked"] = (mask, handle)
+                state["_hooked"] = (mask, hook)
             if again and not mask.is_inference():
-                state["_still"] = (weight, mask, mask._version, input.shape, look)
+                state["_still"] = (weight, mask, mask._version, input.shape, look, weight._cdata)
         return True
 
     def _stands_still(self, input: Tensor, weight: Tensor | None, mask: Tensor) -> bool:
@@ -187,6 +232,7 @@ class Masked(nn.Module):
             and not _compiling()
             and known[2] == mask._version
             and known[3] == input.shape
+            and known[5] == weight._cdata  # else torch.utils.swap_tensors has taken the hook away
             and known[4](weight)
         )
 
@@ -228,6 +274,7 @@ class Masked(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._own_these()
         self._zero()
 
     def extra_repr(self) -> str:

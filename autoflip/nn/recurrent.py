@@ -21,6 +21,10 @@ _TRIAL_WORK, _TRIAL_STEPS = 400_000_000, 16
 _RULE = 0.3  # the density below which the sparse way is taken where trials are off
 
 
+def _keep_them() -> None:
+    """Leave a layer's flat weights as they are."""
+
+
 class _MaskedRNN(Masked):
     _flat_weights: Any  # torch's: the parameters in the order that the fused layer takes them
     _flat_weights_names: list[str]
@@ -77,6 +81,8 @@ class _MaskedRNN(Masked):
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.__dict__["_flat_weights"] = [self._effective(name) for name in self._flat_weights_names]
+        # what is parametrized is another tensor each time, for which torch would look for its weights anew
+        twin.__dict__["_update_flat_weights"] = _keep_them
         return super(_MaskedRNN, twin).forward(*args, **kwargs)
 
     def _sparse(self, input: Any, hx: Any = None) -> Any:
@@ -139,16 +145,15 @@ class _MaskedRNN(Masked):
     def _way(self, steps: int, n: int) -> str:
         """Return "sparse" where a trial found it faster as a whole training step, else "dense"."""
         found = self.__dict__.setdefault("_found", {})
-        wish = (steps, n, torch.get_num_threads())
+        wish = (batches.bucket(steps), batches.bucket(n), torch.get_num_threads())
         if wish not in found:
             packs = [self._pack(suffix) for suffix in self._suffixes()]
-            found[wish] = self._choose(packs, steps, n)
+            found[wish] = self._choose(packs, *wish[:2])
         return found[wish]  # type: ignore[no-any-return]
 
     def _choose(self, packs: list[RecurrentPack], steps: int, n: int) -> str:
         entries = sum(pack.input.mask.numel() + pack.state.mask.numel() for pack in packs)
         density = sum(pack.input.kept + pack.state.kept for pack in packs) / entries
-        n = batches.bucket(n)
         steps = min(steps, max(_TRIAL_STEPS, _TRIAL_WORK // (n * entries)))
         if not trials.enabled():
             return "sparse" if n >= 16 and density < _RULE and n * entries >= paths.LEAST_WORK else "dense"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autoflip.ops import backend
@@ -30,8 +31,8 @@ def channels_last(tensor: Tensor) -> bool:
 
 
 def transformed(*tensors: Tensor) -> bool:
-    """Tell whether a function transform (vmap, grad, jvp) is at work on the tensors."""
-    return _stack() is not None or any(map(_old_vmap, tensors))
+    """Tell whether a function transform (vmap, grad, jvp) or forward-mode AD is at work on the tensors."""
+    return _stack() is not None or forward_ad._current_level >= 0 or any(map(_old_vmap, tensors))
 
 
 def traced() -> bool:
@@ -69,6 +70,8 @@ if CPP is not None:
             "tracing": _tracing,
             "transforms": _stack,
             "batched": _old_vmap,
+            "forward_ad": vars(forward_ad),
+            "strided": torch.strided,
             "grad_enabled": torch.is_grad_enabled,
             "autocast": torch.is_autocast_enabled,
             "threads": torch.get_num_threads,

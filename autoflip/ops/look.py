@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autoflip.ops import backend
 
-__all__ = ["all_finite", "all_rows"]
+__all__ = ["all_finite", "all_rows", "ones_and_zeros"]
 
 
 def all_rows(samples: Tensor, count: int) -> bool:
@@ -18,6 +18,14 @@ def all_rows(samples: Tensor, count: int) -> bool:
     if kernels is not None:
         return bool(kernels.all_rows(samples.data_ptr(), len(samples), count))
     return bool(((samples >= 0) & (samples < count)).all())
+
+
+def ones_and_zeros(mask: Tensor) -> Tensor:
+    """Return a bool tensor whose bytes are 1 and 0: itself, unless it came from other bytes (``view(torch.bool)``)."""
+    if mask.is_meta or not mask.numel():
+        return mask
+    octets = mask.view(torch.uint8)
+    return mask if int(octets.max()) <= 1 else octets != 0
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -20,9 +20,14 @@ from autoflip.ops import _masked_weight as weights
 from autoflip.ops import batches, conv_paths, paths
 from autoflip.ops._masked_conv import conv_step
 from autoflip.ops._masked_conv_kernels import Pair, Parts
+from autoflip.ops.look import ones_and_zeros
 from autoflip.ops.narrow import narrow_conv2d
 
 __all__ = ["ConvPack", "conv_job", "conv_step", "conv_weight", "masked_conv2d"]
+
+# sizes of maps that a layer has orders and trials for; each takes memory (0.65 MB where 64 channels meet 64) and a
+# tenth of a second, so inputs of ever new sizes go the dense way
+_MOST_SIZES = 16
 
 
 class ConvPack:
@@ -48,7 +53,7 @@ class ConvPack:
         if path not in paths.PATHS:
             raise ValueError(f"ConvPack: path={path!r}; wanted one of {', '.join(paths.PATHS)}")
         # torch.jit.trace would see a copy in its first run alone
-        self.mask = mask if mask.is_contiguous() else mask.contiguous()
+        self.mask = ones_and_zeros(mask if mask.is_contiguous() else mask.contiguous())
         self.padding, self.dilation, self.stride, self.path = padding, dilation, stride, path
         self.kept = int(mask.sum())
         self._parts: dict[tuple[int, int, int, bool, bool, int], Parts | None] = {}
@@ -72,6 +77,9 @@ class ConvPack:
         x_last, last = weights.channels_last(x), weights.channels_last(weight)
         key = (batches.bucket(n, conv_paths.MOST), height, width, x_last, x_last or last, torch.get_num_threads())
         if key not in self._parts:
+            known = {other[1:3] for other in self._parts}
+            if len(known) >= _MOST_SIZES and (height, width) not in known:
+                return None
             self._parts[key] = self._make_parts(*key[:5])
         return self._parts[key]
 

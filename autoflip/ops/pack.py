@@ -13,6 +13,7 @@ from autoflip.ops import _masked_kernels as kernels
 from autoflip.ops import _masked_weight as weights
 from autoflip.ops import backend, batches, paths, trials
 from autoflip.ops._masked_matmul import Job
+from autoflip.ops.look import ones_and_zeros
 
 __all__ = ["Pack"]
 
@@ -46,7 +47,7 @@ class Pack:
             raise ValueError(f"Pack: mask is {got}, wanted a 2-d torch.bool tensor (True = kept)")
         if path not in paths.PATHS:
             raise ValueError(f"Pack: path={path!r}; wanted one of {', '.join(paths.PATHS)}")
-        self.mask = mask.contiguous()
+        self.mask = ones_and_zeros(mask.contiguous())
         self.path = path
         self.kept = int(mask.sum())
         self.density = self.kept / mask.numel() if mask.numel() else 1.0

@@ -20,6 +20,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -111,10 +112,40 @@ def choose(
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """Hide what is done from counters of FLOPs, autograd, function transforms and a default device."""
+    """Hide what is done from counters of FLOPs, autograd and who keeps its tensors, transforms and a default device."""
     modes, functions = _disable_current_modes(), torch._C.DisableTorchFunction()
-    with modes, functions, temporarily_clear_interpreter_stack(), torch.no_grad(), torch.inference_mode(False):
+    plain = torch.no_grad(), torch.inference_mode(False)
+    with modes, functions, temporarily_clear_interpreter_stack(), plain[0], plain[1], _nobody_keeps(), _no_old_vmap():
         yield
+
+
+@contextmanager
+def _nobody_keeps() -> Iterator[None]:
+    """Take away the hooks on saved tensors (``torch.utils.checkpoint``, ``save_on_cpu``) for a while."""
+    autograd: Any = torch._C._autograd
+    top = getattr(autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # older torchs do not tell
+    held = []
+    while (hooks := top(True)) is not None:
+        held.append(hooks)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for hooks in reversed(held):
+            autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+@contextmanager
+def _no_old_vmap() -> Iterator[None]:
+    """Leave the vmap behind ``torch.autograd.functional`` for a while: nothing random may run in it."""
+    levels = torch._C._vmapmode_increment_nesting()
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(levels - 1):
+            torch._C._vmapmode_increment_nesting()
 
 
 def _fastest(ways: Mapping[str, Callable[[], object]], seconds: float, gain: float, burst: float) -> str:

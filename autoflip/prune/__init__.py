@@ -56,6 +56,8 @@ def random(model: nn.Module, density: float = 0.2, seed: int = 0) -> MaskSet:
 
     Args, returns and errors as in :func:`magnitude`.
     """
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"random: seed is {seed!r}, wanted an integer of 64 bits")
     g, found = torch.Generator().manual_seed(seed), _weights(model, "random")
     return by_scores(
         {name: torch.rand(w.shape, generator=g, dtype=torch.float32) for name, w in found.items()}, density
@@ -66,7 +68,8 @@ def by_scores(scores: Mapping[str, Tensor], density: float = 0.2) -> MaskSet:
     """Keep the entries of highest score, one cut through all tensors.
 
     Args:
-        scores: name -> float tensor, higher = keep.
+        scores: name -> tensor of real numbers, higher = keep; compared as float64 where one is float64 or holds wide
+            integers.
         density: kept share of all their entries, in (0, 1]; met to half an entry.
 
     Returns:
@@ -79,7 +82,9 @@ def by_scores(scores: Mapping[str, Tensor], density: float = 0.2) -> MaskSet:
     check_finite(scores)
     if not any(s.numel() for s in scores.values()):
         raise ValueError("by_scores: there is no score to cut by; wanted name -> tensor for at least one weight")
-    cells = {name: s.detach().float().cpu().reshape(1, -1) for name, s in scores.items() if s.numel()}
+    wide = any(s.dtype in (torch.float64, torch.int64, torch.int32) for s in scores.values())
+    dtype = torch.float64 if wide else torch.float32  # in which no two scores become one
+    cells = {name: s.detach().to("cpu", dtype).reshape(1, -1) for name, s in scores.items() if s.numel()}
     kept = cut(cells, round(density * sum(c.numel() for c in cells.values())))
     kept |= {name: torch.ones(s.shape, dtype=torch.bool) for name, s in scores.items() if not s.numel()}
     return MaskSet({name: kept[name].reshape(s.shape) for name, s in scores.items()})
@@ -110,8 +115,8 @@ def hybrid(
 
     Args:
         model: its :func:`weights` are covered, and every tensor of a removed channel.
-        scores: name -> float tensor for every covered weight, higher = keep; protected layers may do without. Those of
-            exploration are 0 where a weight is frozen: protect its layer.
+        scores: name -> float tensor for every covered weight, taken as float32, higher = keep; protected layers may do
+            without. Those of exploration are 0 where a weight is frozen: protect its layer.
         density: wanted ``MaskSet.density`` of the result, in (0, 1]. Where removing channels alone goes below
             it, nothing more is cut.
         channels: kept share of the removable units, in (0, 1]; 1 keeps all.

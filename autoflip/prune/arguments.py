@@ -28,6 +28,9 @@ def check_mapping(scores: Any) -> None:
     for name, tensor in scores.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"prune: scores of {name!r} are a {type(tensor).__name__}, wanted a tensor of numbers")
+        if tensor.is_complex() or tensor.is_meta or tensor.layout is not torch.strided:
+            got = "without values (meta)" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+            raise ValueError(f"prune: scores of {name!r} are {got}, wanted a dense tensor of real numbers")
 
 
 def check_finite(scores: Mapping[str, Tensor]) -> None:
