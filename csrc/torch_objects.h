@@ -78,8 +78,8 @@ inline bool in_memory(PyObject* t) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
   return (type == torch.tensor || type == torch.parameter) && entry_bytes(t) &&
          is(PyObject_GetAttr(t, names.is_cpu), Py_True) &&
-         is(PyObject_GetAttr(t, names.layout), torch.strided) &&
-         (type == torch.parameter || is(method(t, names.is_neg), Py_False)) &&
+         (type == torch.parameter ||
+          (is(PyObject_GetAttr(t, names.layout), torch.strided) && is(method(t, names.is_neg), Py_False))) &&
          is(PyObject_CallOneArg(torch.batched, t), Py_False);
 }
 

@@ -74,8 +74,6 @@ class MaskedLinear(Masked, nn.Linear):
         """Return ``input @ (weight * mask).T + bias``."""
         if isinstance(input, Proxy):
             return self._as_a_node(input, input)
-        if input.is_nested or input.layout is not torch.strided:  # bags of words, sets of rows: torch's product serves
-            return F.linear(input, self._effective("weight"), self.bias)
         mask = self._buffers.get("weight_mask")
         # past nn.Module.__getattr__, a microsecond a step; what is parametrized is no such parameter
         found = self._parameters.get("weight")
@@ -91,6 +89,8 @@ class MaskedLinear(Masked, nn.Linear):
             and again(known, input, found, bias, mask)
         ):
             return linear_step(input, weight, bias, known.job)
+        if input.is_nested or input.layout is not torch.strided:  # bags of words, sets of rows: torch's product serves
+            return F.linear(input, self._effective("weight"), bias)
         pack = self._pack
         if not torch.compiler.is_compiling():
             if pack is None or pack.mask is not mask or self._packed_version != version_of(mask):

@@ -230,6 +230,7 @@ class Masked(nn.Module):
             and known[0] is weight
             and known[1] is mask
             and not _compiling()
+            and not input.is_nested
             and known[2] == mask._version
             and known[3] == input.shape
             and known[5] == weight._cdata  # else torch.utils.swap_tensors has taken the hook away
