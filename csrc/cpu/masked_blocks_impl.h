@@ -94,6 +94,13 @@ void block_tile(const Blocks& b, int64_t cell, const float* dy, const float* x, 
 
 // --- a whole step forward and back
 
+// As of single entries: whether the products' panels are made, used and forgotten one by one.
+AF_INLINE bool one_by_one(const Blocks& b, int64_t n, int threads) {
+  if (threads > 1 || n <= kLanes) return false;
+  return b.rows * b.lists.cols <= kLarge ||
+         (copied(b) && 2 * kept(b.lists) * b.height < kLanes * (b.rows + b.lists.cols));
+}
+
 int64_t blocks_forward_scratch(const Blocks& b, int64_t n) { return padded(n) * b.lists.cols + copied(b); }
 // dy as panels, dy by blocks, x; past a narrow chunk the gradient in w looks up columns that are not there
 int64_t blocks_backward_scratch(const Blocks& b, int64_t n) {
@@ -103,11 +110,15 @@ int64_t blocks_backward_scratch(const Blocks& b, int64_t n) {
 
 void blocks_forward(const Blocks& b, const float* w, const float* x, int64_t n, const float* bias, bool relu,
                     float* y, float* values, float* scratch, int threads) {
-  to_panels(x, n, b.lists.cols, scratch, threads);
-  if (!copied(b)) return blocks_product(b, w, nullptr, scratch, n, bias, relu, y, threads);
-  if (!values) values = scratch + padded(n) * b.lists.cols;
-  pack_blocks(b, w, values, threads);
-  blocks_product(b, w, values, scratch, n, bias, relu, y, threads);
+  if (copied(b)) {
+    if (!values) values = scratch + padded(n) * b.lists.cols;
+    pack_blocks(b, w, values, threads);
+  }
+  each_panel(n, kLanes, one_by_one(b, n, threads), [&](int64_t begin, int64_t count) {
+    to_panels(x + begin * b.lists.cols, count, b.lists.cols, scratch, threads);
+    blocks_product(b, w, copied(b) ? values : nullptr, scratch, count, bias, relu, y + begin * b.rows,
+                   threads);
+  });
 }
 
 void blocks_backward(const Blocks& b, const float* w, const float* values, const float* dy, const float* x,
@@ -118,14 +129,16 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
         *x_panels = dy_blocks + (tall ? n * l.rows * kTall : 0);
   if (db) sum_samples(dy, n, b.rows, db);
   if (dx) {
-    to_panels(dy, n, b.rows, dy_panels, threads);
     const float* copy = copied(b) ? values : nullptr;
     if (copied(b) && !values) {
       float* room = x_panels + tall_padded(n) * l.cols + kMaxChunk * kLanes;
       pack_blocks(b, w, room, threads);
       copy = room;
     }
-    blocks_back(b, w, copy, dy_panels, n, dx, threads);
+    each_panel(n, kLanes, one_by_one(b, n, threads), [&](int64_t begin, int64_t count) {
+      to_panels(dy + begin * b.rows, count, b.rows, dy_panels, threads);
+      blocks_back(b, w, copy, dy_panels, count, dx + begin * l.cols, threads);
+    });
   }
   if (!dw) return;
   if (n == 0) {
@@ -136,7 +149,8 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
     tall_samples(dy, n, b.rows, dy_blocks, threads);
     tall_panels(x, n, l.cols, x_panels, threads);
   } else {
-    if (!dx || !flat_as_products(n)) flat_panels(dy, n, b.rows, dy_panels, threads);
+    if (!dx || !flat_as_products(n) || one_by_one(b, n, threads))
+      flat_panels(dy, n, b.rows, dy_panels, threads);
     flat_panels(x, n, l.cols, x_panels, threads);
   }
   const int64_t cells = ceil_div(l.rows, l.block) * ceil_div(l.cols, l.chunk);
