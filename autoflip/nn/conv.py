@@ -39,10 +39,10 @@ class MaskedConv2d(Masked, nn.Conv2d):
     """``torch.nn.Conv2d`` on ``weight * mask``; torch's own until a mask is set.
 
     Pruned weights do no work where the sparse kernel is the faster one: on a CPU, one group, zero padding, a stride
-    that divides the map, 8 samples or more (fewer where the layer is small), float32 or what is narrower; see
-    :func:`autoflip.ops.masked_conv2d`. Elsewhere the dense convolution runs, and time and FLOPs fall when whole
-    channels go: :func:`autoflip.compact` removes them. Of fewer than 48 channels the kernel may be the faster one
-    without a pruned weight too: a mask that keeps everything has it tried.
+    that divides the map, 8 samples or more (fewer where the layer is small), the first 16 sizes of maps, float32 or
+    what is narrower; see :func:`autoflip.ops.masked_conv2d`. Elsewhere the dense convolution runs, and time and FLOPs
+    fall when whole channels go: :func:`autoflip.compact` removes them. Of fewer than 48 channels the kernel may be the
+    faster one without a pruned weight too: a mask that keeps everything has it tried.
 
     Arguments, parameters and ``state_dict()`` are torch's. Pruned weights are zero, get exactly zero
     gradients, and so stay zero under SGD with momentum and weight decay and under Adam(W). Momentum gathered
