@@ -129,7 +129,7 @@ def test_every_instruction_set_equals_float64_reference(isa):
 def test_result_does_not_depend_on_the_thread_count(N, O, K, density):
     x, w, b, mask, dy = case(N, O, K, density)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 4):  # 2 and 4 deal whole panels out, 3 do not
         torch.set_num_threads(threads)
         y = ops.masked_linear(x, w, b, Pack(mask, path="sparse"), "relu")
         results.append((y, *torch.autograd.grad(y, (x, w, b), dy)))

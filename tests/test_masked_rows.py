@@ -84,16 +84,17 @@ def test_every_instruction_set_equals_float64_reference(isa):
     instruction_sets.rerun(__file__, isa, "test_equals_float64_reference", LARGE, PAST)
 
 
-def test_result_does_not_depend_on_the_thread_count():
-    for height in (4, 16):
-        x, w, b, mask, dy = case(70, 300, 2100, height, 0.1)  # blocks of rows, chunks and samples for several threads
-        got = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            got.append(results(x, w, b, block_pack(mask, height), dy))
-        torch.set_num_threads(1)
-        for other in got[1:]:
-            assert all(torch.equal(a, c) for a, c in zip(got[0], other, strict=True))
+# blocks of rows, chunks and samples for several threads; panels that each thread takes as wholes
+@pytest.mark.parametrize("N, O, K, density", [(70, 300, 2100, 0.1), (200, 70, 600, 0.2), (150, 1030, 1040, 0.01)])
+@pytest.mark.parametrize("height", [4, 16])
+def test_result_does_not_depend_on_the_thread_count(N, O, K, density, height):
+    x, w, b, mask, dy = case(N, O, K, height, density)
+    got = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        got.append(results(x, w, b, block_pack(mask, height), dy))
+    for other in got[1:]:
+        assert all(torch.equal(a, c) for a, c in zip(got[0], other, strict=True))
 
 
 @pytest.mark.parametrize("height", [4, 16])

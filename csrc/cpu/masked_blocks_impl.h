@@ -96,7 +96,7 @@ void block_tile(const Blocks& b, int64_t cell, const float* dy, const float* x, 
 
 // As of single entries: whether the products' panels are made, used and forgotten one by one.
 AF_INLINE bool one_by_one(const Blocks& b, int64_t n, int threads) {
-  if (threads > 1 || n <= kLanes) return false;
+  if (!several(n, kLanes, threads)) return false;
   return b.rows * b.lists.cols <= kLarge ||
          (copied(b) && 2 * kept(b.lists) * b.height < kLanes * (b.rows + b.lists.cols));
 }
@@ -114,11 +114,12 @@ void blocks_forward(const Blocks& b, const float* w, const float* x, int64_t n, 
     if (!values) values = scratch + padded(n) * b.lists.cols;
     pack_blocks(b, w, values, threads);
   }
-  each_panel(n, kLanes, one_by_one(b, n, threads), [&](int64_t begin, int64_t count) {
-    to_panels(x + begin * b.lists.cols, count, b.lists.cols, scratch, threads);
-    blocks_product(b, w, copied(b) ? values : nullptr, scratch, count, bias, relu, y + begin * b.rows,
-                   threads);
-  });
+  const auto visit = [&](int64_t begin, int64_t count, int64_t place, int hands) {
+    float* panels = scratch + place * b.lists.cols;
+    to_panels(x + begin * b.lists.cols, count, b.lists.cols, panels, hands);
+    blocks_product(b, w, copied(b) ? values : nullptr, panels, count, bias, relu, y + begin * b.rows, hands);
+  };
+  each_panel(n, kLanes, one_by_one(b, n, threads), threads, visit);
 }
 
 void blocks_backward(const Blocks& b, const float* w, const float* values, const float* dy, const float* x,
@@ -135,10 +136,12 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
       pack_blocks(b, w, room, threads);
       copy = room;
     }
-    each_panel(n, kLanes, one_by_one(b, n, threads), [&](int64_t begin, int64_t count) {
-      to_panels(dy + begin * b.rows, count, b.rows, dy_panels, threads);
-      blocks_back(b, w, copy, dy_panels, count, dx + begin * l.cols, threads);
-    });
+    const auto visit = [&](int64_t begin, int64_t count, int64_t place, int hands) {
+      float* panels = dy_panels + place * b.rows;
+      to_panels(dy + begin * b.rows, count, b.rows, panels, hands);
+      blocks_back(b, w, copy, panels, count, dx + begin * l.cols, hands);
+    };
+    each_panel(n, kLanes, one_by_one(b, n, threads), threads, visit);
   }
   if (!dw) return;
   if (n == 0) {

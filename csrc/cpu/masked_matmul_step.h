@@ -1,5 +1,7 @@
 // A whole step forward and back: activations to panels, products, and the gradient in the weight.
 #pragma once
+#include <omp.h>
+
 #include "cpu/masked_matmul_grad.h"
 
 namespace autoflip {
@@ -8,11 +10,17 @@ namespace {
 // lanes of the panels that the products take; the gradient in w walks rows one by one whatever they do
 AF_INLINE int64_t lanes_of(const Orders& orders) { return orders.groups.rows ? kLanes : kAloneLanes; }
 
-// Whether panels are made, used and forgotten one by one: what one thread writes and reads then stays in its
+// Whether there are panels enough to be dealt to threads as wholes.
+AF_INLINE bool several(int64_t n, int64_t lanes, int threads) {
+  const int64_t count = ceil_div(n, lanes);
+  return count > 1 && (count % threads == 0 || count >= 4 * threads);
+}
+
+// Whether panels are made, used and forgotten one by one: what a thread writes and reads then stays in its
 // second-level cache. Not where panels share what is read of a large weight and that is more than they are.
 AF_INLINE bool one_by_one(const Orders& orders, int64_t n, int threads) {
   const Lists& l = orders.lists;
-  if (threads > 1 || n <= kAloneLanes) return false;
+  if (!several(n, lanes_of(orders), threads)) return false;
   return l.rows * l.cols <= kLarge || (!orders.groups.rows && 3 * kept(l) < kAloneLanes * (l.rows + l.cols));
 }
 
@@ -26,14 +34,16 @@ AF_INLINE bool sums_stay(const Orders& orders, int64_t n, int threads) {
   return threads == 1 && n > kAloneLanes && kept(l) <= kAloneLanes * (l.rows + l.cols);
 }
 
-// visit(first sample, samples) for the samples of each panel, or for all
+// visit(first sample, samples, where its panels go: behind those of so many samples, threads) for each panel,
+// by one thread, or for all
 template <class Visit>
-void each_panel(int64_t n, int64_t lanes, bool alone, const Visit& visit) {
-  if (!alone) return visit(0, n);
-  for (int64_t i = 0; i < ceil_div(n, lanes); ++i) {
+void each_panel(int64_t n, int64_t lanes, bool alone, int threads, const Visit& visit) {
+  if (!alone) return visit(0, n, 0, threads);
+  const int64_t count = ceil_div(n, lanes);
+  deal(count, threads, [&](int64_t i) AF_LAMBDA {
     const Panel p = panel(i, n, lanes);
-    visit(p.begin, p.count);
-  }
+    visit(p.begin, p.count, count == threads ? p.begin : threads > 1 ? omp_get_thread_num() * lanes : 0, 1);
+  });
 }
 
 int64_t forward_scratch(const Orders& orders, int64_t n) {
@@ -52,14 +62,15 @@ void forward(const Orders& orders, const float* w, const float* x, int64_t n, co
     if (!values) values = scratch + padded(n) * lists.cols;
     pack_values(lists, w, values, threads);
   }
-  each_panel(n, lanes_of(orders), one_by_one(orders, n, threads), [&](int64_t begin, int64_t count) {
-    float* to = y + begin * lists.rows;
-    to_panels(x + begin * lists.cols, count, lists.cols, scratch, threads, lanes_of(orders));
+  const auto visit = [&](int64_t begin, int64_t count, int64_t place, int hands) {
+    float *to = y + begin * lists.rows, *panels = scratch + place * lists.cols;
+    to_panels(x + begin * lists.cols, count, lists.cols, panels, hands, lanes_of(orders));
     if (orders.groups.rows)
-      return product(orders.groups, {w, lists.cols, 1, false}, scratch, count, bias, relu, to, threads);
-    if (!packs(orders)) return product(lists, w, kRows, scratch, count, bias, relu, to, threads);
-    product(lists, values, kPacked, scratch, count, bias, relu, to, threads);
-  });
+      return product(orders.groups, {w, lists.cols, 1, false}, panels, count, bias, relu, to, hands);
+    if (!packs(orders)) return product(lists, w, kRows, panels, count, bias, relu, to, hands);
+    product(lists, values, kPacked, panels, count, bias, relu, to, hands);
+  };
+  each_panel(n, lanes_of(orders), one_by_one(orders, n, threads), threads, visit);
 }
 
 // dx from the panels of dy; values, turned: the kept weights in the two orders, where they are copied
@@ -96,19 +107,21 @@ void backward(const Orders& orders, const float* w, const float* values, const f
   const bool same = lanes_of(orders) == kAloneLanes, together = dx && dw && alone && stay && same;
   const int64_t cells = ceil_div(lists.rows, lists.block) * ceil_div(lists.cols, lists.chunk);
   if (dx)
-    each_panel(n, lanes_of(orders), alone, [&](int64_t begin, int64_t count) {
-      to_panels(dy + begin * lists.rows, count, lists.rows, scratch, threads, lanes_of(orders));
-      gradient_in_x(orders, w, values, turned, scratch, count, dx + begin * lists.cols, threads);
-      if (!together) return;
-      to_panels(x + begin * lists.cols, count, lists.cols, x_panels, threads, kAloneLanes);
-      sample_panel(lists, scratch, x_panels, count, begin == 0, sums);
-    });
+    each_panel(n, lanes_of(orders), alone, threads,
+               [&](int64_t begin, int64_t count, int64_t place, int hands) {
+                 float* panels = scratch + place * lists.rows;
+                 to_panels(dy + begin * lists.rows, count, lists.rows, panels, hands, lanes_of(orders));
+                 gradient_in_x(orders, w, values, turned, panels, count, dx + begin * lists.cols, hands);
+                 if (!together) return;
+                 to_panels(x + begin * lists.cols, count, lists.cols, x_panels, hands, kAloneLanes);
+                 sample_panel(lists, panels, x_panels, count, begin == 0, sums);
+               });
   if (!dw) return;
   if (!together)
-    each_panel(n, kAloneLanes, stay, [&](int64_t begin, int64_t count) {
+    each_panel(n, kAloneLanes, stay, threads, [&](int64_t begin, int64_t count, int64_t, int hands) {
       if (!dx || !same || alone || stay)
-        to_panels(dy + begin * lists.rows, count, lists.rows, scratch, threads, kAloneLanes);
-      to_panels(x + begin * lists.cols, count, lists.cols, x_panels, threads, kAloneLanes);
+        to_panels(dy + begin * lists.rows, count, lists.rows, scratch, hands, kAloneLanes);
+      to_panels(x + begin * lists.cols, count, lists.cols, x_panels, hands, kAloneLanes);
       if (stay) sample_panel(lists, scratch, x_panels, count, begin == 0, sums);
     });
   if (!stay)
