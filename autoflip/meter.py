@@ -184,13 +184,30 @@ def _counter() -> Iterator[FlopCounterMode]:
             _FAST.before = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+        counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+        with counter:
             yield counter
     finally:
         with _FAST.lock:
             _FAST.counters -= 1
             if not _FAST.counters:
                 torch.backends.mha.set_fastpath_enabled(_FAST.before)
+
+
+class _NoModules:
+    """Stands in for torch's tracker of modules.
+
+    Only totals are read, and its hooks break ``torch.autograd.grad`` where a module is given a parameter itself.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
 
 class _FastPath:

@@ -217,6 +217,8 @@ def test_compare_does_not_mix_settings(fed, tmp_path, capfd):
         (2, "--nonsense", ["run", "--nonsense"]),
         (2, "'--rounds'", ["run", "--rounds", "many"]),
         (2, "--seeds", ["compare", "--seeds", "0"]),
+        (2, "compare chooses fed.seed itself", ["compare", "--set", "fed.seed=7"]),
+        (2, "compare chooses fed.method itself", ["compare", "--set", "fed.method=ssfl"]),
         (2, "names no method", ["compare", "--methods", " , "]),
         (2, "unknown configuration key 'nope.x'", ["run", "--set", "nope.x=1"]),
         (2, "there is no configuration file missing.toml", ["run", "missing.toml"]),

@@ -132,7 +132,9 @@ def test_masked_weights_lower_the_executed_flops_further():
     assert sparse.records[-1].flops < 0.9 * dense.records[-1].flops
 
 
-@pytest.mark.parametrize("capability, inputs, last", [("AVX2", 6, False), ("AVX512", 6, True), ("AVX2", 8, True)])
+@pytest.mark.parametrize(
+    "capability, inputs, last", [("AVX2", 6, False), ("AVX2", 8, True), ("AVX512", 15, False), ("AVX512", 16, True)]
+)
 def test_models_whose_gradients_onednn_corrupts_memory_for_stay_row_major(capability, inputs, last, monkeypatch):
     from autoflip.fed.workshop import Workshop
 

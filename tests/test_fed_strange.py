@@ -310,3 +310,18 @@ def test_answers_that_are_no_bytes_cost_their_update(monkeypatch, answer):
     wrong = [c.error for c in record.clients if c.error]
     assert len(wrong) == 2
     assert all(error.startswith(("its answer is", "SystemExit: 3")) for error in wrong)
+
+
+class Answers(nn.Sequential):
+    """Returns a dict, as many published models do."""
+
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+def test_a_model_that_returns_no_tensor_is_named(monkeypatch):
+    module = types.ModuleType("answers")
+    module.make = lambda: Answers(nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setitem(sys.modules, "answers", module)
+    with pytest.raises(ValueError, match=r"its output is a dict, wanted a tensor of \(samples, classes\)"):
+        fed.run(fed.Config.load(overrides=[*SMALL, "model.name=answers:make"]))

@@ -9,6 +9,7 @@ from autoflip.fed.client import Client
 from autoflip.fed.coordinates import Coordinates
 from autoflip.fed.job import Job
 from autoflip.fed.message import TRAIN, Message
+from autoflip.fed.round import enough
 from autoflip.fed.state import make_view
 from autoflip.fed.transport import InProcess
 
@@ -124,6 +125,20 @@ def test_a_client_that_lost_its_base_is_sent_everything(monkeypatch):
     assert all(c.error is None for r in result.records for c in r.clients)
     mine = {c.client: c.bytes_down for c in result.records[3].clients}
     assert mine[1] > 1.5 * mine[0]
+
+
+def test_the_papers_rule_gives_slow_clients_what_the_others_get():
+    job = Job(_config("fed.method=autoflip-paper", "fed.slow=0.5", "fed.fraction=1.0", "fed.against=none"))
+    server = job.server("autoflip-paper", InProcess(job.clients("autoflip-paper")))
+    state, _ = server.run_round(job.states["autoflip-paper"])
+    assert state.masks is not None
+    assert state.narrow is None
+
+
+def test_a_quorum_is_a_share_of_whole_clients():
+    assert enough(14, 25, 0.56)  # as floats, 0.56 * 25 is a little more than 14
+    assert not enough(13, 25, 0.56)
+    assert not enough(0, 5, 0.0)
 
 
 def test_slow_clients_train_a_narrower_model_and_the_rest_is_averaged_over_holders(tmp_path):

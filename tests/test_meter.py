@@ -82,6 +82,26 @@ def test_fused_attention_costs_what_its_products_cost():
     assert meter.count_flops(lambda: attend(q, k, v).sum().backward()) == forward * 7 // 2
 
 
+class Token(nn.Module):
+    """A parameter goes through a layer itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.norm, self.out = nn.Parameter(torch.randn(1, 8)), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(x + self.norm(self.token))
+
+
+def test_gradients_of_a_parameter_that_a_layer_is_given_are_counted():
+    net, x = Token(), torch.randn(4, 8)
+
+    def gradients():
+        torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+
+    assert meter.count_flops(gradients) == meter.count_flops(lambda: net(x).square().sum().backward()) == 3 * 2 * 96
+
+
 def test_seconds_and_bytes_of_a_block():
     with meter.measure() as outer:
         with meter.measure() as inner:

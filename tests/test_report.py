@@ -234,6 +234,23 @@ def test_compare_means_and_errors(tmp_path):
     assert len(report.compare_table(content).rows) == 2
 
 
+def test_compare_names_rounds_and_gives_every_method_a_colour(tmp_path):
+    entries = []
+    for i in range(10):
+        write_run(tmp_path / f"run-{i}", f"m{i}")
+        file = tmp_path / f"run-{i}" / "records.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            line["round"] = 2 * line["round"] + 1  # as with fed.eval_every=2
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        entries.append((f"m{i}", 0, f"run-{i}"))
+    (tmp_path / "compare.json").write_text(json.dumps(report.collect(tmp_path, entries)))
+    text = report.compare_report(tmp_path).read_text(encoding="utf-8")
+    assert "round 1:" in text
+    assert "round 0:" not in text
+    assert {f's{i}"' in text or f"s{i} " in text for i in range(10)} == {True}
+
+
 def test_compare_without_its_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="autoflip compare writes it"):
         report.compare_report(tmp_path)

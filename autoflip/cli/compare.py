@@ -35,6 +35,12 @@ def run_all(path: Path | None, overrides: list[str], methods: str, seeds: int, o
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names:
         raise UsageMistake(f"--methods={methods!r} names no method; wanted for example autoflip,fedavg")
+    for key in ("fed.method", "fed.seed", "fed.against"):
+        if any(override.partition("=")[0].strip() == key for override in overrides):
+            raise UsageMistake(
+                f"compare chooses {key} itself: it runs each of --methods alone, for the first --seeds seeds; leave "
+                f"--set {key} out"
+            )
     # all of them before the first starts: a wrong name must not show up after an hour
     configs = {
         (name, seed): load_config(path, [*overrides, f'fed.method="{name}"', 'fed.against="none"', f"fed.seed={seed}"])

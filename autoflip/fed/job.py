@@ -48,7 +48,10 @@ def _warm_up(model: nn.Module, name: str, dataset: data.Dataset) -> None:
     twin = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         try:
-            shape = tuple(twin.eval()(x).shape)
+            output = twin.eval()(x)
+            if not isinstance(output, Tensor):
+                raise ValueError(f"its output is a {type(output).__name__}, wanted a tensor of (samples, classes)")
+            shape = tuple(output.shape)
             if shape != (2, dataset.num_classes):
                 raise ValueError(f"its output for two samples has shape {shape}, wanted {(2, dataset.num_classes)}")
             generator = torch.Generator().manual_seed(0)

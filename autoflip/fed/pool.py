@@ -75,7 +75,9 @@ class _Lane:
     def _start(self) -> subprocess.Popen[bytes]:
         # the caller's modules, a model's of its own for one, are found there too
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-        command = [sys.executable, "-m", "autoflip.fed.worker"]
+        # the working folder counts where it does in this process, and not by itself as it would with -m
+        code = "import sys; sys.path[:] = filter(None, sys.path); from autoflip.fed.worker import main; main()"
+        command = [sys.executable, "-c", code]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
         with contextlib.suppress(OSError):  # it ended at once; whoever waits for its greeting says so
             self._write(process, self._spec)

@@ -16,10 +16,15 @@ from autoflip.fed.message import EXPLORE, NO_VIEW, RESYNC, TRAIN, UPDATE, Messag
 from autoflip.fed.state import Average, ServerState, View
 from autoflip.fed.strategies import Strategy
 
-__all__ = ["Round"]
+__all__ = ["Round", "enough"]
 
 _MOST = 1e6  # training moves no entry by more in a round; sums of far larger updates overflow
 _ABSURD = 1e12  # more would drown all guidance
+
+
+def enough(accepted: int, called: int, quorum: float) -> bool:
+    """Tell whether a round counts: at least one client answered well, and that share of all that were called."""
+    return accepted >= max(1, quorum * called - 1e-9)  # 0.56 * 25 is a little more than 14
 
 
 class Round:

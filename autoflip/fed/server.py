@@ -14,7 +14,7 @@ from autoflip import codec
 from autoflip.fed.config import Config
 from autoflip.fed.ledger import ClientRecord, Record
 from autoflip.fed.message import RESYNC
-from autoflip.fed.round import Round
+from autoflip.fed.round import Round, enough
 from autoflip.fed.seeding import sample
 from autoflip.fed.state import ServerState
 from autoflip.fed.strategies import Strategy
@@ -74,7 +74,7 @@ class Server:
             offers[i] = b""
         clients, client_wall = [record for record, _ in calls], sum(wall for _, wall in calls)
         accepted = [c for c in clients if c.error is None]
-        if len(accepted) < max(1, cfg.quorum * len(called) - 1e-9):  # 0.56 * 25 is a little more than 14
+        if not enough(len(accepted), len(called), cfg.quorum):
             reasons = "; ".join(f"client {c.client}: {c.error}" for c in clients if c.error)
             raise RoundError(
                 f"round {state.round} of {self.strategy.name}: {len(accepted)} of {len(called)} updates usable, "

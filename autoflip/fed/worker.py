@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import queue
@@ -16,9 +18,14 @@ from autoflip.fed.job import Job, torch_settings
 from autoflip.fed.pool import ANSWER, READY, REQUEST, read_exactly
 from autoflip.fed.transport import InProcess
 
+_PARENT_DIES = 1  # PR_SET_PDEATHSIG: the signal that the kernel sends then
+
 
 def main() -> None:
     """Serve until standard input ends, even where a client hangs."""
+    if sys.platform == "linux":  # even where it holds the interpreter, and nobody listens
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PARENT_DIES, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a model prints is no answer

@@ -107,12 +107,12 @@ def _channels_last(model: nn.Module) -> nn.Module:
 def _corrupts(conv: nn.Module) -> bool:
     """Return whether torch 2.13 writes past a buffer in this convolution's gradient, channels last.
 
-    oneDNN's for AVX2, 1x1 with a stride and fewer input channels than a vector has lanes: seen with 3 to 6 of them,
-    not with 8 and more.
+    oneDNN's, 1x1 with a stride and fewer input channels than a vector has lanes: seen with 3 to 6 of them under AVX2,
+    not with 8 and more; under AVX-512 with 3 to 15 on maps of 56 to 128 pixels, not with 16 and more up to 224.
     """
     assert isinstance(conv, _ConvNd)
     strided = all(size == 1 for size in conv.kernel_size) and any(step > 1 for step in conv.stride)
-    return strided and conv.in_channels < 8 and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return strided and conv.in_channels < (16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8)
 
 
 def _narrow(model: nn.Module) -> dict[str, Tensor]:

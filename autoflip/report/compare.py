@@ -221,13 +221,13 @@ def _charts(curves: Mapping[str, Sequence[Curve]], target: float) -> Iterator[st
         spent = {method: [fmean(values) for values in _across(runs, field)] for method, runs in curves.items()}
         lines = [
             Line(
-                style % 8,
+                style % 10,
                 spent[method],
                 [fmean(values) for values in seen],
                 [
-                    f"{display_name(method)}, round {i}: mean {fmean(values):.4f}, seeds {min(values):.4f} to "
+                    f"{display_name(method)}, round {round}: mean {fmean(values):.4f}, seeds {min(values):.4f} to "
                     f"{max(values):.4f}"
-                    for i, values in enumerate(seen)
+                    for round, values in zip(curves[method][0].rounds, seen, strict=False)
                 ],
                 low=[min(values) for values in seen],
                 high=[max(values) for values in seen],

@@ -190,6 +190,10 @@ class AutoFlipPaper(AutoFlip):
         """Every client explores, as the paper has it."""
         return super().ask(round_number) if round_number else Ask("exploration", 1.0, self.config.explore.epochs)
 
+    def narrow(self, masks: MaskSet, guidance: Guidance | None) -> MaskSet | None:
+        """None: slow clients get what the others get, as no channel ever goes."""
+        return None
+
     def settle(self, params: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
         """Zero pruned entries and nothing else."""
         return Strategy.settle(self, params, masks)

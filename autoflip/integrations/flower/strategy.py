@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoflip import codec
 from autoflip.fed.config import Config
 from autoflip.fed.message import RESYNC, Message
-from autoflip.fed.round import Round
+from autoflip.fed.round import Round, enough
 from autoflip.fed.state import ServerState
 from autoflip.fed.strategies import METHODS
 from autoflip.integrations.flower.metrics import usable
@@ -149,7 +149,7 @@ class AutoFlip(FedAvg):
         if not called:
             return None, None
         metrics = self._sum_up(server_round, accepted, self.train_metrics_aggr_fn)
-        if len(accepted) < max(1, self.config.fed.quorum * called):
+        if not enough(len(accepted), called, self.config.fed.quorum):
             self._state = state.holding(work.holders, work.lost)
             _LOG.warning("round %d: %d of %d updates usable; the model stays", server_round, len(accepted), called)
             return None, metrics
