@@ -58,7 +58,3 @@ def main() -> None:
             cost, failed = reply.cost, reply.error is not None
             answers.write(ANSWER.pack(cost.flops, cost.seconds, reply.cpu_seconds, failed, len(body)) + body)
             answers.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class Value:
     batch: bool = False
     assumed: bool = False
     ones: frozenset[int] = frozenset()
+
+    def but(self, **changes: Any) -> Value:
+        """Return this with changes; which dimensions have one entry is known only where the changes say it."""
+        return replace(self, **{"ones": frozenset(), **changes})
 
     def moved(self, before: Value) -> bool:
         """Tell whether dimensions are others than ``before``."""

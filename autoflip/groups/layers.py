@@ -241,7 +241,7 @@ def _flatten(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:
     if found is None or (x.assumed and found.moved(x)):
         flow.freeze(x, f"flattened by {path} in a way that is not followed")
         return Value()
-    return replace(found, ones=frozenset())
+    return found
 
 
 def _upsample(flow: Flow, module: Any, path: str, x: Value, rest: Any) -> Value:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +39,6 @@ _OTHERS = _words(
 )
 _PACKED = ("pack_padded_sequence", "pad_packed_sequence")
 _SIZED = ("view", "reshape", "expand_as")  # what other tensors' sizes mean to them is followed
-_ONES = (*_words("squeeze unsqueeze"), *_REDUCE)  # they know which dimensions have one entry
 HARMLESS = ("shape", "device", "dtype", "ndim", "is_cuda", "requires_grad")
 
 
@@ -76,7 +74,7 @@ def call_function(flow: Flow, target: Any, args: tuple, kwargs: dict) -> Any:
                 flow.impure.update(x.ids)
             return x
         if name in _PACKED:  # the units lie last in either form
-            whole = replace(x, rank=3, batch=False)
+            whole = x.but(rank=3, batch=False)
             flow.freeze((rest, kwargs), f"its size is read by {name}")
             return (whole, Value()) if name == "pad_packed_sequence" else whole
         if name in POOLS and not kwargs.get("return_indices"):
@@ -86,7 +84,7 @@ def call_function(flow: Flow, target: Any, args: tuple, kwargs: dict) -> Any:
             if done is not None and not (x.assumed and done.moved(x)):
                 if name not in _SIZED:
                     flow.freeze((rest, kwargs), f"its size is read by {name}")
-                return done if name in _ONES else replace(done, ones=frozenset())
+                return done
     known = getattr(target, "__name__", str(target))
     flow.freeze((args, kwargs), _CONSTANT if name in ("view", "reshape") else f"read by {known}, which is not followed")
     return Value()
@@ -120,7 +118,7 @@ def _look(flow: Flow, name: str, args: tuple, kwargs: dict) -> Any:
             found = index(x, key if isinstance(key, tuple) else (key,))
             if found is not None and not (x.assumed and found.moved(x)):
                 flow.freeze(key, "its size cuts another tensor")
-                return replace(found, ones=frozenset())
+                return found
     flow.freeze((args, kwargs), f"read by {name}, which is not followed here")
     return Value()
 
@@ -138,7 +136,7 @@ def _binary(flow: Flow, name: str, a: Any, b: Any) -> Any:
             flow.tie(x.ids, y.ids)
             if "div" in name or name == "pow":
                 flow.impure.update(x.ids)
-            return replace(x, rank=_rank(x, y), batch=x.batch and y.batch, ones=frozenset())
+            return x.but(rank=_rank(x, y), batch=x.batch and y.batch)
     flow.freeze((a, b), f"read by {name} together with something else")
     return Value()
 
@@ -151,7 +149,7 @@ def _broadcast(flow: Flow, name: str, x: Value, y: Value) -> Value | None:
     flow.freeze(one, f"spread by {name} over the channels of another layer")
     if not name.endswith(("mul", "mul_")):
         flow.impure.update(many.ids)
-    return replace(many, rank=_rank(x, y), batch=x.batch and y.batch, ones=frozenset())
+    return many.but(rank=_rank(x, y), batch=x.batch and y.batch)
 
 
 def _rank(x: Value, y: Value) -> int | None:
@@ -167,15 +165,14 @@ def _cat(flow: Flow, parts: list[Any], dim: Any) -> Value:
     if all(isinstance(p, Value) and p.ids and not p.stack and not p.spread for p in parts) and isinstance(dim, int):
         assert isinstance(first, Value)
         if all(p.axis == first.axis and p.rank == first.rank for p in parts):
-            first = replace(first, ones=frozenset())
             if first.rank is None and dim == 1:  # taken for one row per example; otherwise no reader fits
-                first = replace(first, rank=1 - first.axis, assumed=True)
+                first = first.but(rank=1 - first.axis, assumed=True)
             at = first.dim(dim)
             if at == first.axis:
-                return replace(first, ids=tuple(unit for p in parts for unit in p.ids))
+                return first.but(ids=tuple(unit for p in parts for unit in p.ids))
             if at is not None and all(len(p.ids) == len(first.ids) for p in parts):
                 for p in parts[1:]:
                     flow.tie(first.ids, p.ids)
-                return replace(first, batch=False)
+                return first.but(batch=False)
     flow.freeze(parts, "joined with something that is not followed")
     return Value()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from autoflip.groups.flow import Flow, Size, Value
@@ -26,15 +25,15 @@ def index(x: Value, key: tuple) -> Value | None:
         return None
     gone_after = sum(isinstance(k, int) for k in key[at + 1 :])
     gone = sum(isinstance(k, int) for k in key)
-    return replace(x, rank=x.rank - gone, axis=x.axis + gone_after, batch=x.batch and key[:1] == (slice(None),))
+    return x.but(rank=x.rank - gone, axis=x.axis + gone_after, batch=x.batch and key[:1] == (slice(None),))
 
 
 def spatial(flow: Flow, x: Value, dims: int, name: str) -> Value:
     """Pass x on if its units do not lie along the last ``dims`` dimensions."""
     if x.ids and (x.axis >= -dims or x.spread or x.assumed):
         flow.freeze(x, f"read by {name} across channels")
-        x = replace(x, ids=())
-    return replace(x, ones=frozenset())
+        x = x.but(ids=())
+    return x.but()
 
 
 def pool(flow: Flow, x: Value, name: str, output_size: Any) -> Value:
@@ -42,7 +41,7 @@ def pool(flow: Flow, x: Value, name: str, output_size: Any) -> Value:
     dims = int(name[-2])
     x = spatial(flow, x, dims, name)
     alone = name.startswith("adaptive") and output_size in (1, (1,) * dims, [1] * dims)
-    return replace(x, ones=frozenset(range(-dims, 0))) if alone else x
+    return x.but(ones=frozenset(range(-dims, 0))) if alone else x
 
 
 def every(x: Value) -> int:
@@ -57,22 +56,22 @@ def flatten(flow: Flow, x: Value, start_dim: int = 0, end_dim: int = -1) -> Valu
         whole = (start_dim, end_dim) == (1, -1)
         if x.spread == "each":
             return None
-        return replace(x, rank=2 if whole else None, spread="tile" if x.ids else "", batch=x.batch and start_dim > 0)
+        return x.but(rank=2 if whole else None, spread="tile" if x.ids else "", batch=x.batch and start_dim > 0)
     start, end = x.dim(start_dim), x.dim(end_dim)
     if start is None or end is None:
         return None
     if start >= end:
         return x
     if start == x.dim(0):
-        x = replace(x, batch=False)
+        x = x.but(batch=False)
     if x.axis > end:
-        return replace(x, rank=x.rank and x.rank - (end - start))
+        return x.but(rank=x.rank and x.rank - (end - start))
     rank, axis = x.rank and x.rank - (end - start), x.axis + (end - start if x.axis < start else 0)
     if x.axis < start:
-        return replace(x, rank=rank, axis=axis)
+        return x.but(rank=rank, axis=axis)
     if x.spread or x.axis not in (start, end):
         return None
-    return replace(x, rank=rank, axis=end, spread="each" if x.axis == start else "tile")
+    return x.but(rank=rank, axis=end, spread="each" if x.axis == start else "tile")
 
 
 def _view(flow: Flow, x: Value, *sizes: Any, shape: Any = ()) -> Value | None:
@@ -117,7 +116,7 @@ def _expand_as(flow: Flow, x: Value, other: Any) -> Value | None:
     if len(x.ids) != len(other.ids) or (x.axis, x.spread) != (other.axis, other.spread):
         return None
     flow.tie(x.ids, other.ids)
-    return replace(x, rank=other.rank, batch=x.batch and other.batch)
+    return x.but(rank=other.rank, batch=x.batch and other.batch)
 
 
 def _permute(flow: Flow, x: Value, *dims: Any) -> Value | None:
@@ -126,7 +125,7 @@ def _permute(flow: Flow, x: Value, *dims: Any) -> Value | None:
         return None
     at = [d % len(order) for d in order]
     axis = at.index(len(order) + x.axis) - len(order) if x.ids else -1
-    return replace(x, rank=len(order), axis=axis, batch=x.batch and at[0] == 0)
+    return x.but(rank=len(order), axis=axis, batch=x.batch and at[0] == 0)
 
 
 def _transpose(flow: Flow, x: Value, dim0: int, dim1: int) -> Value | None:
@@ -136,7 +135,7 @@ def _transpose(flow: Flow, x: Value, dim0: int, dim1: int) -> Value | None:
     if a is None or b is None:
         return None if x.ids else Value()
     batch = x.batch and x.rank is not None and -x.rank not in (a, b)
-    return replace(x, batch=batch, axis=b if x.axis == a else a if x.axis == b else x.axis)
+    return x.but(batch=batch, axis=b if x.axis == a else a if x.axis == b else x.axis)
 
 
 def _squeeze(flow: Flow, x: Value, dim: Any = None) -> Value | None:
@@ -148,7 +147,7 @@ def _squeeze(flow: Flow, x: Value, dim: Any = None) -> Value | None:
         return None if x.ids else Value()
     ones = frozenset(one + (one < at) for one in x.ones if one != at)
     axis = x.axis + (1 if x.ids and at > x.axis else 0)
-    return replace(x, rank=x.rank - 1, axis=axis, batch=x.batch and at != -x.rank, ones=ones)
+    return x.but(rank=x.rank - 1, axis=axis, batch=x.batch and at != -x.rank, ones=ones)
 
 
 def _unsqueeze(flow: Flow, x: Value, dim: int) -> Value | None:
@@ -158,7 +157,7 @@ def _unsqueeze(flow: Flow, x: Value, dim: int) -> Value | None:
     batch = x.batch and at != -x.rank - 1
     ones = frozenset([at, *(one - (one <= at) for one in x.ones)])
     axis = x.axis - (1 if x.ids and at > x.axis - 1 else 0)
-    return replace(x, rank=x.rank + 1, axis=axis, batch=batch, ones=ones)
+    return x.but(rank=x.rank + 1, axis=axis, batch=batch, ones=ones)
 
 
 def softmax(flow: Flow, x: Value, dim: Any = None, **_: Any) -> Value | None:
@@ -181,9 +180,9 @@ def _reduce(flow: Flow, x: Value, dim: Any = None, keepdim: bool = False, **_: A
         return None
     batch = x.batch and not (x.rank is None or -x.rank in at)
     if keepdim:
-        return replace(x, batch=batch, ones=x.ones | at)
+        return x.but(batch=batch, ones=x.ones | at)
     axis = x.axis + sum(d > x.axis for d in at)
-    return replace(x, rank=x.rank and x.rank - len(at), axis=axis, batch=batch, ones=frozenset())
+    return x.but(rank=x.rank and x.rank - len(at), axis=axis, batch=batch)
 
 
 def _interpolate(flow: Flow, x: Value, *_: Any, **__: Any) -> Value:

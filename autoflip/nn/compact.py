@@ -15,7 +15,7 @@ from autoflip.groups import Groups, find_groups
 from autoflip.masks import MaskSet
 from autoflip.nn.linear import select
 from autoflip.nn.plan import Plan
-from autoflip.nn.trial import check, run
+from autoflip.nn.verify import outputs, verify
 
 __all__ = ["Plan", "compact"]
 
@@ -74,7 +74,7 @@ def compact(
             if name in masks:
                 tensor.masked_fill_(~masks[name].to(tensor.device), 0)
     plan = _plan(groups, removed, dead, named)
-    wanted = run(small, example_inputs) if example_inputs is not None and bool(removed.any()) else None
+    wanted = outputs(small, example_inputs) if example_inputs is not None and bool(removed.any()) else None
     _apply(small, plan)
     for path, units in groups.sizes.items():  # norms that hold no tensor to measure
         layer: Any = small.get_submodule(path)
@@ -89,7 +89,7 @@ def compact(
             select(reader, (~removed[units]).nonzero()[:, 0])
     small.__dict__["plan"] = plan
     if example_inputs is not None:
-        check(small, example_inputs, wanted)
+        verify(small, example_inputs, wanted)
     return small
 
 

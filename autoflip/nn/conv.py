@@ -103,16 +103,10 @@ class MaskedConv2d(Masked, nn.Conv2d):
         if pack is None or cast or self._all_dense(pack, input, weight):
             whole = self._mask_of("weight") is None if pack is None else pack.whole
             # not a tensor that stands in for the layer's own for a while (functional_call)
-            own = found is not None and self._owns("weight", found)
-            if whole and found is not None and own and not cast and mask is not None and not mask.is_inference():
-                self.__dict__["_still"] = (
-                    found,
-                    mask,
-                    mask._version,
-                    input.shape,
-                    _any,
-                    found._cdata,
-                )  # nothing to look for
+            own = found if found is not None and self._owns("weight", found) else None
+            if whole and own is not None and not cast and mask is not None and not mask.is_inference():
+                # nothing to look for
+                self.__dict__["_still"] = (own, mask, mask._version, input.shape, _any, own._cdata)
             if whole or (not traced() and self._stands(input, weight, mask, again=not cast)):
                 return self._conv_forward(input, weight, bias)
             if channels_last(weight):  # torch's convolution keeps that layout

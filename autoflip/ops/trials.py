@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,11 @@ def choose(
 @contextmanager
 def unseen() -> Iterator[None]:
     """Hide what is done from counters of FLOPs, autograd and who keeps its tensors, transforms and a default device."""
-    modes, functions = _disable_current_modes(), torch._C.DisableTorchFunction()
-    plain = torch.no_grad(), torch.inference_mode(False)
-    with modes, functions, temporarily_clear_interpreter_stack(), plain[0], plain[1], _nobody_keeps(), _no_old_vmap():
+    with ExitStack() as stack:
+        for hidden in (_disable_current_modes, torch._C.DisableTorchFunction, temporarily_clear_interpreter_stack):
+            stack.enter_context(hidden())
+        for plain in (torch.no_grad(), torch.inference_mode(False), _nobody_keeps(), _no_old_vmap()):
+            stack.enter_context(plain)
         yield
 
 

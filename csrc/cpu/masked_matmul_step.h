@@ -119,7 +119,7 @@ void backward(const Orders& orders, const float* w, const float* values, const f
   if (!dw) return;
   if (!together)
     each_panel(n, kAloneLanes, stay, threads, [&](int64_t begin, int64_t count, int64_t, int hands) {
-      if (!dx || !same || alone || stay)
+      if (!dx || !same || alone || stay)  // else dx has left the panels of all samples
         to_panels(dy + begin * lists.rows, count, lists.rows, scratch, hands, kAloneLanes);
       to_panels(x + begin * lists.cols, count, lists.cols, x_panels, hands, kAloneLanes);
       if (stay) sample_panel(lists, scratch, x_panels, count, begin == 0, sums);

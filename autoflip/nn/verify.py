@@ -1,4 +1,4 @@
-"""A small model tried on examples: does it run, and does it give what the masked model gives?"""
+"""A small model verified on examples: does it run, and does it give what the masked model gives?"""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_flatten
 
 from autoflip.groups.trace import untouched
 
-__all__ = ["check", "run"]
+__all__ = ["outputs", "verify"]
 
 _MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # what torch raises where sizes do not fit
 _HINT = "pass groups=Groups() to leave every size alone"
 
 
-def run(model: nn.Module, example_inputs: Any, seed: int = 0) -> list[Tensor] | Exception:
+def outputs(model: nn.Module, example_inputs: Any, seed: int = 0) -> list[Tensor] | Exception:
     """Return the model's floating outputs on the examples, in eval mode; or what it raised.
 
     Nothing is left on the model, nor on torch's generator of the CPU.
@@ -33,13 +33,13 @@ def run(model: nn.Module, example_inputs: Any, seed: int = 0) -> list[Tensor] | 
     return [t.detach().clone() for t in found if isinstance(t, Tensor) and t.is_floating_point() and not t.is_sparse]
 
 
-def check(small: nn.Module, example_inputs: Any, wanted: list[Tensor] | Exception | None) -> None:
+def verify(small: nn.Module, example_inputs: Any, wanted: list[Tensor] | Exception | None) -> None:
     """Raise where a small model does not run, or gives other values than are wanted.
 
     Rounding differs, so outputs may by the root of their dtype's epsilon, relative to the largest: a thousand times
     what one sum is off by. Models that draw random numbers in eval mode are not compared.
     """
-    given = run(small, example_inputs)
+    given = outputs(small, example_inputs)
     if isinstance(given, Exception):
         raise ValueError(
             f"compact: the small model does not run on example_inputs ({given}). Do they suit the full model? "
@@ -47,7 +47,7 @@ def check(small: nn.Module, example_inputs: Any, wanted: list[Tensor] | Exceptio
         ) from given
     if wanted is None or isinstance(wanted, Exception) or _alike(given, wanted):
         return
-    again = run(small, example_inputs, seed=1)
+    again = outputs(small, example_inputs, seed=1)
     if isinstance(again, Exception) or not _alike(given, again):
         return
     raise ValueError(
