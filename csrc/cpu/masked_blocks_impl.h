@@ -114,10 +114,11 @@ void blocks_forward(const Blocks& b, const float* w, const float* x, int64_t n, 
     if (!values) values = scratch + padded(n) * b.lists.cols;
     pack_blocks(b, w, values, threads);
   }
-  const auto visit = [&](int64_t begin, int64_t count, int64_t place, int hands) {
+  const auto visit = [&](int64_t begin, int64_t count, int64_t place, int workers) {
     float* panels = scratch + place * b.lists.cols;
-    to_panels(x + begin * b.lists.cols, count, b.lists.cols, panels, hands);
-    blocks_product(b, w, copied(b) ? values : nullptr, panels, count, bias, relu, y + begin * b.rows, hands);
+    to_panels(x + begin * b.lists.cols, count, b.lists.cols, panels, workers);
+    blocks_product(b, w, copied(b) ? values : nullptr, panels, count, bias, relu, y + begin * b.rows,
+                   workers);
   };
   each_panel(n, kLanes, one_by_one(b, n, threads), threads, visit);
 }
@@ -136,10 +137,10 @@ void blocks_backward(const Blocks& b, const float* w, const float* values, const
       pack_blocks(b, w, room, threads);
       copy = room;
     }
-    const auto visit = [&](int64_t begin, int64_t count, int64_t place, int hands) {
+    const auto visit = [&](int64_t begin, int64_t count, int64_t place, int workers) {
       float* panels = dy_panels + place * b.rows;
-      to_panels(dy + begin * b.rows, count, b.rows, panels, hands);
-      blocks_back(b, w, copy, panels, count, dx + begin * l.cols, hands);
+      to_panels(dy + begin * b.rows, count, b.rows, panels, workers);
+      blocks_back(b, w, copy, panels, count, dx + begin * l.cols, workers);
     };
     each_panel(n, kLanes, one_by_one(b, n, threads), threads, visit);
   }

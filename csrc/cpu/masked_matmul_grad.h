@@ -15,7 +15,8 @@ void select_words(const void* w, const uint8_t* mask, int64_t n, void* out, int 
   const Word* in = static_cast<const Word*>(w);
   Word* to = static_cast<Word*>(out);
 #pragma omp parallel for simd num_threads(threads) if (parallel : threads > 1)
-  for (int64_t i = 0; i < n; ++i) to[i] = mask[i] ? in[i] : Word(0);
+  // without a branch, on which not every instruction set works in vectors
+  for (int64_t i = 0; i < n; ++i) to[i] = Word(in[i] & Word(Word(0) - Word(mask[i] != 0)));
 }
 
 template <class Word>
@@ -26,7 +27,7 @@ bool words_are_clean(const void* w, const uint8_t* mask, int64_t n) {
     Word stray = 0;
 #pragma omp simd reduction(| : stray)
     for (int64_t i = begin; i < end; ++i) {
-      stray |= mask[i] ? Word(0) : Word(in[i] << 1);  // -0 is zero too
+      stray |= Word(Word(in[i] << 1) & Word(Word(mask[i] != 0) - Word(1)));  // -0 is zero too
     }
     if (stray) return false;
   }

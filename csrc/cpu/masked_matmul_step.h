@@ -62,13 +62,13 @@ void forward(const Orders& orders, const float* w, const float* x, int64_t n, co
     if (!values) values = scratch + padded(n) * lists.cols;
     pack_values(lists, w, values, threads);
   }
-  const auto visit = [&](int64_t begin, int64_t count, int64_t place, int hands) {
+  const auto visit = [&](int64_t begin, int64_t count, int64_t place, int workers) {
     float *to = y + begin * lists.rows, *panels = scratch + place * lists.cols;
-    to_panels(x + begin * lists.cols, count, lists.cols, panels, hands, lanes_of(orders));
+    to_panels(x + begin * lists.cols, count, lists.cols, panels, workers, lanes_of(orders));
     if (orders.groups.rows)
-      return product(orders.groups, {w, lists.cols, 1, false}, panels, count, bias, relu, to, hands);
-    if (!packs(orders)) return product(lists, w, kRows, panels, count, bias, relu, to, hands);
-    product(lists, values, kPacked, panels, count, bias, relu, to, hands);
+      return product(orders.groups, {w, lists.cols, 1, false}, panels, count, bias, relu, to, workers);
+    if (!packs(orders)) return product(lists, w, kRows, panels, count, bias, relu, to, workers);
+    product(lists, values, kPacked, panels, count, bias, relu, to, workers);
   };
   each_panel(n, lanes_of(orders), one_by_one(orders, n, threads), threads, visit);
 }
@@ -108,20 +108,20 @@ void backward(const Orders& orders, const float* w, const float* values, const f
   const int64_t cells = ceil_div(lists.rows, lists.block) * ceil_div(lists.cols, lists.chunk);
   if (dx)
     each_panel(n, lanes_of(orders), alone, threads,
-               [&](int64_t begin, int64_t count, int64_t place, int hands) {
+               [&](int64_t begin, int64_t count, int64_t place, int workers) {
                  float* panels = scratch + place * lists.rows;
-                 to_panels(dy + begin * lists.rows, count, lists.rows, panels, hands, lanes_of(orders));
-                 gradient_in_x(orders, w, values, turned, panels, count, dx + begin * lists.cols, hands);
+                 to_panels(dy + begin * lists.rows, count, lists.rows, panels, workers, lanes_of(orders));
+                 gradient_in_x(orders, w, values, turned, panels, count, dx + begin * lists.cols, workers);
                  if (!together) return;
-                 to_panels(x + begin * lists.cols, count, lists.cols, x_panels, hands, kAloneLanes);
+                 to_panels(x + begin * lists.cols, count, lists.cols, x_panels, workers, kAloneLanes);
                  sample_panel(lists, panels, x_panels, count, begin == 0, sums);
                });
   if (!dw) return;
   if (!together)
-    each_panel(n, kAloneLanes, stay, threads, [&](int64_t begin, int64_t count, int64_t, int hands) {
+    each_panel(n, kAloneLanes, stay, threads, [&](int64_t begin, int64_t count, int64_t, int workers) {
       if (!dx || !same || alone || stay)  // else dx has left the panels of all samples
-        to_panels(dy + begin * lists.rows, count, lists.rows, scratch, hands, kAloneLanes);
-      to_panels(x + begin * lists.cols, count, lists.cols, x_panels, hands, kAloneLanes);
+        to_panels(dy + begin * lists.rows, count, lists.rows, scratch, workers, kAloneLanes);
+      to_panels(x + begin * lists.cols, count, lists.cols, x_panels, workers, kAloneLanes);
       if (stay) sample_panel(lists, scratch, x_panels, count, begin == 0, sums);
     });
   if (!stay)
